@@ -1,0 +1,43 @@
+// The doors of the CPU kernels: raw memory in, raw memory out. No torch header is seen by a kernel.
+//
+// Every function takes tensors of one dtype whose strides (in elements) stand in the ConvShape. Half types accumulate in
+// float. Nothing here allocates a copy of a whole tensor; scratch memory is a few tiles a thread. Results do not depend on the number of threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../activation.h"
+#include "../conv_shape.h"
+
+namespace sepconv::cpu {
+
+// What happens to an accumulated output before it is stored.
+struct Epilogue {
+  const void* bias = nullptr;  // [K], dense, in the tensors' dtype; or null
+  Activation activation = Activation::identity;
+};
+
+// planes.cpp: any groups, any strides, any dtype. Works on zero-padded planes of one channel at a time.
+void planes_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
+void planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
+void planes_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
+
+// depthwise_nhwc.cpp: depthwise of multiplier 1 on channels_last images (x and y are Layout::nhwc); the weight has any strides.
+void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
+void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
+void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
+
+// isa.cpp: the instruction sets that this binary holds kernels for, worst first, and the one in use: the best that the
+// processor has, or the one that the environment variable SEPCONV_CPU_ISA names (baseline, avx2, avx512).
+enum class Isa : int { baseline, avx2, avx512 };
+Isa isa();
+const char* isa_name(Isa);
+std::vector<std::string> isas_built();
+
+// Provided by bindings.cpp on top of torch's thread pool, so that kernels follow torch.set_num_threads.
+// Calls body(context, i) for every i in [0, tasks), in any order, on any thread.
+void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+int num_threads();
+
+}  // namespace sepconv::cpu
