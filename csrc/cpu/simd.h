@@ -1,0 +1,187 @@
+// Vectors of one instruction set. Read by foreach_isa.h once for each, inside its namespace, where kVectorBytes and
+// SEPCONV_ISA_LEVEL (0 baseline, 1 avx2, 2 avx512) are set: hence no include guard and no include.
+//
+// Vector<A> holds kLanes<A> sums of type A (float or double). +, -, *, /, < and ?: work lane by lane (the compiler's vector
+// extensions), and a * b + c becomes a fused multiply-add where there is one. Memory may hold another type T (float16 or
+// bfloat16 for A = float): load and store convert. No address needs alignment.
+
+template <typename A>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <typename T, int kCount>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(kCount * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <typename A>
+using Vector = typename VectorOf<A, kLanes<A>>::type;
+
+using Floats = typename VectorOf<float, kLanes<float>>::type;
+using Bits = typename VectorOf<uint32_t, kLanes<float>>::type;
+using SignedBits = typename VectorOf<int32_t, kLanes<float>>::type;
+using Halves = typename VectorOf<uint16_t, kLanes<float>>::type;
+using UnalignedHalves = typename VectorOf<uint16_t, kLanes<float>>::unaligned;
+
+template <typename A>
+SEPCONV_INLINE Vector<A> broadcast(A value) {
+  return value - Vector<A>{};  // not value + 0: that would turn -0 into +0
+}
+
+// ---- 16-bit numbers ----
+
+SEPCONV_INLINE Floats widen(Halves h, bfloat16) { return (Floats)(__builtin_convertvector(h, Bits) << 16); }
+
+// Rounds to nearest even; a NaN stays one.
+SEPCONV_INLINE Halves narrow(Floats v, bfloat16) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bits quiet = bits | 0x400000u;
+  return __builtin_convertvector((v == v ? rounded : quiet) >> 16, Halves);
+}
+
+#if SEPCONV_ISA_LEVEL == 2  // the zero-masked forms, as the plain ones make GCC 12 warn of an uninitialised register
+SEPCONV_INLINE Floats widen(Halves h, float16) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
+SEPCONV_INLINE Halves narrow(Floats v, float16) {
+  return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif SEPCONV_ISA_LEVEL == 1
+SEPCONV_INLINE Floats widen(Halves h, float16) { return (Floats)_mm256_cvtph_ps((__m128i)h); }
+SEPCONV_INLINE Halves narrow(Floats v, float16) { return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+SEPCONV_INLINE Floats widen(Halves h, float16) {
+  const Bits wide = __builtin_convertvector(h, Bits);
+  const Bits magnitude = (wide & 0x7fffu) << 13;  // exponent and mantissa at float's places, exponent 112 too small
+  const Bits normal = magnitude + (112u << 23);
+  const Bits special = magnitude + (224u << 23);  // infinity and NaN: the exponent becomes 255
+  const Bits subnormal = (Bits)((Floats)(magnitude + (113u << 23)) - 0x1p-14f);
+  const Bits exponent = magnitude & (31u << 23);
+  const Bits value = exponent == 0u ? subnormal : (exponent == (31u << 23) ? special : normal);
+  return (Floats)(value | ((wide & 0x8000u) << 16));
+}
+// Rounds to nearest even; too large becomes infinity; a NaN stays one.
+SEPCONV_INLINE Halves narrow(Floats v, float16) {
+  const Bits sign = (Bits)v & 0x80000000u;
+  const Bits bits = (Bits)v ^ sign;
+  const SignedBits order = (SignedBits)bits;  // magnitudes compare as signed integers, which every machine can do
+  const Bits normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  // Adding 0.5 puts the last bit of a float16 subnormal (2^-24) at the last bit of a float: the addition rounds.
+  const Bits subnormal = (Bits)((Floats)bits + 0.5f) - 0x3f000000u;
+  const Bits infinity_or_nan = order > 0x7f800000 ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  const Bits value = order >= (143 << 23) ? infinity_or_nan : (order < (113 << 23) ? subnormal : normal);
+  return __builtin_convertvector(value | (sign >> 16), Halves);
+}
+#endif
+
+// ---- memory ----
+
+template <typename T>
+inline constexpr bool kIsHalf = sizeof(T) == 2;
+
+// The kLanes numbers at p.
+template <typename T>
+SEPCONV_INLINE Vector<accumulate_t<T>> load(const T* p) {
+  if constexpr (kIsHalf<T>) {
+    return widen(*reinterpret_cast<const UnalignedHalves*>(p), T{});
+  } else {
+    return *reinterpret_cast<const typename VectorOf<T, kLanes<T>>::unaligned*>(p);
+  }
+}
+
+template <typename T>
+SEPCONV_INLINE void store(T* p, Vector<accumulate_t<T>> v) {
+  if constexpr (kIsHalf<T>) {
+    *reinterpret_cast<UnalignedHalves*>(p) = narrow(v, T{});
+  } else {
+    *reinterpret_cast<typename VectorOf<T, kLanes<T>>::unaligned*>(p) = v;
+  }
+}
+
+// The first `count` numbers at p (0 <= count <= kLanes), zero in the other lanes; nothing beyond them is read.
+template <typename T>
+SEPCONV_INLINE Vector<accumulate_t<T>> load_first(const T* p, int count) {
+#if SEPCONV_ISA_LEVEL == 2
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (kIsHalf<T>) {
+    return widen((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p), T{});
+  } else if constexpr (std::is_same_v<T, float>) {
+    return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  } else {
+    return (Vector<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+  }
+#else
+  T lanes[kLanes<accumulate_t<T>>] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+#endif
+}
+
+// Stores the first `count` lanes only.
+template <typename T>
+SEPCONV_INLINE void store_first(T* p, Vector<accumulate_t<T>> v, int count) {
+#if SEPCONV_ISA_LEVEL == 2
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (kIsHalf<T>) {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), (__m256i)narrow(v, T{}));
+  } else if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+  }
+#else
+  T lanes[kLanes<accumulate_t<T>>];
+  store(lanes, v);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+#endif
+}
+
+// One number, converted (slow: for set-up code and single leftovers).
+template <typename T>
+SEPCONV_INLINE accumulate_t<T> load_one(const T* p) {
+  if constexpr (kIsHalf<T>) {
+    Halves h{};
+    h[0] = p->bits;
+    return widen(h, T{})[0];
+  } else {
+    return *p;
+  }
+}
+
+template <typename T>
+SEPCONV_INLINE void store_one(T* p, accumulate_t<T> value) {
+  if constexpr (kIsHalf<T>) {
+    p->bits = narrow(broadcast<float>(value), T{})[0];
+  } else {
+    *p = value;
+  }
+}
+
+// ---- arithmetic ----
+
+// The sum of all lanes, in a fixed order (pairwise).
+template <typename A>
+SEPCONV_INLINE A sum_lanes(Vector<A> v) {
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// activate() of activation.h on every lane; those without a transcendental function stay in vector registers.
+template <typename A>
+SEPCONV_INLINE Vector<A> activate_lanes(Activation activation, Vector<A> v) {
+  const Vector<A> zero{}, three = zero + A(3), six = zero + A(6);
+  switch (activation) {
+    case Activation::identity: return v;
+    case Activation::relu: return v < zero ? zero : v;
+    case Activation::relu6: return v < zero ? zero : (v > six ? six : v);
+    case Activation::leaky_relu: return v < zero ? v * A(kLeakySlope) : v;
+    case Activation::hardswish: return v < -three ? zero : (v > three ? v : v * (v + three) * A(1.0 / 6.0));
+    default: break;
+  }
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = activate(activation, lanes[i]);
+  return load(lanes);
+}
