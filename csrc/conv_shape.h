@@ -14,6 +14,9 @@ namespace sepconv {
 
 enum class DType : int { float32, float64, float16, bfloat16 };
 
+// The three bilinear maps: C(x, w), its gradient by x, its gradient by w.
+enum class Map : int { forward, grad_input, grad_weight };
+
 // How the four dimensions of a tensor lie in memory.
 //   nchw: the last dimension is dense (stride 1), rows and planes follow without gaps
 //   nhwc: the channel dimension is dense ("channels_last"), pixels and rows follow without gaps

@@ -1,0 +1,93 @@
+#include "aten_route.h"
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <vector>
+
+namespace sepconv::aten {
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+using c10::SymIntArrayRef;
+
+// ATen pads both sides alike. Padding of (top, bottom, left, right) becomes the part that both sides share, and what is
+// missing at each side, in the order of constant_pad_nd (left, right, top, bottom).
+struct Padding {
+  std::array<SymInt, 2> shared;
+  std::array<SymInt, 4> extra;
+  bool asymmetric = false;
+
+  explicit Padding(SymIntArrayRef padding) {
+    if (padding.size() == 2) {
+      shared = {padding[0], padding[1]};
+      return;
+    }
+    const SymInt &top = padding[0], &bottom = padding[1], &left = padding[2], &right = padding[3];
+    shared = {top.min(bottom), left.min(right)};
+    extra = {left - shared[1], right - shared[1], top - shared[0], bottom - shared[0]};
+    asymmetric = extra[0] != 0 || extra[1] != 0 || extra[2] != 0 || extra[3] != 0;
+  }
+
+  Tensor apply(const Tensor& image) const {
+    return asymmetric ? at::constant_pad_nd_symint(image, extra, 0) : image;
+  }
+};
+
+// One of the three results of ATen's backward, by its output mask.
+Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, SymIntArrayRef stride,
+                const Padding& padding, SymIntArrayRef dilation, const SymInt& groups, bool by_input) {
+  const std::array<SymInt, 2> no_output_padding{0, 0};
+  auto grads = at::convolution_backward_symint(grad_output, input, weight, c10::nullopt, stride, padding.shared, dilation,
+                                               /*transposed=*/false, no_output_padding, groups,
+                                               {by_input, !by_input, false});
+  return by_input ? std::get<0>(grads) : std::get<1>(grads);
+}
+
+}  // namespace
+
+Tensor activate(const Tensor& t, Activation activation) {
+  switch (activation) {
+    case Activation::identity: return t;
+    case Activation::relu: return at::relu(t);
+    case Activation::relu6: return at::hardtanh(t, 0, 6);
+    case Activation::leaky_relu: return at::leaky_relu(t, kLeakySlope);
+    case Activation::gelu: return at::gelu(t);
+    case Activation::silu: return at::silu(t);
+    case Activation::hardswish: return at::hardswish(t);
+    case Activation::sigmoid: return at::sigmoid(t);
+    case Activation::tanh: return at::tanh(t);
+  }
+  return t;
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, SymIntArrayRef stride,
+              SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, Activation activation) {
+  const Padding sides(padding);
+  const Tensor output =
+      at::conv2d_symint(sides.apply(input), weight, bias, stride, SymIntArrayRef(sides.shared), dilation, groups);
+  return activate(output, activation);
+}
+
+Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
+                         SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
+                         SymIntArrayRef dilation, const SymInt& groups) {
+  const Padding sides(padding);
+  // ATen wants an input for its size and layout; its values are never read.
+  const Tensor input = at::empty_strided_symint(input_size, input_stride, grad_output.options());
+  const Tensor grad =
+      backward(grad_output, sides.apply(input), weight, stride, sides, dilation, groups, /*by_input=*/true);
+  if (!sides.asymmetric) return grad;
+  return grad.narrow_symint(2, sides.extra[2], input_size[2]).narrow_symint(3, sides.extra[0], input_size[3]).clone();
+}
+
+Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
+                          SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
+                          SymIntArrayRef dilation, const SymInt& groups) {
+  const Padding sides(padding);
+  const Tensor weight = at::empty_strided_symint(weight_size, weight_stride, grad_output.options());
+  return backward(grad_output, sides.apply(input), weight, stride, sides, dilation, groups, /*by_input=*/false);
+}
+
+}  // namespace sepconv::aten

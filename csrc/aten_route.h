@@ -1,0 +1,29 @@
+// The same three maps by torch's own convolution: for what no kernel here covers, and where ATen is measured faster.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <optional>
+
+#include "activation.h"
+
+namespace sepconv::aten {
+
+// Differentiable, and open to every transform of torch (forward-mode AD, vmap): built from ATen's own functions.
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                  const c10::SymInt& groups, Activation activation);
+
+at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
+                             c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                             c10::SymIntArrayRef dilation, const c10::SymInt& groups);
+
+at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
+                              c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
+                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, const c10::SymInt& groups);
+
+// The activation alone, differentiable.
+at::Tensor activate(const at::Tensor&, Activation);
+
+}  // namespace sepconv::aten

@@ -1,0 +1,200 @@
+#include "checks.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+
+namespace sepconv {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+// Four sizes and strides of a tensor, as the kernels want them.
+Strides strides_of(const Tensor& t) {
+  const IntArrayRef s = t.strides();
+  return {s[0], s[1], s[2], s[3]};
+}
+
+// Strides as torch gives them to a fresh tensor: a dimension of size 0 counts as 1.
+Strides dense_strides(int64_t channels, int64_t rows, int64_t columns, bool channels_last) {
+  const auto at_least_one = [](int64_t n) { return n > 1 ? n : 1; };
+  const int64_t c = at_least_one(channels), h = at_least_one(rows), w = at_least_one(columns);
+  return channels_last ? Strides{h * w * c, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
+}
+
+bool suggests_channels_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
+
+// True if the four dimensions, taken from the innermost out, follow each other without gaps or overlaps.
+bool is_dense(IntArrayRef size, IntArrayRef stride) {
+  std::array<int, 4> order{0, 1, 2, 3};
+  std::sort(order.begin(), order.end(), [&](int a, int b) {
+    return size[a] != 1 && (size[b] == 1 || stride[a] < stride[b]);  // dimensions of size 1 have no say: last
+  });
+  int64_t expected = 1;
+  for (const int d : order) {
+    if (size[d] == 1) continue;
+    if (stride[d] != expected) return false;
+    expected *= size[d];
+  }
+  return true;
+}
+
+// The strides asked for if a tensor of this size with them has neither gaps nor overlaps; else the nearest dense ones.
+Strides dense_strides_like(IntArrayRef size, IntArrayRef stride) {
+  if (is_dense(size, stride)) return {stride[0], stride[1], stride[2], stride[3]};
+  return dense_strides(size[1], size[2], size[3], c10::is_channels_last_strides_2d(size, stride));
+}
+
+Tensor empty(std::array<int64_t, 4> size, const Strides& s, const Tensor& like) {
+  return at::empty_strided(size, std::array<int64_t, 4>{s.n, s.c, s.h, s.w}, like.options());
+}
+
+void check_rank(const char* name, size_t rank) {
+  TORCH_CHECK(rank == 4, name, " must have 4 dimensions, but has ", rank);
+}
+
+void check_tensor(const char* name, const Tensor& t, const Tensor& reference, const char* reference_name) {
+  TORCH_CHECK(t.layout() == at::kStrided, name, " must be a dense tensor, but has layout ", t.layout());
+  TORCH_CHECK(t.device() == reference.device(), name, " is on device ", t.device(), ", but ", reference_name,
+              " is on device ", reference.device());
+  TORCH_CHECK(t.scalar_type() == reference.scalar_type(), name, " has dtype ", t.scalar_type(), ", but ",
+              reference_name, " has dtype ", reference.scalar_type());
+}
+
+void check_pair(const char* name, IntArrayRef values, int64_t minimum) {
+  TORCH_CHECK(values.size() == 2, name, " must have 2 entries (height, width), but has ", values.size());
+  TORCH_CHECK(values[0] >= minimum && values[1] >= minimum, name, " must be at least ", minimum, ", but is ", values);
+}
+
+// One output dimension; the rule of every convolution: floor((size + padding - extent) / stride) + 1.
+int64_t output_size(const char* name, int64_t size, int64_t padding, int64_t kernel, int64_t stride, int64_t dilation) {
+  const int64_t extent = dilation * (kernel - 1) + 1;
+  TORCH_CHECK(size + padding >= extent, "weight of ", name, " ", kernel, " with dilation ", dilation, " spans ", extent,
+              " pixels, but the padded input has a ", name, " of ", size + padding);
+  return (size + padding - extent) / stride + 1;
+}
+
+// Everything that follows from two sizes and the arguments, tensors unseen.
+ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& args) {
+  check_rank("input", input.size());
+  check_rank("weight", weight.size());
+  check_pair("stride", args.stride, 1);
+  check_pair("dilation", args.dilation, 1);
+  const IntArrayRef padding = args.padding;
+  TORCH_CHECK(padding.size() == 2 || padding.size() == 4,
+              "padding must have 2 entries (height, width) or 4 (top, bottom, left, right), but has ", padding.size());
+  for (const int64_t p : padding) TORCH_CHECK(p >= 0, "padding must be at least 0, but is ", padding);
+  TORCH_CHECK(args.groups >= 1, "groups must be at least 1, but is ", args.groups);
+
+  const int64_t C = input[1], K = weight[0], R = weight[2], S = weight[3];
+  TORCH_CHECK(R >= 1 && S >= 1, "weight must have a kernel of at least 1x1, but has ", R, "x", S);
+  TORCH_CHECK(K >= args.groups, "weight must have at least groups = ", args.groups, " output channels, but has ", K);
+  TORCH_CHECK(K % args.groups == 0, "groups = ", args.groups, " must divide the ", K, " output channels of weight");
+  TORCH_CHECK(C == weight[1] * args.groups, "input must have ", weight[1] * args.groups,
+              " channels (weight's ", weight[1], " times groups = ", args.groups, "), but has ", C);
+  TORCH_CHECK(C >= 1, "input must have at least 1 channel, but has ", C);
+
+  const bool asymmetric = padding.size() == 4;
+  const int64_t pad_top = padding[0], pad_bottom = asymmetric ? padding[1] : padding[0];
+  const int64_t pad_left = asymmetric ? padding[2] : padding[1], pad_right = asymmetric ? padding[3] : padding[1];
+
+  ConvShape shape;
+  shape.N = input[0], shape.C = C, shape.H = input[2], shape.W = input[3];
+  shape.K = K, shape.R = R, shape.S = S;
+  shape.groups = args.groups;
+  shape.stride_h = args.stride[0], shape.stride_w = args.stride[1];
+  shape.dilation_h = args.dilation[0], shape.dilation_w = args.dilation[1];
+  shape.pad_h = pad_top, shape.pad_w = pad_left;
+  shape.P = output_size("height", shape.H, pad_top + pad_bottom, R, shape.stride_h, shape.dilation_h);
+  shape.Q = output_size("width", shape.W, pad_left + pad_right, S, shape.stride_w, shape.dilation_w);
+  return shape;
+}
+
+void check_grad_output(const Tensor& grad_output, const ConvShape& shape) {
+  const std::array<int64_t, 4> expected{shape.N, shape.K, shape.P, shape.Q};
+  TORCH_CHECK(grad_output.sizes() == IntArrayRef(expected), "grad_output must have size ", IntArrayRef(expected),
+              ", but has ", grad_output.sizes());
+}
+
+void check_strides_rank(const char* name, IntArrayRef size, IntArrayRef stride) {
+  TORCH_CHECK(size.size() == stride.size(), name, " must have as many entries as its size, ", size.size(),
+              ", but has ", stride.size());
+}
+
+}  // namespace
+
+ConvShape check_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const ConvArgs& args) {
+  check_tensor("input", input, input, "input");
+  check_tensor("weight", weight, input, "input");
+  ConvShape shape = check_geometry(input.sizes(), weight.sizes(), args);
+  if (bias && bias->defined()) {
+    check_tensor("bias", *bias, input, "input");
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.K, "bias must have size [", shape.K,
+                "], one value an output channel of weight, but has ", bias->sizes());
+  }
+  shape.x = strides_of(input);
+  shape.w = strides_of(weight);
+  shape.y = dense_strides(shape.K, shape.P, shape.Q, suggests_channels_last(input) || suggests_channels_last(weight));
+  return shape;
+}
+
+ConvShape check_grad_input(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_size,
+                           IntArrayRef input_stride, const ConvArgs& args) {
+  check_tensor("grad_output", grad_output, grad_output, "grad_output");
+  check_tensor("weight", weight, grad_output, "grad_output");
+  ConvShape shape = check_geometry(input_size, weight.sizes(), args);
+  check_grad_output(grad_output, shape);
+  check_strides_rank("input_stride", input_size, input_stride);
+  shape.x = dense_strides_like(input_size, input_stride);
+  shape.w = strides_of(weight);
+  shape.y = strides_of(grad_output);
+  return shape;
+}
+
+ConvShape check_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_size,
+                            IntArrayRef weight_stride, const ConvArgs& args) {
+  check_tensor("grad_output", grad_output, grad_output, "grad_output");
+  check_tensor("input", input, grad_output, "grad_output");
+  ConvShape shape = check_geometry(input.sizes(), weight_size, args);
+  check_grad_output(grad_output, shape);
+  check_strides_rank("weight_stride", weight_size, weight_stride);
+  shape.x = strides_of(input);
+  shape.w = dense_strides_like(weight_size, weight_stride);
+  shape.y = strides_of(grad_output);
+  return shape;
+}
+
+Tensor empty_output(const ConvShape& s, const Tensor& like) { return empty({s.N, s.K, s.P, s.Q}, s.y, like); }
+Tensor empty_grad_input(const ConvShape& s, const Tensor& like) { return empty({s.N, s.C, s.H, s.W}, s.x, like); }
+Tensor empty_grad_weight(const ConvShape& s, const Tensor& like) {
+  return empty({s.K, s.channels_per_group(), s.R, s.S}, s.w, like);
+}
+
+Activation parse_activation(std::string_view name) {
+  for (int i = 0; i < kActivationCount; ++i) {
+    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+  }
+  std::string known = kActivationNames[0];
+  for (int i = 1; i < kActivationCount; ++i) known += std::string(", ") + kActivationNames[i];
+  TORCH_CHECK_VALUE(false, "activation must be one of ", known, ", but is '", name, "'");
+}
+
+bool has_kernel_dtype(const Tensor& t) {
+  const at::ScalarType type = t.scalar_type();
+  return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+}
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::float32;
+    case at::kDouble: return DType::float64;
+    case at::kHalf: return DType::float16;
+    case at::kBFloat16: return DType::bfloat16;
+    default: TORCH_CHECK(false, "dtype must be float32, float64, float16 or bfloat16, but is ", t.scalar_type());
+  }
+}
+
+}  // namespace sepconv

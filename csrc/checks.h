@@ -1,0 +1,46 @@
+// Tensors -> ConvShape: the only place where arguments are validated.
+//
+// Every function here throws what torch throws for the same mistake (a RuntimeError, by TORCH_CHECK) before anything is
+// allocated or written; the message names the argument and both values.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+#include "activation.h"
+#include "conv_shape.h"
+
+namespace sepconv {
+
+// stride and dilation are (h, w); padding is (h, w), or (top, bottom, left, right) where the two sides differ.
+struct ConvArgs {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+// The geometry of a forward call. The output's strides are chosen here: channels_last where the input or the weight
+// suggests it (torch's rule), else contiguous.
+ConvShape check_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                        const ConvArgs&);
+
+// The geometry of the two gradients. The result takes the strides asked for where they are dense; where they are not
+// (a sliced or expanded tensor), it is channels_last if they order the dimensions so, else contiguous.
+ConvShape check_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size,
+                           at::IntArrayRef input_stride, const ConvArgs&);
+ConvShape check_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size,
+                            at::IntArrayRef weight_stride, const ConvArgs&);
+
+// Uninitialised memory for the result that a check described.
+at::Tensor empty_output(const ConvShape&, const at::Tensor& like);
+at::Tensor empty_grad_input(const ConvShape&, const at::Tensor& like);
+at::Tensor empty_grad_weight(const ConvShape&, const at::Tensor& like);
+
+Activation parse_activation(std::string_view name);
+
+// True for the four types that kernels are written for; everything else (complex, integers, quantised) goes to ATen.
+bool has_kernel_dtype(const at::Tensor&);
+DType dtype_of(const at::Tensor&);
+
+}  // namespace sepconv

@@ -1,0 +1,25 @@
+// The op table, callable from C++: each function here goes through torch's dispatcher, so that autograd, autocast,
+// compilation and the device see the call. The schemas stand in library.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <optional>
+#include <string_view>
+
+namespace sepconv::ops {
+
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                  c10::SymInt groups, std::string_view activation);
+
+at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
+                             c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                             c10::SymIntArrayRef dilation, c10::SymInt groups);
+
+at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
+                              c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
+                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups);
+
+}  // namespace sepconv::ops

@@ -1,0 +1,22 @@
+// What the process knows about its own calls: the strict switch and a count of kernel runs.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+namespace sepconv {
+
+// SEPCONV_STRICT=1: ATen is never taken where a kernel here exists, and where none does the call raises.
+bool strict();
+void set_strict(bool);
+
+// Counts one run of a kernel. `name` is a literal: the counter keeps the pointer.
+void count_kernel(const char* name);
+std::map<std::string, int64_t> kernel_counts();
+void reset_kernel_counts();
+
+// Counts one call that takes the ATen route; raises in strict mode, with the reason.
+void count_aten(const char* reason);
+
+}  // namespace sepconv
