@@ -1,0 +1,44 @@
+// Every door from the bindings to the CUDA kernels: plain numbers and raw device memory in, an error code out.
+//
+// Every function takes tensors of one dtype whose strides (in elements) stand in the ConvShape; which function may be
+// called for which shape, with which tile and how much workspace, is the plan's business (plan.h). Half types accumulate
+// in float. Nothing here allocates, synchronises or keeps state, so a CUDA graph can capture every call; results do not
+// depend on timing. A tensor without elements needs no launch: the bindings do not call for it.
+#pragma once
+
+#include <driver_types.h>  // cudaStream_t and cudaError_t, nothing else of CUDA
+
+#include "../activation.h"
+#include "../conv_shape.h"
+
+namespace sepconv::cuda {
+
+// What happens to an accumulated output before it is stored.
+struct Epilogue {
+  const void* bias = nullptr;  // [K], dense, in the tensors' dtype; or null
+  Activation activation = Activation::identity;
+};
+
+// pointwise.cu: groups == 1, 1x1 without padding; nchw or nhwc, any stride. A matrix product over pixels.
+cudaError_t launch_pointwise_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y,
+                                     cudaStream_t);
+cudaError_t launch_pointwise_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
+                                        cudaStream_t);
+// Writes `splits` partial sums to the workspace and adds them up in a second kernel (launch_sum_partials).
+cudaError_t launch_pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
+                                         int splits, void* workspace, cudaStream_t);
+
+// grouped.cu: any groups, any strides, any dtype, any size: the kernels that take what no other kernel takes.
+cudaError_t launch_grouped_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y,
+                                   cudaStream_t);
+cudaError_t launch_grouped_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
+                                      cudaStream_t);
+cudaError_t launch_grouped_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
+                                       int splits, void* workspace, cudaStream_t);
+
+// sum_partials.cu: the second stage of every grad_weight. partials is [splits, K, C / groups, R, S], dense, in the
+// accumulation type (double for float64, float otherwise); they are added in the order of the splits, so that the result
+// has the same bits in every run, and stored with the weight's strides.
+cudaError_t launch_sum_partials(const ConvShape&, DType, const void* partials, int splits, void* grad_w, cudaStream_t);
+
+}  // namespace sepconv::cuda
