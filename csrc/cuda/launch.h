@@ -19,20 +19,36 @@ struct Epilogue {
   Activation activation = Activation::identity;
 };
 
-// pointwise.cu: groups == 1, 1x1 without padding; nchw or nhwc, any stride. A matrix product over pixels.
+// pointwise.cu: groups == 1, 1x1 without padding: a matrix product over pixels, in plain arithmetic of the accumulation type.
+// Requires ConvShape::is_pointwise() and N * H * W < 2^31; grad_input also stride 1. Any strides of x, w and y, any
+// alignment (16-byte loads are used where strides and pointers allow them), any number of elements.
 cudaError_t launch_pointwise_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y,
                                      cudaStream_t);
 cudaError_t launch_pointwise_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
                                         cudaStream_t);
 // Writes `splits` partial sums to the workspace and adds them up in a second kernel (launch_sum_partials).
+// splits: pointwise_grad_weight_splits (tiling.h) is the advice, any number from 1 to 65535 is right; workspace: splits *
+// weight_elements() values of the accumulation type.
 cudaError_t launch_pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                          int splits, void* workspace, cudaStream_t);
 
+// pointwise_mma.cu: the same three maps on tensor cores. Requires what pointwise.cu requires, and float16 or bfloat16, and
+// compute capability 8.0 or newer.
+cudaError_t launch_pointwise_mma_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y,
+                                         cudaStream_t);
+cudaError_t launch_pointwise_mma_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
+                                            cudaStream_t);
+cudaError_t launch_pointwise_mma_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
+                                             int splits, void* workspace, cudaStream_t);
+
 // grouped.cu: any groups, any strides, any dtype, any size: the kernels that take what no other kernel takes.
+// workspace: grouped_workspace_bytes (tiling.h), 16-byte aligned; it holds the weight, packed for the map.
 cudaError_t launch_grouped_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y,
-                                   cudaStream_t);
+                                   void* workspace, cudaStream_t);
 cudaError_t launch_grouped_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
-                                      cudaStream_t);
+                                      void* workspace, cudaStream_t);
+// grouped_grad_weight.cu. splits: grouped_grad_weight_splits (tiling.h) is the advice, any number from 1 to 65535 is right;
+// workspace: splits * weight_elements() values of the accumulation type.
 cudaError_t launch_grouped_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                        int splits, void* workspace, cudaStream_t);
 

@@ -1,0 +1,68 @@
+// Tile choices that the plan and a kernel's launcher must agree on, as pure functions of the shape.
+#pragma once
+
+#include <algorithm>
+
+#include "../conv_shape.h"
+
+namespace sepconv::cuda {
+
+// ---- grouped.cu: a thread computes `channels` output channels of one group for `columns` pixels of one row.
+struct GroupedTile {
+  int channels, columns;
+};
+
+inline constexpr int kGroupedChannels = 4, kGroupedColumns = 4;
+
+// channels_per_group and columns are those of the tensor that is written: y in forward, x in grad_input. One image column
+// leaves nothing to share between columns; one channel a group (depthwise) nothing between channels.
+inline GroupedTile grouped_tile(int64_t channels_per_group, int64_t columns) {
+  return {channels_per_group == 1 ? 1 : kGroupedChannels, columns == 1 ? 1 : kGroupedColumns};
+}
+
+// Elements of the weight after packing: [groups, R, S, channels read, channels written, padded to whole tiles].
+inline int64_t grouped_packed_elements(const ConvShape& s, bool grad_input) {
+  const int64_t read = grad_input ? s.outputs_per_group() : s.channels_per_group();
+  const int64_t written = grad_input ? s.channels_per_group() : s.outputs_per_group();
+  const int64_t tile = grouped_tile(written, grad_input ? s.W : s.Q).channels;
+  return s.groups * s.R * s.S * read * ((written + tile - 1) / tile * tile);
+}
+
+// Workspace of launch_grouped_forward and launch_grouped_grad_input: the packed weight in the accumulation type.
+inline int64_t grouped_workspace_bytes(const ConvShape& s, DType dtype, bool grad_input) {
+  return grouped_packed_elements(s, grad_input) * (dtype == DType::float64 ? 8 : 4);
+}
+
+// ---- the first stage of grad_weight: how many parts the sum over the output pixels is cut into. Enough to fill a large
+// GPU a few times over, and never so many that a part is shorter than what its threads cover in a few steps. The answer depends on
+// the shape alone, so that the order of the additions, and with it every bit of the result, is the same on every device.
+inline constexpr int64_t kGradWeightBlocks = 1024;
+
+inline int grad_weight_splits(int64_t blocks_a_split, int64_t pixels, int64_t least_pixels_a_split) {
+  const int64_t wanted = (kGradWeightBlocks + blocks_a_split - 1) / std::max<int64_t>(blocks_a_split, 1);
+  return static_cast<int>(std::clamp<int64_t>(pixels / least_pixels_a_split, 1, std::max<int64_t>(wanted, 1)));
+}
+
+// A thread of grouped_grad_weight sums over a tile of kTile x kTile (output, input) channels of one group and one tap.
+inline int grouped_grad_weight_tile(const ConvShape& s) {
+  return s.channels_per_group() == 1 && s.outputs_per_group() == 1 ? 1 : 4;
+}
+inline int64_t grouped_grad_weight_tiles(const ConvShape& s) {
+  const int64_t tile = grouped_grad_weight_tile(s);
+  return s.R * s.S * s.groups * ((s.outputs_per_group() + tile - 1) / tile) *
+         ((s.channels_per_group() + tile - 1) / tile);
+}
+// Neighbouring threads take neighbouring channels (32 tiles a block) where y is channels_last, else neighbouring pixels (1).
+inline bool grouped_grad_weight_lanes_are_channels(const ConvShape& s) { return output_layout(s) == Layout::nhwc; }
+inline int grouped_grad_weight_splits(const ConvShape& s) {
+  const bool channels = grouped_grad_weight_lanes_are_channels(s);
+  const int64_t tiles = grouped_grad_weight_tiles(s);
+  return grad_weight_splits(channels ? (tiles + 31) / 32 : tiles, s.N * s.P * s.Q, channels ? 64 : 1024);
+}
+
+// pointwise.cu and pointwise_mma.cu: a block sums a tile of 64 x 64 (or 128 x 64) weights.
+inline int pointwise_grad_weight_splits(const ConvShape& s) {
+  return grad_weight_splits(((s.K + 63) / 64) * ((s.C + 63) / 64), s.N * s.P * s.Q, 256);
+}
+
+}  // namespace sepconv::cuda
