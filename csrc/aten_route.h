@@ -10,6 +10,9 @@
 
 namespace sepconv::aten {
 
+// Plain numbers as the symbolic ones that the functions below take.
+inline c10::SymIntArrayRef sym(at::IntArrayRef values) { return c10::fromIntArrayRefSlow(values); }
+
 // Differentiable, and open to every transform of torch (forward-mode AD, vmap): built from ATen's own functions.
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,

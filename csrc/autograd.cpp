@@ -1,0 +1,247 @@
+// The derivative formulas of the op table, and nothing else.
+//
+// The three maps are bilinear and closed under differentiation:
+//
+//   map                    derivative by its first argument     by its second
+//   y  = C(x, w)           gx = Cx(gy, w)                        gw = Cw(gy, x)
+//   gx = Cx(g, w)          d -> C(d, w)      for g               d -> Cw(g, d)     for w
+//   gw = Cw(g, x)          d -> C(x, d)      for g               d -> Cx(g, d)     for x
+//
+// Each formula calls the ops themselves, so derivatives of every order follow.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "aten_route.h"
+#include "checks.h"
+#include "ops.h"
+#include "runtime.h"
+
+namespace sepconv {
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The arguments that are not tensors, as autograd keeps them from forward to backward.
+struct SavedArgs {
+  std::vector<SymInt> stride, padding, dilation;
+  SymInt groups;
+
+  static SavedArgs load(AutogradContext* ctx) {
+    auto& data = ctx->saved_data;
+    return {data["stride"].toSymIntVector(), data["padding"].toSymIntVector(), data["dilation"].toSymIntVector(),
+            data["groups"].toSymInt()};
+  }
+  static void store(AutogradContext* ctx, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                    const SymInt& groups) {
+    auto& data = ctx->saved_data;
+    data["stride"] = stride, data["padding"] = padding, data["dilation"] = dilation, data["groups"] = groups;
+  }
+
+  Tensor C(const Tensor& x, const Tensor& w) const {
+    return ops::conv2d(x, w, std::nullopt, stride, padding, dilation, groups, "identity");
+  }
+  Tensor Cx(const Tensor& g, const Tensor& w, SymIntArrayRef size, SymIntArrayRef strides) const {
+    return ops::conv2d_grad_input(g, w, size, strides, stride, padding, dilation, groups);
+  }
+  Tensor Cw(const Tensor& g, const Tensor& x, SymIntArrayRef size, SymIntArrayRef strides) const {
+    return ops::conv2d_grad_weight(g, x, size, strides, stride, padding, dilation, groups);
+  }
+};
+
+// The size and strides of a tensor that a gradient will have to match; kept apart from the tensor, which may not be saved.
+struct SavedGeometry {
+  std::vector<SymInt> size, stride;
+
+  static SavedGeometry load(AutogradContext* ctx, const std::string& name) {
+    return {ctx->saved_data[name + "_size"].toSymIntVector(), ctx->saved_data[name + "_stride"].toSymIntVector()};
+  }
+  static void store(AutogradContext* ctx, const std::string& name, SymIntArrayRef size, SymIntArrayRef stride) {
+    ctx->saved_data[name + "_size"] = size, ctx->saved_data[name + "_stride"] = stride;
+  }
+  static void store(AutogradContext* ctx, const std::string& name, const Tensor& t) {
+    store(ctx, name, t.sym_sizes(), t.sym_strides());
+  }
+};
+
+Tensor saved_if(bool needed, const Tensor& t) { return needed ? t : Tensor(); }
+
+// The gradient before the activation, from the gradient after it and the activation's own output.
+Tensor activation_backward(const Tensor& grad, const Tensor& output, Activation activation) {
+  switch (activation) {
+    case Activation::relu: return at::threshold_backward(grad, output, 0);
+    case Activation::relu6: return at::hardtanh_backward(grad, output, 0, 6);
+    case Activation::leaky_relu: return at::leaky_relu_backward(grad, output, kLeakySlope, /*self_is_result=*/true);
+    case Activation::sigmoid: return at::sigmoid_backward(grad, output);
+    case Activation::tanh: return at::tanh_backward(grad, output);
+    default: return grad;
+  }
+}
+
+struct Conv2d : torch::autograd::Function<Conv2d> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, SymIntArrayRef stride, SymIntArrayRef padding,
+                        SymIntArrayRef dilation, const SymInt& groups, Activation activation) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor output = ops::conv2d(input, weight, bias, stride, padding, dilation, groups,
+                                      kActivationNames[static_cast<int>(activation)]);
+    SavedArgs::store(ctx, stride, padding, dilation, groups);
+    SavedGeometry::store(ctx, "input", input);
+    SavedGeometry::store(ctx, "weight", weight);
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
+    ctx->saved_data["bias"] = bias.has_value();
+    ctx->save_for_backward({saved_if(weight.requires_grad(), input), saved_if(input.requires_grad(), weight),
+                            saved_if(activation != Activation::identity, output)});
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &output = saved[2];
+    const SavedArgs args = SavedArgs::load(ctx);
+    const bool has_bias = ctx->saved_data["bias"].toBool();
+    const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
+    const Tensor grad = activation_backward(grads[0], output, activation);
+
+    variable_list result(8);
+    if (ctx->needs_input_grad(0)) {
+      const SavedGeometry geometry = SavedGeometry::load(ctx, "input");
+      result[0] = args.Cx(grad, weight, geometry.size, geometry.stride);
+    }
+    if (ctx->needs_input_grad(1)) {
+      const SavedGeometry geometry = SavedGeometry::load(ctx, "weight");
+      result[1] = args.Cw(grad, input, geometry.size, geometry.stride);
+    }
+    if (has_bias && ctx->needs_input_grad(2)) result[2] = grad.sum({0, 2, 3});
+    return result;
+  }
+};
+
+struct Conv2dGradInput : torch::autograd::Function<Conv2dGradInput> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight,
+                        SymIntArrayRef input_size, SymIntArrayRef input_stride, SymIntArrayRef stride,
+                        SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    SavedArgs::store(ctx, stride, padding, dilation, groups);
+    SavedGeometry::store(ctx, "weight", weight);
+    ctx->save_for_backward({saved_if(weight.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), weight)});
+    return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &d = grads[0], &grad_output = saved[0], &weight = saved[1];
+    const SavedArgs args = SavedArgs::load(ctx);
+    variable_list result(8);
+    if (ctx->needs_input_grad(0)) result[0] = args.C(d, weight);
+    if (ctx->needs_input_grad(1)) {
+      const SavedGeometry geometry = SavedGeometry::load(ctx, "weight");
+      result[1] = args.Cw(grad_output, d, geometry.size, geometry.stride);
+    }
+    return result;
+  }
+};
+
+struct Conv2dGradWeight : torch::autograd::Function<Conv2dGradWeight> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
+                        SymIntArrayRef weight_size, SymIntArrayRef weight_stride, SymIntArrayRef stride,
+                        SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    SavedArgs::store(ctx, stride, padding, dilation, groups);
+    SavedGeometry::store(ctx, "input", input);
+    ctx->save_for_backward({saved_if(input.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), input)});
+    return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &d = grads[0], &grad_output = saved[0], &input = saved[1];
+    const SavedArgs args = SavedArgs::load(ctx);
+    variable_list result(8);
+    if (ctx->needs_input_grad(0)) result[0] = args.C(input, d);
+    if (ctx->needs_input_grad(1)) {
+      const SavedGeometry geometry = SavedGeometry::load(ctx, "input");
+      result[1] = args.Cx(grad_output, d, geometry.size, geometry.stride);
+    }
+    return result;
+  }
+};
+
+// Why a call must be made of ATen's own differentiable functions; null where our kernels can take it.
+const char* needs_aten(const Tensor& a, const Tensor& b) {
+  if (a._fw_grad(/*level=*/0).defined() || b._fw_grad(/*level=*/0).defined()) return "forward-mode differentiation";
+  if (!has_kernel_dtype(a)) return "no kernel for this dtype";
+  const auto type = a.device().type();
+  if (type != at::kCPU && type != at::kCUDA && type != at::kMeta) return "no kernel for this device";
+  if (a.layout() == at::kMkldnn) return "no kernel for this tensor layout";
+  return nullptr;
+}
+
+bool differentiates(const Tensor& a, const Tensor& b, const std::optional<Tensor>& c = std::nullopt) {
+  return at::GradMode::is_enabled() && (a.requires_grad() || b.requires_grad() || (c && c->defined() && c->requires_grad()));
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, SymIntArrayRef stride,
+              SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, std::string_view activation_name) {
+  const Activation activation = parse_activation(activation_name);
+  const char* reason = needs_aten(input, weight);
+  if (reason == nullptr && bias && bias->defined()) reason = needs_aten(*bias, *bias);
+  if (reason != nullptr) {
+    count_aten(reason);
+    return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, activation);
+  }
+  if (!differentiates(input, weight, bias)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::conv2d(input, weight, bias, stride, padding, dilation, std::move(groups), activation_name);
+  }
+  if (!derivative_from_output(activation)) {
+    // The derivative needs the value before the activation, which has to be written for it: nothing to fuse.
+    const Tensor before = Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, Activation::identity);
+    return aten::activate(before, activation);
+  }
+  return Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, activation);
+}
+
+Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
+                         SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
+                         SymIntArrayRef dilation, SymInt groups) {
+  if (const char* reason = needs_aten(grad_output, weight)) {
+    count_aten(reason);
+    return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
+  }
+  if (!differentiates(grad_output, weight)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation,
+                                  std::move(groups));
+  }
+  return Conv2dGradInput::apply(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
+}
+
+Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
+                          SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
+                          SymIntArrayRef dilation, SymInt groups) {
+  if (const char* reason = needs_aten(grad_output, input)) {
+    count_aten(reason);
+    return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
+  }
+  if (!differentiates(grad_output, input)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation,
+                                   std::move(groups));
+  }
+  return Conv2dGradWeight::apply(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sepconv_ext, Autograd, m) {
+  m.impl("conv2d", conv2d);
+  m.impl("conv2d_grad_input", conv2d_grad_input);
+  m.impl("conv2d_grad_weight", conv2d_grad_weight);
+}
+
+}  // namespace sepconv

@@ -1,0 +1,179 @@
+// The CPU dispatch key: check, plan, allocate, run.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "../aten_route.h"
+#include "../checks.h"
+#include "../explain.h"
+#include "../runtime.h"
+#include "kernels.h"
+#include "plan.h"
+
+namespace sepconv::cpu {
+
+void parallel_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  at::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(context, task);
+  });
+}
+
+int num_threads() { return at::get_num_threads(); }
+
+Explanation explain(Map map, const ConvShape& shape, DType dtype) {
+  const Plan chosen = plan(map, shape, dtype, strict());
+  return {chosen.name, chosen.reason, chosen.kernel == Kernel::aten, "", 0};
+}
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+// A pointwise convolution as ATen's matrix products, on views: [N*H*W, C] for channels_last, N times [C, H*W] else.
+namespace matmul {
+
+Tensor pixels(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({-1, image.size(1)}); }
+Tensor planes(const Tensor& image) { return image.reshape({image.size(0), image.size(1), -1}); }
+Tensor matrix(const Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
+
+void forward(const ConvShape& shape, const Tensor& input, const Tensor& weight, Tensor& output) {
+  const Tensor w = matrix(weight);
+  if (input_layout(shape) == Layout::nchw) {
+    Tensor y = planes(output);
+    at::bmm_out(y, w.unsqueeze(0).expand({shape.N, -1, -1}), planes(input));
+  } else {
+    Tensor y = pixels(output);
+    at::mm_out(y, pixels(input), w.t());
+  }
+}
+
+void grad_input(const ConvShape& shape, const Tensor& grad_output, const Tensor& weight, Tensor& grad_input) {
+  const Tensor w = matrix(weight);
+  if (input_layout(shape) == Layout::nchw) {
+    Tensor gx = planes(grad_input);
+    at::bmm_out(gx, w.t().unsqueeze(0).expand({shape.N, -1, -1}), planes(grad_output));
+  } else {
+    Tensor gx = pixels(grad_input);
+    at::mm_out(gx, pixels(grad_output), w);
+  }
+}
+
+void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor& input, Tensor& grad_weight) {
+  if (input_layout(shape) == Layout::nchw) {
+    const Tensor per_image = at::bmm(planes(grad_output), planes(input).transpose(1, 2));
+    grad_weight.copy_(per_image.sum(0).view(grad_weight.sizes()));
+  } else {
+    grad_weight.copy_(at::mm(pixels(grad_output).t(), pixels(input)).view(grad_weight.sizes()));
+  }
+}
+
+// The epilogue that a matrix product does not do, in place.
+void finish(Tensor& output, const std::optional<Tensor>& bias, Activation activation) {
+  if (bias && bias->defined()) output.add_(bias->view({1, -1, 1, 1}));
+  if (activation != Activation::identity) output.copy_(aten::activate(output, activation));
+}
+
+}  // namespace matmul
+
+// What ATen returned, with the strides that the check promised.
+Tensor with_strides_of(const Tensor& promised, const Tensor& computed) {
+  return promised.strides() == computed.strides() ? computed : promised.copy_(computed);
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+              IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation_name) {
+  const Activation activation = parse_activation(activation_name);
+  if (!has_kernel_dtype(input)) {  // seen here in inference mode only, which passes autograd's own test by
+    count_aten("no kernel for this dtype");
+    return aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups,
+                        activation);
+  }
+  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
+  const DType dtype = dtype_of(input);
+  const Plan chosen = plan(Map::forward, shape, dtype, strict());
+  Tensor output = empty_output(shape, input);
+  if (chosen.kernel == Kernel::aten) {
+    count_aten(chosen.reason);
+    return with_strides_of(output, aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
+                                                aten::sym(dilation), groups, activation));
+  }
+  if (output.numel() == 0) return output;
+  count_kernel(chosen.name);
+  const Tensor dense_bias = bias && bias->defined() ? bias->contiguous() : Tensor();
+  const Epilogue epilogue{dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr, activation};
+  const void *x = input.const_data_ptr(), *w = weight.const_data_ptr();
+  void* y = output.mutable_data_ptr();
+  switch (chosen.kernel) {
+    case Kernel::planes: planes_forward(shape, dtype, x, w, epilogue, y); break;
+    case Kernel::depthwise_nhwc: depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y); break;
+    default:
+      matmul::forward(shape, input, weight, output);
+      matmul::finish(output, bias, activation);
+  }
+  return output;
+}
+
+Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_size,
+                         IntArrayRef input_stride, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                         int64_t groups) {
+  const ConvShape shape =
+      check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups});
+  const DType dtype = dtype_of(grad_output);
+  const Plan chosen = plan(Map::grad_input, shape, dtype, strict());
+  Tensor grad_input = empty_grad_input(shape, grad_output);
+  if (chosen.kernel == Kernel::aten) {
+    count_aten(chosen.reason);
+    return with_strides_of(
+        grad_input,
+        aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride), aten::sym(stride),
+                                aten::sym(padding), aten::sym(dilation), groups));
+  }
+  if (grad_input.numel() == 0) return grad_input;
+  count_kernel(chosen.name);
+  const void *gy = grad_output.const_data_ptr(), *w = weight.const_data_ptr();
+  void* gx = grad_input.mutable_data_ptr();
+  switch (chosen.kernel) {
+    case Kernel::planes: planes_grad_input(shape, dtype, gy, w, gx); break;
+    case Kernel::depthwise_nhwc: depthwise_nhwc_grad_input(shape, dtype, gy, w, gx); break;
+    default: matmul::grad_input(shape, grad_output, weight, grad_input);
+  }
+  return grad_input;
+}
+
+Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_size,
+                          IntArrayRef weight_stride, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                          int64_t groups) {
+  const ConvShape shape =
+      check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups});
+  const DType dtype = dtype_of(grad_output);
+  const Plan chosen = plan(Map::grad_weight, shape, dtype, strict());
+  Tensor grad_weight = empty_grad_weight(shape, grad_output);
+  if (grad_output.numel() == 0) return grad_weight.zero_();
+  if (chosen.kernel == Kernel::aten) {
+    count_aten(chosen.reason);
+    return with_strides_of(
+        grad_weight,
+        aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
+                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
+  }
+  count_kernel(chosen.name);
+  const void *gy = grad_output.const_data_ptr(), *x = input.const_data_ptr();
+  void* gw = grad_weight.mutable_data_ptr();
+  switch (chosen.kernel) {
+    case Kernel::planes: planes_grad_weight(shape, dtype, gy, x, gw); break;
+    case Kernel::depthwise_nhwc: depthwise_nhwc_grad_weight(shape, dtype, gy, x, gw); break;
+    default: matmul::grad_weight(shape, grad_output, input, grad_weight);
+  }
+  return grad_weight;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sepconv_ext, CPU, m) {
+  m.impl("conv2d", conv2d);
+  m.impl("conv2d_grad_input", conv2d_grad_input);
+  m.impl("conv2d_grad_weight", conv2d_grad_weight);
+}
+
+}  // namespace sepconv::cpu

@@ -1,0 +1,19 @@
+// Which CPU kernel runs a call, and why: a pure function of the call's shape. No torch, no processor queries.
+#pragma once
+
+#include "../conv_shape.h"
+
+namespace sepconv::cpu {
+
+enum class Kernel : int { planes, depthwise_nhwc, matmul, aten };
+
+struct Plan {
+  Kernel kernel;
+  const char* name;    // as counted and explained
+  const char* reason;  // a literal
+};
+
+// With `strict`, ATen is taken for nothing: every shape has a kernel here.
+Plan plan(Map, const ConvShape&, DType, bool strict);
+
+}  // namespace sepconv::cpu

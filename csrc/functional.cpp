@@ -1,0 +1,64 @@
+// F.conv2d's call, parsed by torch's own parser: the same arguments are accepted, the same TypeErrors raised, and
+// __torch_function__ is honoured, at the cost of a built-in function instead of an op looked up from Python.
+#include "functional.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/utils/wrap_outputs.h>
+#include <torch/csrc/utils/python_arg_parser.h>
+
+#include "ops.h"
+
+namespace sepconv {
+namespace {
+
+using c10::SymInt;
+
+// One value stands for both dimensions.
+std::array<SymInt, 2> pair(const char* name, const std::vector<SymInt>& values) {
+  TORCH_CHECK(values.size() == 1 || values.size() == 2, name, " must be one value or 2 (height, width), but has ",
+              values.size(), " entries");
+  return {values.front(), values.back()};
+}
+
+PyObject* module_object = nullptr;  // borrowed: the module outlives its functions
+
+PyObject* conv2d(PyObject*, PyObject* args, PyObject* kwargs) {
+  HANDLE_TH_ERRORS
+  static torch::PythonArgParser parser(
+      {"conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, SymInt[2] padding=0, "
+       "SymInt[2] dilation=1, SymInt groups=1)"});
+  torch::ParsedArgs<7> parsed;
+  auto r = parser.parse(nullptr, args, kwargs, parsed);
+  if (r.has_torch_function()) {
+    return torch::handle_torch_function(r, nullptr, args, kwargs, module_object, "sepconv_ext._C");
+  }
+  const at::Tensor input = r.tensor(0), weight = r.tensor(1);
+  const std::optional<at::Tensor> bias = r.optionalTensor(2);
+  const auto stride = pair("stride", r.symintlist(3)), padding = pair("padding", r.symintlist(4)),
+             dilation = pair("dilation", r.symintlist(5));
+  const SymInt groups = r.toSymInt(6);
+  at::Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    const bool unbatched = input.dim() == 3;
+    output = ops::conv2d(unbatched ? input.unsqueeze(0) : input, weight, bias, stride, padding, dilation, groups,
+                         "identity");
+    if (unbatched) output = output.squeeze(0);
+  }
+  return torch::autograd::utils::wrap(output);
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"conv2d", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(conv2d)), METH_VARARGS | METH_KEYWORDS,
+     "torch.nn.functional.conv2d's call, by this package's kernels."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void add_functional(pybind11::module_& module) {
+  module_object = module.ptr();
+  if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw pybind11::error_already_set();
+}
+
+}  // namespace sepconv

@@ -1,0 +1,145 @@
+// The op table: every schema, the typed calls into it, and the Python module.
+//
+//   stride, dilation   (h, w)
+//   padding            (h, w), or (top, bottom, left, right)
+//   *_size, *_stride   the size of the result, and the memory strides that it should follow
+//   activation         a name of activation.h
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include "activation.h"
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "explain.h"
+#include "functional.h"
+#include "ops.h"
+#include "runtime.h"
+
+#ifdef SEPCONV_WITH_CUDA
+#include <cuda.h>
+#endif
+
+TORCH_LIBRARY(sepconv_ext, m) {
+  m.set_python_module("sepconv_ext.ops");
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "SymInt groups, str activation) -> Tensor",
+      tags);
+  m.def(
+      "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[] input_size, SymInt[] input_stride, "
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+      tags);
+  m.def(
+      "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[] weight_size, SymInt[] weight_stride, "
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+      tags);
+}
+
+namespace sepconv {
+namespace ops {
+
+// Looked up once: afterwards a call costs the dispatcher's own work alone.
+template <typename Function>
+auto typed_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                  c10::SymInt groups, std::string_view activation) {
+  static const auto op = typed_op<decltype(conv2d)>("sepconv_ext::conv2d");
+  return op.call(input, weight, bias, stride, padding, dilation, std::move(groups), activation);
+}
+
+at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
+                             c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                             c10::SymIntArrayRef dilation, c10::SymInt groups) {
+  static const auto op = typed_op<decltype(conv2d_grad_input)>("sepconv_ext::conv2d_grad_input");
+  return op.call(grad_output, weight, input_size, input_stride, stride, padding, dilation, std::move(groups));
+}
+
+at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
+                              c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
+                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups) {
+  static const auto op = typed_op<decltype(conv2d_grad_weight)>("sepconv_ext::conv2d_grad_weight");
+  return op.call(grad_output, input, weight_size, weight_stride, stride, padding, dilation, std::move(groups));
+}
+
+}  // namespace ops
+
+namespace {
+
+namespace py = pybind11;
+
+// Facts of the build, given by setup.py as macros.
+py::dict build_info() {
+  py::dict info;
+#ifdef SEPCONV_WITH_CUDA
+  info["cuda"] = true;
+  info["cuda_version"] = std::to_string(CUDA_VERSION / 1000) + "." + std::to_string(CUDA_VERSION % 1000 / 10);
+  info["cuda_archs"] = py::str(SEPCONV_CUDA_ARCHS).attr("split")();
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = py::list();
+#endif
+  info["debug"] = SEPCONV_DEBUG != 0;
+  info["compiler"] = __VERSION__;
+  info["torch_version"] = TORCH_VERSION;
+  info["cpu_isas"] = cpu::isas_built();
+  info["cpu_isa"] = cpu::isa_name(cpu::isa());
+  return info;
+}
+
+Map parse_map(const std::string& name) {
+  if (name == "forward") return Map::forward;
+  if (name == "grad_input") return Map::grad_input;
+  if (name == "grad_weight") return Map::grad_weight;
+  TORCH_CHECK_VALUE(false, "map must be 'forward', 'grad_input' or 'grad_weight', but is '", name, "'");
+}
+
+// The plan of the call that `map` would make for these tensors; nothing is run. The output (or its gradient) is taken to
+// have the layout that the forward call gives it.
+Explanation explain(const std::string& map_name, const at::Tensor& input, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                    std::vector<int64_t> dilation, int64_t groups) {
+  const Map map = parse_map(map_name);
+  const auto aten = [](const char* reason) { return Explanation{"aten", reason, true, "", 0}; };
+  if (!has_kernel_dtype(input)) return aten("no kernel for this dtype");
+  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
+  const DType dtype = dtype_of(input);
+  if (input.is_cpu()) return cpu::explain(map, shape, dtype);
+#ifdef SEPCONV_WITH_CUDA
+  if (input.is_cuda()) return cuda::explain(map, shape, dtype, input.get_device());
+#endif
+  return aten("no kernel for this device");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  add_functional(m);
+  m.def("build_info", build_info);
+  m.def("kernel_counts", kernel_counts);
+  m.def("reset_kernel_counts", reset_kernel_counts);
+  m.def("strict", strict);
+  m.def("set_strict", set_strict);
+  m.def("activations", [] { return std::vector<std::string>(kActivationNames, kActivationNames + kActivationCount); });
+
+  py::class_<Explanation>(m, "Explanation")
+      .def_readonly("kernel", &Explanation::kernel)
+      .def_readonly("reason", &Explanation::reason)
+      .def_readonly("aten", &Explanation::aten)
+      .def_readonly("tile", &Explanation::tile)
+      .def_readonly("workspace_bytes", &Explanation::workspace_bytes)
+      .def("__repr__", [](const Explanation& e) {
+        std::string text = e.kernel + ": " + e.reason;
+        if (!e.tile.empty()) text += "; tile " + e.tile;
+        if (e.workspace_bytes > 0) text += "; workspace " + std::to_string(e.workspace_bytes) + " bytes";
+        return text;
+      });
+  m.def("explain", explain);
+}
+
+}  // namespace sepconv

@@ -1,0 +1,69 @@
+// How the ops behave under torch's own transforms: autocast, and torch.func (vmap, grad, jvp and their compositions).
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "aten_route.h"
+#include "checks.h"
+#include "ops.h"
+#include "runtime.h"
+
+namespace sepconv {
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+using c10::SymIntArrayRef;
+
+// Under autocast the convolution runs in the reduced type, as torch's conv2d does. Gradients need no rule: they are
+// computed outside autocast, on tensors that are reduced already.
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                       std::string_view activation) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const at::ScalarType type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
+  return ops::conv2d(cast(input), cast(weight), bias ? std::make_optional(cast(*bias)) : bias, stride, padding, dilation,
+                     std::move(groups), activation);
+}
+
+// torch.func traces through differentiable functions; C++ autograd functions are closed to it. The whole call is made
+// of ATen's functions instead, at the door of the outermost transform.
+Tensor conv2d_functorch(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                        std::string_view activation) {
+  count_aten("a torch.func transform");
+  return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, parse_activation(activation));
+}
+
+Tensor conv2d_grad_input_functorch(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
+                                   SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
+                                   SymIntArrayRef dilation, SymInt groups) {
+  count_aten("a torch.func transform");
+  return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
+}
+
+Tensor conv2d_grad_weight_functorch(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
+                                    SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
+                                    SymIntArrayRef dilation, SymInt groups) {
+  count_aten("a torch.func transform");
+  return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCPU, m) {
+  m.impl("conv2d", conv2d_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCUDA, m) {
+  m.impl("conv2d", conv2d_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("conv2d", conv2d_functorch);
+  m.impl("conv2d_grad_input", conv2d_grad_input_functorch);
+  m.impl("conv2d_grad_weight", conv2d_grad_weight_functorch);
+}
+
+}  // namespace sepconv

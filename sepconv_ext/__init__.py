@@ -1,0 +1,39 @@
+"""Fast grouped convolution for PyTorch: depthwise, pointwise and grouped, forward and gradients, on CPU and CUDA."""
+
+import torch  # noqa: F401  (its libraries must be loaded before _C, which links to them)
+
+from . import _C
+from .version import __version__
+
+# The ops' Python half (fake kernels, flop formulas) registers itself on import; the rest is the public face.
+from . import functional, nn, ops  # noqa: E402  isort: skip
+from .convert import convert_, revert_  # noqa: E402
+from .functional import explain  # noqa: E402
+
+__all__ = [
+    "__version__",
+    "convert_",
+    "explain",
+    "functional",
+    "has_cuda",
+    "kernel_counts",
+    "nn",
+    "ops",
+    "reset_kernel_counts",
+    "revert_",
+]
+
+
+def has_cuda() -> bool:
+    """True if this build holds the CUDA kernels (whether or not there is a GPU in the machine)."""
+    return _C.build_info()["cuda"]
+
+
+def kernel_counts() -> dict[str, int]:
+    """How often each kernel ran in this process since the last reset; ``"aten"`` counts the calls that torch made."""
+    return _C.kernel_counts()
+
+
+def reset_kernel_counts() -> None:
+    """Sets every count of :func:`kernel_counts` to zero."""
+    _C.reset_kernel_counts()

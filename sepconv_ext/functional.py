@@ -1,0 +1,156 @@
+"""The stateless face: ``torch.nn.functional.conv2d``'s call, and the depthwise and pointwise calls with an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+IntOrPair = int | Sequence[int]
+
+
+def _pair(name: str, value: IntOrPair) -> Sequence[int]:
+    """One value stands for both dimensions, as torch reads it."""
+    if not isinstance(value, Sequence):
+        return (value, value)
+    torch._check(len(value) in (1, 2), lambda: f"{name} must be one value or 2 (height, width), but is {value}")
+    return (value[0], value[-1])
+
+
+def _padding(padding: IntOrPair | str, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
+    """Padding in numbers: (h, w), or (top, bottom, left, right) for ``'same'``, whose odd pixel goes below and right."""
+    if padding == "valid":
+        return (0, 0)
+    if padding != "same":
+        torch._check(not isinstance(padding, str), lambda: f"padding must be 'same' or 'valid', but is {padding!r}")
+        return _pair("padding", padding)
+    torch._check(
+        all(s == 1 for s in stride), lambda: f"padding='same' needs a stride of 1, but stride is {tuple(stride)}"
+    )
+    rows, columns = (dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1))
+    return (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)
+
+
+def _conv2d(input, weight, bias, stride, padding, dilation, groups, activation) -> Tensor:
+    """The op itself, from F.conv2d's looser arguments. Traced by torch.compile; plain Python else."""
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = _padding(padding, weight, stride, dilation)
+    if input.dim() == 3:
+        batch = input.unsqueeze(0)
+        return _conv2d(batch, weight, bias, stride, padding, dilation, groups, activation).squeeze(0)
+    return torch.ops.sepconv_ext.conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv2d`, by this package's kernels: the same arguments, result, layout and errors.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.
+        weight: ``[K, C / groups, R, S]``.
+        bias: ``[K]`` or None.
+        stride: one value or (height, width). Default 1.
+        padding: zeros around the image, one value or (height, width), ``'same'`` or ``'valid'``. Default 0.
+        dilation: distance between the kernel's taps, one value or (height, width). Default 1.
+        groups: divides C and K; ``groups == C`` is depthwise. Default 1.
+
+    Returns:
+        ``[N, K, P, Q]`` with ``P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1`` and Q alike; in
+        channels_last where the input or the weight is.
+
+    Raises:
+        What ``torch.nn.functional.conv2d`` raises: TypeError for arguments of a wrong type, RuntimeError for sizes,
+        dtypes and devices that do not fit.
+    """
+    if isinstance(padding, str) or torch.compiler.is_compiling():
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups, "identity")
+    return _C.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    activation: str = "identity",
+) -> Tensor:
+    """One filter (or ``multiplier`` of them) a channel, with bias and activation applied before the output is stored.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``.
+        weight: ``[C * multiplier, 1, R, S]``; output channel ``c * multiplier + m`` is filter m of input channel c.
+        bias: ``[C * multiplier]`` or None.
+        stride, padding, dilation: as in :func:`conv2d`.
+        activation: ``identity``, ``relu``, ``relu6``, ``leaky_relu`` (slope 0.01), ``gelu`` (exact), ``silu``,
+            ``hardswish``, ``sigmoid`` or ``tanh``. Default ``identity``.
+
+    Returns:
+        ``[N, C * multiplier, P, Q]``.
+
+    Raises:
+        ValueError: an unknown activation. RuntimeError: as :func:`conv2d`.
+    """
+    return _conv2d(input, weight, bias, stride, padding, dilation, input.shape[-3], activation)
+
+
+def pointwise_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity"
+) -> Tensor:
+    """A 1x1 convolution: a matrix product over the channels of every pixel, with bias and activation.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``.
+        weight: ``[K, C, 1, 1]``.
+        bias: ``[K]`` or None.
+        activation: as in :func:`depthwise_conv2d`. Default ``identity``.
+
+    Returns:
+        ``[N, K, H, W]``.
+
+    Raises:
+        ValueError: an unknown activation. RuntimeError: as :func:`conv2d`, and for a kernel that is not 1x1.
+    """
+    torch._check(
+        tuple(weight.shape[2:]) == (1, 1), lambda: f"weight must be [K, C, 1, 1], but has size {list(weight.shape)}"
+    )
+    return _conv2d(input, weight, bias, 1, 0, 1, 1, activation)
+
+
+def explain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    activation: str = "identity",
+    map: str = "forward",
+) -> _C.Explanation:
+    """Which kernel a call takes and why; nothing is run.
+
+    Args:
+        input ... groups: the call, as in :func:`conv2d`.
+        activation: has no influence on the choice today. Default ``identity``.
+        map: ``forward``, ``grad_input`` or ``grad_weight``. Default ``forward``.
+
+    Returns:
+        An object with ``kernel``, ``reason``, ``aten`` (True where torch's own convolution makes the call), ``tile``
+        and ``workspace_bytes``; its text is one line.
+    """
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = _padding(padding, weight, stride, dilation)
+    image = input.unsqueeze(0) if input.dim() == 3 else input
+    return _C.explain(map, image, weight, bias, stride, padding, dilation, groups)
