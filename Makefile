@@ -1,0 +1,108 @@
+# The daily verbs. `make test` and `make bench` do all of their own set-up, from a fresh clone on; the variables below
+# can be set on the command line, for example `make test TORCH="torch==2.13.0" VENV=.venv-cpu`.
+
+# PYTHON makes the virtual environment VENV. TORCH names which torch goes into it, as pip's arguments: by default the
+# newest, with the torchvision and timm that fit it; beside a torch of your choice they are left out (their tests skip).
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+# Where `make gpu` leaves its record.
+OUT ?= benchmarks/results
+
+# Builds made here are for the GPUs of this machine (for one architecture where there are none).
+export TORCH_CUDA_ARCH_LIST ?= native
+export PYTHONPATH := $(CURDIR)
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet
+# The packages of an extra of pyproject.toml, each still in its quotes.
+extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) \
+  $(if $(TORCH),$(foreach argument,$(TORCH),"$(argument)") rich,torch $(call extra,bench))
+# One stamp for each choice of torch, so that another choice installs anew.
+INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help build test test-emulator bench train-digits lint format clean
+help:
+	@echo "make test | bench | train-digits | test-emulator | build | lint | format | clean"
+	@echo "make gpu (= gpu-build gpu-test gpu-sanitize gpu-bench): on a machine with a GPU, with its own python3"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing torch and its companions into $(VENV): some minutes the first time"
+	$(PIP) $(PACKAGES)
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
+	$(PIP) $(call extra,lint)
+	@touch $@
+
+# Always asked: ninja knows what is up to date, and the one _C of the tree may be another environment's.
+build: $(INSTALLED)
+	$(PY) setup.py --quiet build_ext --inplace
+
+test: build
+	$(PY) -m pytest $(ARGS)
+
+test-emulator: build
+	$(PY) -m pytest -m emulated $(ARGS)
+
+bench: build
+	$(PY) -m benchmarks $(ARGS)
+
+train-digits: build
+	$(PY) -m benchmarks.train_digits $(ARGS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info sepconv_ext/_C*.so .pytest_cache .ruff_cache .hypothesis .emulator-cache
+
+# On a machine with a GPU where nothing can be downloaded: the system's python3 holds torch and what the tests need.
+# Each part has its time limit, in seconds, and can be run alone.
+GPU_PYTHON ?= python3
+GPU_BUILD_LIMIT ?= 300
+GPU_TEST_LIMIT ?= 420
+GPU_SANITIZE_LIMIT ?= 240
+GPU_BENCH_LIMIT ?= 420
+SANITIZER ?= $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer) $(shell which compute-sanitizer 2>/dev/null) \
+  $(wildcard /usr/local/cuda/bin/compute-sanitizer))
+logged = set -o pipefail; mkdir -p $(OUT); timeout -k 10 $(1) $(2) 2>&1 | tee $(OUT)/$(3)
+
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
+gpu: SHELL := /bin/bash
+gpu: gpu-build
+	@failed=; for part in gpu-test gpu-sanitize gpu-bench; do $(MAKE) $$part || failed="$$failed $$part"; done; \
+	echo "make gpu: record in $(OUT); failed:$${failed:- none}"; test -z "$$failed"
+
+gpu-build:
+	SEPCONV_CUDA=1 timeout -k 10 $(GPU_BUILD_LIMIT) $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: SHELL := /bin/bash
+gpu-test:
+	$(call logged,$(GPU_TEST_LIMIT),$(GPU_PYTHON) -m pytest -m cuda -q $(ARGS),gpu-test.txt)
+
+# Without torch's cache each tensor is an allocation of its own, so that memcheck sees reads past its end.
+gpu-sanitize: SHELL := /bin/bash
+gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-sanitize:
+ifeq ($(SANITIZER),)
+	@echo "gpu-sanitize: compute-sanitizer not found (CUDA_HOME/bin, PATH, /usr/local/cuda/bin): not run"
+else
+	$(call logged,$(GPU_SANITIZE_LIMIT),$(SANITIZER) --tool memcheck --error-exitcode 1 \
+	  $(GPU_PYTHON) tests/sanitize_cases.py,gpu-memcheck.txt)
+	$(call logged,$(GPU_SANITIZE_LIMIT),$(SANITIZER) --tool racecheck --error-exitcode 1 \
+	  $(GPU_PYTHON) tests/sanitize_cases.py,gpu-racecheck.txt)
+endif
+
+gpu-bench:
+	timeout -k 10 $(GPU_BENCH_LIMIT) $(GPU_PYTHON) -m benchmarks --device cuda --out $(OUT) $(ARGS)
