@@ -19,6 +19,45 @@ struct Epilogue {
   Activation activation = Activation::identity;
 };
 
+// How a plan cuts the work; each kernel file says what it makes of it.
+struct Tile {
+  int vec = 1;          // channels that a thread moves with one load
+  int rows = 1;         // rows that a thread works down
+  int lanes = 1;        // grad_weight: channel vectors that a block works on
+  int splits = 1;       // grad_weight: partial sums
+  bool window = false;  // grad_weight: all taps in one pass
+  bool wide = false;    // 64-bit indices
+};
+
+// The kernels of depthwise_nhwc.cu, depthwise_nchw.cu and, along the height, depthwise_grad_weight.cu that keep a window in
+// registers: square kernels of these sizes, equal strides, no dilation.
+constexpr bool has_window(int64_t kernel, int64_t stride) {
+  return (kernel == 3 || kernel == 5 || kernel == 7) && (stride == 1 || stride == 2);
+}
+
+// depthwise_nhwc.cu: multiplier 1, channels dense, has_window, not float64; tile.vec is 1 or 16 bytes' worth.
+cudaError_t launch_depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
+                                          void* y, const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
+                                             const Tile&, cudaStream_t);
+
+// depthwise_nchw.cu: columns dense, has_window; any multiplier forward, multiplier 1 for grad_input.
+cudaError_t launch_depthwise_nchw_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
+                                          void* y, const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_nchw_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
+                                             const Tile&, cudaStream_t);
+
+// depthwise_direct.cu: depthwise with any multiplier, kernel, stride, dilation, strides of memory and size.
+cudaError_t launch_depthwise_direct_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
+                                            void* y, const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_direct_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
+                                               const Tile&, cudaStream_t);
+
+// depthwise_grad_weight.cu: depthwise with any multiplier, kernel and strides, images below 2^31 elements. workspace holds
+// tile.splits partial sums, laid out as launch_sum_partials (called at the end) wants them.
+cudaError_t launch_depthwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
+                                         void* workspace, const Tile&, cudaStream_t);
+
 // pointwise.cu: groups == 1, 1x1 without padding: a matrix product over pixels, in plain arithmetic of the accumulation type.
 // Requires ConvShape::is_pointwise() and N * H * W < 2^31; grad_input also stride 1. Any strides of x, w and y, any
 // alignment (16-byte loads are used where strides and pointers allow them), any number of elements.
