@@ -1,5 +1,7 @@
 // F.conv2d's call, parsed by torch's own parser: the same arguments are accepted, the same TypeErrors raised, and
 // __torch_function__ is honoured, at the cost of a built-in function instead of an op looked up from Python.
+#define FMT_HEADER_ONLY 1  // torch's headers format with fmt, which its libraries do not export
+
 #include "functional.h"
 
 #include <torch/csrc/Exceptions.h>
@@ -30,7 +32,9 @@ PyObject* conv2d(PyObject*, PyObject* args, PyObject* kwargs) {
   torch::ParsedArgs<7> parsed;
   auto r = parser.parse(nullptr, args, kwargs, parsed);
   if (r.has_torch_function()) {
-    return torch::handle_torch_function(r, nullptr, args, kwargs, module_object, "sepconv_ext._C");
+    const auto self = pybind11::handle(module_object).attr("conv2d");
+    return torch::handle_torch_function_no_python_arg_parser(r.overloaded_args, args, kwargs, "conv2d", self.ptr(),
+                                                             "sepconv_ext._C");
   }
   const at::Tensor input = r.tensor(0), weight = r.tensor(1);
   const std::optional<at::Tensor> bias = r.optionalTensor(2);
