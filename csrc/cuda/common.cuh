@@ -184,6 +184,14 @@ struct WideDiv {
 template <typename Index>
 using Divider = std::conditional_t<sizeof(Index) == 4, FastDiv, WideDiv>;
 
+// Strides as the index type that a kernel computes in.
+template <typename I>
+struct Offsets {
+  I n, c, h, w;
+  explicit Offsets(const Strides& s)
+      : n(static_cast<I>(s.n)), c(static_cast<I>(s.c)), h(static_cast<I>(s.h)), w(static_cast<I>(s.w)) {}
+};
+
 // ---- the epilogue
 
 // One activation, known at compile time, over all values of a thread.

@@ -7,30 +7,36 @@
 
 namespace sepconv::cuda {
 
-// ---- grouped.cu: a thread computes `channels` output channels of one group for `columns` pixels of one row.
-struct GroupedTile {
-  int channels, columns;
-};
-
-inline constexpr int kGroupedChannels = 4, kGroupedColumns = 4;
-
-// channels_per_group and columns are those of the tensor that is written: y in forward, x in grad_input. One image column
-// leaves nothing to share between columns; one channel a group (depthwise) nothing between channels.
-inline GroupedTile grouped_tile(int64_t channels_per_group, int64_t columns) {
-  return {channels_per_group == 1 ? 1 : kGroupedChannels, columns == 1 ? 1 : kGroupedColumns};
-}
+// ---- grouped.cu: a thread computes this many output channels of one group; one channel a group (depthwise) leaves nothing
+// to share between channels. The argument is that of the tensor that is written: y in forward, x in grad_input.
+inline constexpr int kGroupedChannels = 4;
+inline int grouped_channel_tile(int64_t channels_per_group) { return channels_per_group == 1 ? 1 : kGroupedChannels; }
 
 // Elements of the weight after packing: [groups, R, S, channels read, channels written, padded to whole tiles].
 inline int64_t grouped_packed_elements(const ConvShape& s, bool grad_input) {
   const int64_t read = grad_input ? s.outputs_per_group() : s.channels_per_group();
   const int64_t written = grad_input ? s.channels_per_group() : s.outputs_per_group();
-  const int64_t tile = grouped_tile(written, grad_input ? s.W : s.Q).channels;
+  const int64_t tile = grouped_channel_tile(written);
   return s.groups * s.R * s.S * read * ((written + tile - 1) / tile * tile);
 }
 
 // Workspace of launch_grouped_forward and launch_grouped_grad_input: the packed weight in the accumulation type.
 inline int64_t grouped_workspace_bytes(const ConvShape& s, DType dtype, bool grad_input) {
   return grouped_packed_elements(s, grad_input) * (dtype == DType::float64 ? 8 : 4);
+}
+
+// True where every index that the kernels of grouped.cu and grouped_grad_weight.cu form fits in 31 bits.
+inline bool grouped_is_narrow(const ConvShape& s) {
+  const auto reach = [](int64_t n, int64_t c, int64_t h, int64_t w, const Strides& t) {
+    return (n - 1) * t.n + (c - 1) * t.c + (h - 1) * t.h + (w - 1) * t.w;
+  };
+  // Whole tiles of channels and columns are fewer than 4 times what is in them.
+  const int64_t largest =
+      std::max({reach(s.N, s.C, s.H, s.W, s.x), reach(s.N, s.K, s.P, s.Q, s.y),
+                reach(s.K, s.channels_per_group(), s.R, s.S, s.w), 4 * s.input_elements(), 4 * s.output_elements(),
+                4 * s.weight_elements(), s.H + s.pad_h + s.P * s.stride_h + s.R * s.dilation_h,
+                s.W + s.pad_w + s.Q * s.stride_w + s.S * s.dilation_w});
+  return largest < (int64_t{1} << 31) - 4096;
 }
 
 // ---- the first stage of grad_weight: how many parts the sum over the output pixels is cut into. Enough to fill a large
@@ -43,9 +49,10 @@ inline int grad_weight_splits(int64_t blocks_a_split, int64_t pixels, int64_t le
   return static_cast<int>(std::clamp<int64_t>(pixels / least_pixels_a_split, 1, std::max<int64_t>(wanted, 1)));
 }
 
-// A thread of grouped_grad_weight sums over a tile of kTile x kTile (output, input) channels of one group and one tap.
+// A thread of grouped_grad_weight sums over a tile of tile x tile (output, input) channels of one group and one tap.
+inline constexpr int kGroupedGradWeightTile = 4;
 inline int grouped_grad_weight_tile(const ConvShape& s) {
-  return s.channels_per_group() == 1 && s.outputs_per_group() == 1 ? 1 : 4;
+  return s.channels_per_group() == 1 && s.outputs_per_group() == 1 ? 1 : kGroupedGradWeightTile;
 }
 inline int64_t grouped_grad_weight_tiles(const ConvShape& s) {
   const int64_t tile = grouped_grad_weight_tile(s);
