@@ -1,0 +1,193 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "tiling.h"
+
+namespace sepconv::cuda {
+namespace {
+
+constexpr int64_t kNarrow = int64_t{1} << 31;
+constexpr int64_t kWideGroup = 32;  // channels a group from which tensor cores are worth more than anything else
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+bool is_half(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
+
+// ---- predicates: what a kernel needs
+
+// Offsets inside one image (or one position of the padded image) fit in 31 bits.
+bool narrow_images(const ConvShape& s) {
+  const auto extent = [](int64_t c, int64_t h, int64_t w, const Strides& t) {
+    return (c - 1) * t.c + (h - 1) * t.h + (w - 1) * t.w + 1;
+  };
+  const int64_t span_h = s.H + 2 * s.pad_h + s.P * s.stride_h + s.R * s.dilation_h;
+  const int64_t span_w = s.W + 2 * s.pad_w + s.Q * s.stride_w + s.S * s.dilation_w;
+  return std::max({extent(s.C, s.H, s.W, s.x), extent(s.K, s.P, s.Q, s.y), span_h, span_w}) < kNarrow - 4096;
+}
+
+// A dimension of size 1 has no say in what is dense or aligned.
+bool dense_channels(const ConvShape& s) { return s.C > 1 && s.x.c == 1 && s.y.c == 1; }
+bool dense_columns(const ConvShape& s) { return (s.W == 1 || s.x.w == 1) && (s.Q == 1 || s.y.w == 1); }
+
+// Every pixel of both images begins at a multiple of `vec` elements, and channels come in whole vectors.
+bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t alignment) {
+  const auto multiple = [vec](int64_t size, int64_t stride) { return size <= 1 || stride % vec == 0; };
+  return s.K == s.C && dense_channels(s) && s.C % vec == 0 && alignment % (vec * element_size(dtype)) == 0 &&
+         multiple(s.N, s.x.n) && multiple(s.H, s.x.h) && multiple(s.W, s.x.w) && multiple(s.N, s.y.n) &&
+         multiple(s.P, s.y.h) && multiple(s.Q, s.y.w);
+}
+
+bool window(const ConvShape& s) {
+  return s.R == s.S && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1 && has_window(s.R, s.stride_h);
+}
+
+// ---- depthwise
+
+// The image that the map writes.
+struct Written {
+  int64_t channels, rows, columns;
+};
+Written written(Map map, const ConvShape& s) {
+  return map == Map::forward ? Written{s.K, s.P, s.Q} : Written{s.C, s.H, s.W};
+}
+
+Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
+  Plan p{Kernel::depthwise_nhwc, "cuda_depthwise_nhwc", "depthwise, channels dense, 3x3, 5x5 or 7x7, stride 1 or 2", {}, 0};
+  const int vec16 = static_cast<int>(16 / element_size(dtype));
+  p.tile.vec = whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
+  // Tall strips read the halo rows less often; four blocks a multiprocessor (each of about 1024 vectors a row) come first.
+  const Written out = written(map, s);
+  const int64_t blocks = s.N * out.rows * ceil_div(out.columns, 4) * (s.C / p.tile.vec) / 256;
+  p.tile.rows = static_cast<int>(std::clamp<int64_t>(blocks / (4 * device.multiprocessors), 1, 8));
+  return p;
+}
+
+Plan depthwise_nchw(Map map, const ConvShape& s, const Device& device) {
+  Plan p{Kernel::depthwise_nchw, "cuda_depthwise_nchw", "depthwise, columns dense, 3x3, 5x5 or 7x7, stride 1 or 2", {}, 0};
+  // A strip of rows rows reads R - 1 rows more than its own; 2048 threads a multiprocessor come first.
+  const Written out = written(map, s);
+  const int64_t threads = s.N * out.channels * out.rows * out.columns;
+  p.tile.rows = static_cast<int>(std::clamp<int64_t>(threads / (2048 * device.multiprocessors), 2, 32));
+  return p;
+}
+
+Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignment, bool narrow) {
+  Plan p{Kernel::depthwise_direct, "cuda_depthwise_direct", "depthwise of any kernel, stride, dilation, multiplier and memory layout", {}, 0};
+  const Written out = written(map, s);
+  const int vec16 = static_cast<int>(16 / element_size(dtype));
+  // Threads are counted in 31 bits too: four rows each, the last four of every phase perhaps in part.
+  p.tile.wide = !narrow || s.N * out.channels * (out.rows + 4 * s.stride_h) * out.columns >= kNarrow;
+  p.tile.vec = !p.tile.wide && whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
+  return p;
+}
+
+Plan depthwise_grad_weight(const ConvShape& s, DType dtype, int64_t alignment) {
+  constexpr int64_t kThreads = 256;
+  Plan p{Kernel::depthwise_grad_weight, "cuda_depthwise_grad_weight", "", {}, 0};
+  Tile& t = p.tile;
+  t.window = window(s) && dtype != DType::float64;
+  p.reason = t.window ? "depthwise 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass"
+                      : "depthwise of any kernel: up to eight taps of a kernel row in a pass";
+  t.vec = (!t.window || s.R < 7) && whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
+  const int64_t vectors = s.K / t.vec;
+  // Strips are as tall as 2^17 columns' worth of threads allow, and at least four rows.
+  const int64_t strips = std::clamp<int64_t>((int64_t{1} << 17) / std::max<int64_t>(s.N * s.Q * vectors, 1), 1,
+                                             std::max<int64_t>(s.P / 4, 1));
+  t.rows = static_cast<int>(ceil_div(s.P, strips));
+  const int64_t places = s.N * ceil_div(s.P, t.rows) * s.Q;
+  if (s.y.c == 1 && s.K > 1) {
+    t.lanes = static_cast<int>(ceil_div(vectors, ceil_div(vectors, 32)));
+  } else {
+    int64_t slots = 32;
+    while (slots < kThreads && slots < places) slots *= 2;
+    t.lanes = static_cast<int>(kThreads / slots);
+  }
+  const int64_t passes = t.window ? 1 : s.R * ceil_div(s.S, 8);
+  t.splits = grad_weight_splits(2 * ceil_div(vectors, t.lanes) * passes, places, kThreads / t.lanes);
+  p.workspace_bytes = t.splits * s.weight_elements() * acc_size(dtype);
+  return p;
+}
+
+// ---- the families
+
+Plan grouped(Map map, const ConvShape& s, DType dtype, const char* reason) {
+  Plan p{Kernel::grouped, "cuda_grouped", reason, {}, 0};
+  if (map == Map::grad_weight) {
+    p.tile.splits = grouped_grad_weight_splits(s);
+    p.workspace_bytes = p.tile.splits * s.weight_elements() * acc_size(dtype);
+  } else {
+    p.workspace_bytes = grouped_workspace_bytes(s, dtype, map == Map::grad_input);
+  }
+  return p;
+}
+
+Plan depthwise(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
+  const bool narrow = narrow_images(s);
+  const int64_t outputs = s.N * std::max(s.K * s.P * s.Q, s.C * s.H * s.W);  // no kernel has more threads or places
+  if (map == Map::grad_weight) {
+    if (!narrow || s.N * s.P * s.Q >= kNarrow - (1 << 20)) {
+      return grouped(map, s, dtype, "depthwise, an image of 2^31 elements or more");
+    }
+    return depthwise_grad_weight(s, dtype, alignment);
+  }
+  // The output tiles of a row are counted in fours, which adds less than the row's own length.
+  const bool tiled = narrow && window(s) && outputs < kNarrow / 2;
+  const bool multiplier = s.K != s.C;
+  if (tiled && !multiplier && dense_channels(s) && dtype != DType::float64) {
+    return depthwise_nhwc(map, s, dtype, device, alignment);
+  }
+  if (tiled && (!multiplier || map == Map::forward) && dense_columns(s)) return depthwise_nchw(map, s, device);
+  return depthwise_direct(map, s, dtype, alignment, narrow);
+}
+
+Plan pointwise(Map map, const ConvShape& s, DType dtype, const Device& device) {
+  const bool mma = is_half(dtype) && device.compute_capability >= 80;
+  Plan p{mma ? Kernel::pointwise_mma : Kernel::pointwise, mma ? "cuda_pointwise_mma" : "cuda_pointwise",
+         mma ? "1x1, one group, a half type: a matrix product on tensor cores" : "1x1, one group: a matrix product over pixels",
+         {},
+         0};
+  if (map == Map::grad_weight) {
+    p.tile.splits = pointwise_grad_weight_splits(s);
+    p.workspace_bytes = p.tile.splits * s.weight_elements() * acc_size(dtype);
+  }
+  return p;
+}
+
+constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason, {}, 0}; }
+
+bool pointwise_can_run(Map map, const ConvShape& s) {
+  return s.is_pointwise() && s.N * s.H * s.W < kNarrow &&
+         (map != Map::grad_input || (s.stride_h == 1 && s.stride_w == 1));
+}
+
+}  // namespace
+
+Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
+  if (pointwise_can_run(map, s)) return pointwise(map, s, dtype, device);
+  if (s.is_depthwise()) return depthwise(map, s, dtype, device, alignment);
+  if (!strict && s.groups == 1 && s.R * s.S > 1) {
+    return aten("a dense convolution: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
+  }
+  if (!strict && is_half(dtype) && s.channels_per_group() >= kWideGroup) {
+    return aten("a half type and 32 or more channels a group: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
+  }
+  return grouped(map, s, dtype, s.groups == 1 ? "one group" : "groups of several channels");
+}
+
+Explanation explain(const Plan& p) {
+  std::string tile;
+  const auto add = [&tile](const char* name, int value) {
+    tile += (tile.empty() ? "" : ", ") + std::string(name) + " " + std::to_string(value);
+  };
+  const Tile& t = p.tile;
+  if (t.vec != 1) add("vec", t.vec);
+  if (t.rows != 1) add("rows", t.rows);
+  if (t.lanes != 1) add("lanes", t.lanes);
+  if (t.splits != 1) add("splits", t.splits);
+  if (t.wide) tile += tile.empty() ? "64-bit indices" : ", 64-bit indices";
+  return {p.name, p.reason, p.kernel == Kernel::aten, tile, p.workspace_bytes};
+}
+
+}  // namespace sepconv::cuda

@@ -1,0 +1,46 @@
+// Which CUDA kernel runs a call, how it is cut, and why: a pure function of the call's shape and a few facts of the device.
+// No torch, no CUDA calls, no allocation: it is tested without a GPU, and costs a call well under a microsecond.
+#pragma once
+
+#include "../conv_shape.h"
+#include "../explain.h"
+#include "launch.h"
+
+namespace sepconv::cuda {
+
+enum class Kernel : int {
+  depthwise_nhwc,
+  depthwise_nchw,
+  depthwise_direct,
+  depthwise_grad_weight,
+  pointwise,
+  pointwise_mma,
+  grouped,
+  aten
+};
+
+struct Device {
+  int multiprocessors = 0;
+  int compute_capability = 0;  // 90 for 9.0
+};
+
+struct Plan {
+  Kernel kernel = Kernel::aten;
+  const char* name = "aten";  // as counted and explained; a literal
+  const char* reason = "";    // a literal
+  Tile tile;
+  int64_t workspace_bytes = 0;  // 16-byte aligned scratch memory that the launch needs
+};
+
+// `alignment`: bytes, a power of two that divides the address of every tensor of the call (16 is as good as more).
+// With `strict`, ATen is taken only for what no kernel here can run.
+Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict);
+
+Explanation explain(const Plan&);
+
+// run.cpp: launches what the plan says. The operands are (x, w), (grad_y, w) or (grad_y, x) for the three maps; the epilogue
+// counts for the forward map only. Kernel::aten is not launched here: cudaErrorNotSupported.
+cudaError_t run(const Plan&, Map, const ConvShape&, DType, const void* first, const void* second, const Epilogue&, void* out,
+                void* workspace, cudaStream_t);
+
+}  // namespace sepconv::cuda
