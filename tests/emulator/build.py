@@ -1,0 +1,230 @@
+"""Compiles the CUDA kernels for the emulator, and runs them.
+
+    python tests/emulator/build.py                                   compile everything, print the runners' paths
+    python tests/emulator/build.py run [--race] door=... dtype=... N=...   compile what is stale, then run one case
+
+Two builds of the same sources: `asan` (AddressSanitizer, UndefinedBehaviorSanitizer, uninitialised registers filled with a
+pattern) and `race` (every memory access calls the race detector). Objects are kept in .emulator-cache/ under the hash
+of everything that went into them, so nothing is compiled twice and nothing stale is ever run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+CACHE = Path(os.environ.get("SEPCONV_EMULATOR_CACHE", ROOT / ".emulator-cache"))
+JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+
+RUNTIME = ("fiber", "machine", "shared_memory", "synchronise", "race", "async_copy", "matrix", "tensor", "reference")
+COMMON = ("-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas")
+# Instrumentation is for the kernels; the emulator's own code only needs to know which build it is part of.
+BUILDS = {
+    "asan": {
+        "define": "-DEMULATOR_ASAN",
+        "kernel": (
+            "-fsanitize=address,undefined",
+            "-fno-sanitize=vptr,null,object-size",
+            "-fno-sanitize-recover=undefined",
+            "-ftrivial-auto-var-init=pattern",
+        ),
+        "link": ("-fsanitize=address,undefined",),
+    },
+    "race": {
+        "define": "-DEMULATOR_RACE",
+        "kernel": ("-fsanitize=thread", "-fno-threadsafe-statics"),
+        "link": (),
+    },
+}
+
+
+class CompileError(RuntimeError):
+    """The compiler's own words."""
+
+
+@functools.cache
+def cuda_include() -> Path | None:
+    """The directory with cuda_fp16.h: of a toolkit, or of the nvidia packages that a CUDA build of torch brings."""
+    candidates = [Path(os.environ[v]) / "include" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    candidates.append(Path("/usr/local/cuda/include"))
+    if nvcc := shutil.which("nvcc"):
+        candidates.append(Path(nvcc).resolve().parent.parent / "include")
+    for folder in map(Path, sys.path):
+        candidates += sorted(folder.glob("nvidia/cu*/include")) + [folder / "nvidia/cuda_runtime/include"]
+    for path in candidates:
+        if (path / "cuda_fp16.h").is_file() and (path / "crt" / "host_defines.h").is_file():
+            return path
+    return None
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None where the emulator can be built here, else what is missing."""
+    if cuda_include() is None:
+        return "no CUDA headers (cuda_fp16.h) found: set CUDA_HOME, or install a CUDA build of torch"
+    gxx = compiler()
+    if shutil.which(gxx) is None:
+        return f"no C++ compiler ({gxx})"
+    probe = "#include <sanitizer/asan_interface.h>\n#include <version>\n#ifndef __cpp_lib_bit_cast\n#error\n#endif\nint main() {}\n"
+    command = [gxx, "-x", "c++", "-std=c++20", "-fsanitize=address,undefined", "-ftrivial-auto-var-init=pattern"]
+    done = subprocess.run([*command, "-", "-o", os.devnull], input=probe, text=True, capture_output=True)
+    return None if done.returncode == 0 else f"{gxx} cannot build C++20 with AddressSanitizer (g++ 12 can)"
+
+
+def compiler() -> str:
+    return os.environ.get("EMULATOR_CXX", "g++")
+
+
+@functools.cache
+def compiler_version() -> str:
+    return subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+
+
+def doors() -> list[str]:
+    """Every launch_* function that csrc/cuda/launch.h declares."""
+    text = re.sub(r"//[^\n]*", "", (KERNELS / "launch.h").read_text())
+    declared = re.findall(r"\bcudaError_t\s+(launch_\w+)\s*\(", text)
+    if os.environ.get("EMULATOR_PARTIAL") or os.environ.get("EMULATOR_ONLY"):  # while a kernel is being written: only the doors that are defined already
+        code = "".join(path.read_text() for path in kernel_sources())
+        return [name for name in declared if re.search(rf"\bcudaError_t {name}\(", code)]
+    return declared
+
+
+def kernel_sources() -> list[Path]:
+    """Every .cu file; EMULATOR_ONLY=grouped,sum_partials narrows the list while working on a kernel."""
+    only = os.environ.get("EMULATOR_ONLY")
+    return sorted(p for p in KERNELS.glob("*.cu") if not only or p.stem in only.split(","))
+
+
+def _closure(source: Path, text: str, folders: Sequence[Path]) -> dict[Path, bytes]:
+    """The quoted includes of a source, and theirs, with their contents."""
+    found: dict[Path, bytes] = {}
+
+    def visit(folder: Path, content: str) -> None:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', content, re.MULTILINE):
+            for base in (folder, *folders):
+                path = (base / name).resolve()
+                if path.is_file():
+                    if path not in found:
+                        found[path] = path.read_bytes()
+                        visit(path.parent, found[path].decode())
+                    break
+
+    visit(source.parent, text)
+    return found
+
+
+def compile_object(source: Path, build: str, text: str | None = None, extra: Sequence[str] = ()) -> Path:
+    """The object file of one source; `text` replaces what stands in it (for planted faults)."""
+    content = source.read_text() if text is None else text
+    kernel = source.suffix == ".cu"
+    generated = CACHE / "generated"
+    flags = [*COMMON, BUILDS[build]["define"], *extra]
+    if kernel:
+        flags += [*BUILDS[build]["kernel"], "-include", str(HERE / "emulator.h")]
+    folders = (HERE, KERNELS, generated)
+    digest = hashlib.sha256()
+    for part in (compiler_version(), *flags, source.name, str(cuda_include()), content):
+        digest.update(part.encode() + b"\0")
+    closure = _closure(source, content + ('\n#include "emulator.h"' if kernel else ""), folders)
+    for path in sorted(closure):
+        digest.update(closure[path] + b"\0")
+    target = CACHE / build / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}.part")
+    command = [compiler(), "-x", "c++", *flags, *(f"-I{f}" for f in folders), f"-I{cuda_include()}"]
+    if text is None:
+        command += ["-c", str(source), "-o", str(part)]
+        done = subprocess.run(command, text=True, capture_output=True)
+    else:  # from standard input, under the source's own name and folder
+        command += [f"-I{source.parent}", "-c", "-", "-o", str(part)]
+        done = subprocess.run(command, input=f'#line 1 "{source}"\n{text}', text=True, capture_output=True)
+    if done.returncode:
+        raise CompileError(f"{source.name} ({build}):\n{done.stderr}")
+    part.replace(target)
+    return target
+
+
+def _write_doors() -> None:
+    path = CACHE / "generated" / "doors.inc"
+    text = "".join(f"DOOR({name})\n" for name in doors())
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(text)
+        part.replace(path)
+
+
+def sources() -> list[Path]:
+    """All that a runner is linked from."""
+    plain = [KERNELS / "plan.cpp"] if (KERNELS / "plan.cpp").exists() else []
+    return [*kernel_sources(), *plain, *(HERE / f"{name}.cpp" for name in (*RUNTIME, "runner"))]
+
+
+def link(objects: Iterable[Path], build: str) -> Path:
+    objects = sorted(objects)
+    digest = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:20]
+    target = CACHE / build / f"runner-{digest}"
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}.part")
+        command = [compiler(), *BUILDS[build]["link"], *map(str, objects), "-o", str(part)]
+        done = subprocess.run(command, text=True, capture_output=True)
+        if done.returncode:
+            raise CompileError(f"link ({build}):\n{done.stderr}")
+        part.replace(target)
+    return target
+
+
+def runners(builds: Sequence[str] = tuple(BUILDS)) -> dict[str, Path]:
+    """Builds what is missing, on MAX_JOBS cores; returns the path of each build's runner."""
+    _write_doors()
+    todo = sorted(((s, b) for b in builds for s in sources()), key=lambda t: (t[0].suffix == ".cu", -t[0].stat().st_size))
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(lambda t: compile_object(*t), todo))
+    return {b: link([o for o, (_, of) in zip(objects, todo) if of == b], b) for b in builds}
+
+
+def run(runner: Path, arguments: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """One case in a process of its own, standard error merged into the output."""
+    environment = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_segv=1:exitcode=99:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=0",
+    }
+    return subprocess.run(
+        [str(runner), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=environment,
+    )  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    if reason := why_not():
+        print(reason)
+        return 2
+    if not arguments:
+        for build, path in runners().items():
+            print(build, path)
+        return 0
+    if arguments[0] != "run":
+        print(__doc__)
+        return 2
+    build = "race" if "--race" in arguments else "asan"
+    done = run(runners([build])[build], [a for a in arguments[1:] if a != "--race"])
+    print(done.stdout, end="")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

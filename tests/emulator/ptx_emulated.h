@@ -1,0 +1,38 @@
+// What csrc/cuda/ptx.cuh becomes on a CPU: every wrapper of inline PTX, by the same name, with an emulated body.
+#pragma once
+
+#include <cstdint>
+
+#include "async_copy.h"
+#include "matrix.h"
+
+namespace sepconv::cuda {
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATOR_HERE) {
+  emulator::multiply_m16n8k16<T>(d, a, b, EMULATOR_LOCATION);
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, EMULATOR_HERE) {
+  emulator::load_matrices(r, 4, false, row, EMULATOR_LOCATION);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, EMULATOR_HERE) {
+  emulator::load_matrices(r, 4, true, row, EMULATOR_LOCATION);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, EMULATOR_HERE) {
+  emulator::load_matrices(r, 2, false, row, EMULATOR_LOCATION);
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, EMULATOR_HERE) {
+  emulator::load_matrices(r, 2, true, row, EMULATOR_LOCATION);
+}
+
+inline void cp_async16(void* shared, const void* global, bool valid) {
+  emulator::copy_async(shared, valid ? global : nullptr, 16);
+}
+inline void cp_async_commit() { emulator::commit_copies(); }
+template <int kGroupsLeft>
+void cp_async_wait() {
+  emulator::wait_copies(kGroupsLeft);
+}
+
+}  // namespace sepconv::cuda

@@ -1,0 +1,33 @@
+// The race detector, live in the race build only (-DEMULATOR_RACE): g++ -fsanitize=thread makes every load and store of a
+// kernel call a hook, and the hooks are ours. For every byte of shared memory, and of every global buffer that the
+// kernel may write, the last writer and the last readers are kept with the number of barriers that they had passed. Two
+// accesses of one byte by different threads, one of them a write, need a barrier between them: a __syncthreads, or a
+// __syncwarp if both are of one warp. Between blocks nothing orders them at all.
+// Reads of shared memory that nobody has written, and touching the bytes of an unfinished cp.async, are reported too.
+#pragma once
+
+#include <cstddef>
+
+namespace emulator::race {
+
+#if defined(EMULATOR_RACE)
+void begin_launch();
+void begin_block();
+// Watches a global buffer (an output or a workspace) from now on; forget() drops all of them.
+void watch(const void* begin, size_t bytes);
+void forget();
+// For emulated instructions that touch memory on behalf of a thread other than the running one.
+void access(int thread, const void* p, size_t bytes, bool write);
+void copy_begins(const void* p, size_t bytes);
+void copy_ends(const void* p, size_t bytes);
+#else
+inline void begin_launch() {}
+inline void begin_block() {}
+inline void watch(const void*, size_t) {}
+inline void forget() {}
+inline void access(int, const void*, size_t, bool) {}
+inline void copy_begins(const void*, size_t) {}
+inline void copy_ends(const void*, size_t) {}
+#endif
+
+}  // namespace emulator::race

@@ -1,0 +1,59 @@
+#include "reference.h"
+
+#include <cmath>
+
+namespace emulator {
+
+std::vector<Expected> reference(Map map, const sepconv::ConvShape& s, const Buffer& a, const Buffer& b,
+                                const Buffer* bias, sepconv::Activation activation) {
+  const int64_t Cg = s.channels_per_group(), Kg = s.outputs_per_group();
+  std::vector<Expected> result(map == Map::forward      ? s.output_elements()
+                               : map == Map::grad_input ? s.input_elements()
+                                                        : s.weight_elements());
+  // Every term of the bilinear map once: x[n, c, h, w] * weight[k, j, r, t] belongs to y[n, k, p, q].
+  for (int64_t n = 0; n < s.N; ++n)
+    for (int64_t k = 0; k < s.K; ++k)
+      for (int64_t p = 0; p < s.P; ++p)
+        for (int64_t q = 0; q < s.Q; ++q)
+          for (int64_t j = 0; j < Cg; ++j)
+            for (int64_t r = 0; r < s.R; ++r)
+              for (int64_t t = 0; t < s.S; ++t) {
+                const int64_t c = k / Kg * Cg + j;
+                const int64_t h = p * s.stride_h + r * s.dilation_h - s.pad_h;
+                const int64_t w = q * s.stride_w + t * s.dilation_w - s.pad_w;
+                if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
+                double product = 0;
+                int64_t index = 0;
+                switch (map) {
+                  case Map::forward:
+                    product = a.at(n, c, h, w) * b.at(k, j, r, t);
+                    index = ((n * s.K + k) * s.P + p) * s.Q + q;
+                    break;
+                  case Map::grad_input:
+                    product = a.at(n, k, p, q) * b.at(k, j, r, t);
+                    index = ((n * s.C + c) * s.H + h) * s.W + w;
+                    break;
+                  case Map::grad_weight:
+                    product = a.at(n, k, p, q) * b.at(n, c, h, w);
+                    index = ((k * Cg + j) * s.R + r) * s.S + t;
+                    break;
+                }
+                result[index].value += product;
+                result[index].magnitude += std::fabs(product);
+                ++result[index].terms;
+              }
+  if (map != Map::forward) return result;
+  for (size_t i = 0; i < result.size(); ++i) {
+    Expected& e = result[i];
+    if (bias) {
+      const double value = bias->at(0, i / (s.P * s.Q) % s.K, 0, 0);
+      e.value += value;
+      e.magnitude += std::fabs(value);
+      ++e.terms;
+    }
+    e.value = activate(activation, e.value);
+  }
+  return result;
+}
+
+}  // namespace emulator

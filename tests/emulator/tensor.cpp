@@ -1,0 +1,123 @@
+#include "tensor.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#if defined(EMULATOR_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace emulator {
+
+using sepconv::DType;
+using sepconv::Strides;
+
+Strides make_strides(const Sizes& s, const std::string& layout) {
+  if (layout == "contiguous") return {s.c * s.h * s.w, s.h * s.w, s.w, 1};
+  if (layout == "channels_last") return {s.h * s.w * s.c, 1, s.w * s.c, s.c};
+  if (layout == "strided") {
+    const int64_t w = 2 * s.w, h = s.h + 1, c = s.c + 1;
+    return {c * h * w, h * w, w, 2};
+  }
+  throw std::invalid_argument("unknown layout " + layout);
+}
+
+size_t dtype_bytes(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
+
+double unit_roundoff(DType d) {
+  switch (d) {
+    case DType::float64: return std::ldexp(1.0, -53);
+    case DType::float32: return std::ldexp(1.0, -24);
+    case DType::float16: return std::ldexp(1.0, -11);
+    case DType::bfloat16: return std::ldexp(1.0, -8);
+  }
+  return 0;
+}
+
+double read_element(const void* p, DType d, int64_t i) {
+  switch (d) {
+    case DType::float64: return static_cast<const double*>(p)[i];
+    case DType::float32: return static_cast<const float*>(p)[i];
+    case DType::float16: return __half2float(static_cast<const __half*>(p)[i]);
+    case DType::bfloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+  }
+  return 0;
+}
+
+void write_element(void* p, DType d, int64_t i, double v) {
+  switch (d) {
+    case DType::float64: static_cast<double*>(p)[i] = v; return;
+    case DType::float32: static_cast<float*>(p)[i] = static_cast<float>(v); return;
+    case DType::float16: static_cast<__half*>(p)[i] = __double2half(v); return;
+    case DType::bfloat16: static_cast<__nv_bfloat16*>(p)[i] = __double2bfloat16(v); return;
+  }
+}
+
+Buffer::Buffer(const Sizes& sizes, const Strides& strides, DType dtype, int64_t offset)
+    : sizes_(sizes), strides_(strides), dtype_(dtype) {
+  int64_t span = 0;
+  if (sizes.count()) {
+    span = 1 + (sizes.n - 1) * strides.n + (sizes.c - 1) * strides.c + (sizes.h - 1) * strides.h +
+           (sizes.w - 1) * strides.w;
+  }
+  allocate(span * dtype_bytes(dtype), offset * dtype_bytes(dtype));
+}
+
+Buffer::Buffer(size_t bytes) { allocate(bytes, 0); }
+
+void Buffer::allocate(size_t bytes, size_t front) {
+  constexpr size_t kAlignment = 256;  // of a CUDA allocation
+  bytes_ = bytes;
+  front_ = front;
+  void* p = nullptr;
+  if (posix_memalign(&p, kAlignment, bytes + front + !(bytes + front)) != 0) throw std::bad_alloc();
+  allocation_ = static_cast<unsigned char*>(p);
+  data_ = allocation_ + front;
+#if defined(EMULATOR_ASAN)
+  __asan_poison_memory_region(allocation_, front);
+#endif
+  fill_nan();
+}
+
+Buffer::~Buffer() {
+#if defined(EMULATOR_ASAN)
+  __asan_unpoison_memory_region(allocation_, front_);
+#endif
+  free(allocation_);
+}
+
+double Buffer::at(int64_t n, int64_t c, int64_t h, int64_t w) const {
+  return read_element(data_, dtype_, n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w);
+}
+
+void Buffer::fill_nan() { memset(data_, 0xFF, bytes_); }
+
+void Buffer::fill_random(uint64_t seed) {
+  std::mt19937_64 engine(seed);
+  std::uniform_real_distribution<double> uniform(-1, 1);
+  for (int64_t n = 0; n < sizes_.n; ++n)
+    for (int64_t c = 0; c < sizes_.c; ++c)
+      for (int64_t h = 0; h < sizes_.h; ++h)
+        for (int64_t w = 0; w < sizes_.w; ++w)
+          write_element(data_, dtype_, n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w, uniform(engine));
+}
+
+int64_t Buffer::gap_bytes_written() const {
+  const size_t size = dtype_bytes(dtype_);
+  std::vector<bool> element(bytes_ / size);
+  for (int64_t n = 0; n < sizes_.n; ++n)
+    for (int64_t c = 0; c < sizes_.c; ++c)
+      for (int64_t h = 0; h < sizes_.h; ++h)
+        for (int64_t w = 0; w < sizes_.w; ++w)
+          element[n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w] = true;
+  int64_t written = 0;
+  for (size_t i = 0; i < bytes_; ++i) written += !element[i / size] && data_[i] != 0xFF;
+  return written;
+}
+
+}  // namespace emulator
