@@ -1,0 +1,73 @@
+"""A small case list for compute-sanitizer: every family, layout, dtype and map, by our kernels alone.
+
+    compute-sanitizer --tool memcheck python3 tests/sanitize_cases.py     (`make gpu-sanitize`)
+
+Shapes are small and odd, so that every kernel meets its edges. Results are compared with the CPU's, so that
+a run that computes nothing cannot pass; SEPCONV_STRICT keeps torch's own kernels out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+os.environ["SEPCONV_STRICT"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import sepconv_ext
+from sepconv_ext.functional import conv2d, depthwise_conv2d, pointwise_conv2d
+
+# input, weight, keywords
+CASES = [
+    ((2, 5, 9, 11), (5, 1, 3, 3), {"padding": 1, "groups": 5}),  # depthwise, channels no vector divides
+    ((2, 16, 13, 9), (16, 1, 5, 5), {"stride": 2, "padding": 2, "groups": 16}),
+    ((1, 8, 17, 15), (8, 1, 7, 7), {"padding": 3, "groups": 8}),
+    ((2, 8, 10, 12), (16, 1, 3, 5), {"padding": (1, 4), "dilation": (1, 2), "groups": 8}),  # multiplier 2
+    ((3, 24, 7, 5), (40, 24, 1, 1), {}),  # pointwise
+    ((2, 33, 5, 5), (17, 33, 1, 1), {"stride": 2}),
+    ((2, 12, 9, 8), (18, 4, 3, 3), {"padding": 1, "groups": 3}),  # grouped
+    ((1, 64, 7, 7), (64, 32, 3, 3), {"stride": 2, "padding": 1, "groups": 2}),
+]
+DTYPES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def run(device: str, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, keywords: dict) -> list[torch.Tensor]:
+    """Output, grad_input, grad_weight, grad_bias on the device, brought to the CPU in float64."""
+    x, w, b = (t.detach().to(device).requires_grad_() for t in (x, w, b))
+    y = conv2d(x, w, b, **keywords)
+    y.backward(y.detach())
+    return [t.detach().cpu().double() for t in (y, x.grad, w.grad, b.grad)]
+
+
+def main() -> int:
+    if not (sepconv_ext.has_cuda() and torch.cuda.is_available()):
+        print("sanitize_cases: this needs a GPU and a build with CUDA kernels", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    checked = 0
+    for case, (dtype, tolerance), layout in itertools.product(CASES, DTYPES.items(), LAYOUTS):
+        x_size, w_size, keywords = case
+        x = torch.randn(x_size).to(dtype).contiguous(memory_format=layout)
+        w = torch.randn(w_size).to(dtype).contiguous(memory_format=layout)
+        b = torch.randn(w_size[0]).to(dtype)
+        expected = run("cpu", x.double(), w.double(), b.double(), keywords)
+        for got, want in zip(run("cuda", x, w, b, keywords), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+        checked += 1
+    for activation in ("relu", "gelu", "silu"):
+        x = torch.randn(2, 16, 9, 9, device="cuda")
+        depthwise_conv2d(x, torch.randn(16, 1, 3, 3, device="cuda"), padding=1, activation=activation)
+        pointwise_conv2d(x, torch.randn(8, 16, 1, 1, device="cuda"), activation=activation)
+        checked += 2
+    torch.cuda.synchronize()
+    print(f"{checked} passed, 0 failed; kernels: {sepconv_ext.kernel_counts()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

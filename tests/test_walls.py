@@ -1,0 +1,210 @@
+"""The walls of the architecture: rules about which file may hold what, read off the sources.
+
+Comments and string literals are blanked first (line numbers stay): to talk about a rule does not break it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CPP = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
+CUDA = [path for path in CPP if path.parent.name == "cuda"]
+CPU = [path for path in CPP if path.parent.name == "cpu"]
+KERNELS = [path for path in CUDA if path.suffix in {".cu", ".cuh"}]
+PYTHON = sorted((ROOT / "sepconv_ext").glob("*.py"))
+
+_NOT_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
+
+
+def code_of(path: Path, keep_strings: bool = False) -> str:
+    def blank(match: re.Match) -> str:
+        if keep_strings and match[0].startswith('"'):
+            return match[0]
+        return re.sub(r"[^\n]", " ", match[0])
+
+    return _NOT_CODE.sub(blank, path.read_text())
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def found(pattern: str, paths: list[Path], allowed: dict[str, str] | None = None, **options) -> list[str]:
+    """Every match as "file:line: text", but for the files in `allowed` (each with the reason why)."""
+    hits = []
+    for path in paths:
+        if name_of(path) in (allowed or {}):
+            continue
+        code = code_of(path, **options)
+        for match in re.finditer(pattern, code):
+            line = code.count("\n", 0, match.start()) + 1
+            hits.append(f"{name_of(path)}:{line}: {path.read_text().splitlines()[line - 1].strip()}")
+    return hits
+
+
+def test_the_sources_are_seen():
+    assert CUDA and CPU and KERNELS and PYTHON
+
+
+# --- what a room may see ---
+
+
+def test_kernels_see_no_torch():
+    bindings = {f"csrc/{name}/bindings.cpp": f"the {name} dispatch key" for name in ("cpu", "cuda")}
+    torch_headers = r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)(?!/Parallel\.h)\b"
+    assert not found(torch_headers, CUDA + CPU, bindings, keep_strings=True)
+    assert not found(r"#\s*include\s*[<\"]ATen/Parallel\.h", CUDA, bindings, keep_strings=True)
+    assert not found(r"\b(at|c10|torch)::", CUDA + CPU, bindings)
+
+
+def test_inline_ptx_has_one_home():
+    assert not found(r"\b(asm|__asm__)\b", CPP, {"csrc/cuda/ptx.cuh": "its home"})
+
+
+def test_kernels_start_through_launch():
+    assert not found(r"<<<", CPP)
+    launch = {"csrc/cuda/common.cuh": "launch() itself"}
+    assert not found(r"\bcuda(LaunchKernel\w*|FuncSetAttribute)\b", CPP, launch)
+
+
+def test_shared_memory_is_taken_through_the_macros():
+    assert not found(r"\b__shared__\b", CPP, {"csrc/cuda/common.cuh": "the macros themselves"})
+
+
+def test_no_foreign_device_libraries():
+    assert not found(r"#\s*include\s*<(cub|cooperative_groups|cuda|thrust|cute|cutlass)[/.]", CUDA)
+    assert not found(r"\b(cub|cooperative_groups|thrust)::", CUDA)
+    assert not found(r"(?<![\w:])cuda::(std|ptx|atomic|barrier|pipeline)", CUDA)
+
+
+def test_arithmetic_does_not_ask_for_the_architecture():
+    assert not found(r"\b__CUDA_ARCH\w*", CPP, {"csrc/cuda/ptx.cuh": "instructions that some GPUs lack"})
+
+
+# --- what keeps kernels deterministic, and runnable under the emulator ---
+
+
+def test_warp_intrinsics_name_their_mask():
+    old = r"\b__(shfl|shfl_up|shfl_down|shfl_xor|ballot|any|all|activemask)\s*\("
+    assert not found(old, KERNELS)
+    mask = r"(0x[0-9a-fA-F]+u?|\w*[mM]ask\w*|kFullWarp|kAllLanes)"
+    assert not found(r"\b__\w+_sync\s*\((?!\s*" + mask + r"\s*[,)])", KERNELS)
+
+
+def test_no_block_waits_for_another_and_no_atomics():
+    assert not found(r"\b(atomic\w+|__nanosleep|__threadfence\w*|volatile|red_\w+)\b", KERNELS)
+
+
+def test_block_sizes_are_multiples_of_a_warp():
+    hits = []
+    for path in KERNELS:
+        constants = re.findall(r"\bconstexpr\s+\w+\s+(k\w*Threads)\s*=\s*(\d+)\s*[;,]", code_of(path))
+        bounds = re.findall(r"(__launch_bounds__)\s*\(\s*(\d+)", code_of(path))
+        hits += [f"{name_of(path)}: {name} = {n}" for name, n in constants + bounds if int(n) % 32]
+    assert not hits
+
+
+def bodies(code: str) -> Iterator[tuple[str, str, bool]]:
+    """(name, body, is a kernel) of each __global__ or __device__ function of a source without comments."""
+    arguments = r"\((?:[^(){};]|\([^(){};]*\))*\)"
+    pattern = r"\b(__global__|__device__)\b[^;{}]*?\b(\w+)\s*" + arguments + r"\s*(?:const\s*)?\{"
+    for match in re.finditer(pattern, code):
+        yield match[2], block_at(code, match.end() - 1), match[1] == "__global__"
+
+
+def block_at(code: str, start: int) -> str:
+    """The text from the brace at `start` to the one that closes it."""
+    depth = 0
+    for i in range(start, len(code)):
+        depth += {"{": 1, "}": -1}.get(code[i], 0)
+        if depth == 0:
+            return code[start : i + 1]
+    raise AssertionError("braces do not balance")
+
+
+def without_lambdas(body: str) -> str:
+    """A lambda's `return` leaves the lambda only."""
+    start = re.compile(r"\[[&=\w,\s]*\]\s*(?:\([^()]*\)\s*)?(?:mutable\s*)?(?:->\s*[\w:<>]+\s*)?\{")
+    while match := start.search(body):
+        block = block_at(body, match.end() - 1)
+        body = body[: match.start()] + " lambda " + body[match.end() - 1 + len(block) :]
+    return body
+
+
+BARRIER = r"__syncthreads|__syncwarp|__\w+_sync|\w*barrier\w*wait\w*|\w*cluster_sync\w*"
+
+
+def returns_before_a_barrier(code: str, shared_code: str = "") -> list[str]:
+    functions = list(bodies(shared_code)) + list(bodies(code))
+    waiting: set[str] = set()  # functions that reach a barrier themselves or through another
+    while True:
+        call = r"\b(?:" + "|".join([BARRIER, *map(re.escape, sorted(waiting))]) + r")\s*(?:<[^;{}]*?>)?\s*\("
+        more = {name for name, body, _ in functions if re.search(call, body)} - waiting
+        if not more:
+            break
+        waiting |= more
+    early = []
+    for name, body, is_kernel in bodies(code):
+        body = without_lambdas(body)
+        barriers = [match.start() for match in re.finditer(call, body)]
+        first_return = re.search(r"\breturn\s*;", body)
+        if is_kernel and barriers and first_return and first_return.start() < barriers[-1]:
+            early.append(name)
+    return early
+
+
+@pytest.mark.parametrize("path", [path for path in KERNELS if path.suffix == ".cu"], ids=name_of)
+def test_no_return_before_a_barrier(path):
+    assert not returns_before_a_barrier(code_of(path), code_of(ROOT / "csrc" / "cuda" / "common.cuh"))
+
+
+def test_the_barrier_check_can_fail():
+    helper = "template <class T> __device__ T total(T v) { __syncthreads(); return v; }\n"
+    early = "__global__ void __launch_bounds__(128) k(int n) { if (threadIdx.x >= n) return; total<int>(n); }"
+    late = "__global__ void k(int n) { total(n); auto f = [&] { if (x) return; }; if (n) return; f(); }"
+    assert returns_before_a_barrier(helper + early) == ["k"]
+    assert returns_before_a_barrier(helper + late) == []
+    inside = "__global__ void k(int n) { auto f = [&](int i) { if (i) return; }; __syncthreads(); f(n); }"
+    assert returns_before_a_barrier(inside) == []
+
+
+# --- who decides, and who checks ---
+
+
+def test_devices_are_chosen_by_dispatch():
+    explain = {"csrc/library.cpp": "explain() tells which plan a device has; it runs nothing"}
+    assert not found(r"\bis_(cuda|cpu)\s*\(", CPP, explain)
+    assert not found(r"\.is_(cuda|cpu)\b|\.device\.type\s*==", PYTHON)
+
+
+def test_arguments_are_validated_in_one_place():
+    allowed = {
+        "csrc/checks.cpp": "the place",
+        "csrc/checks.h": "its helpers",
+        "csrc/runtime.cpp": "SEPCONV_STRICT's own error",
+        "csrc/library.cpp": "explain()'s word for a map, which no op takes",
+        "csrc/functional.cpp": "one value or a pair, which an op's list no longer tells",
+    }
+    assert not found(r"\bTORCH_CHECK\w*\s*\(", CPP, allowed)
+
+
+def test_ops_and_functional_raise_nothing_themselves():
+    thin = [ROOT / "sepconv_ext" / name for name in ("ops.py", "functional.py")]
+    assert not found(r"(?m)^\s*raise\b", thin)
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize("path", [path for path in CPU + CUDA if path.suffix in {".cpp", ".cu"}], ids=name_of)
+def test_kernel_files_stay_readable(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) < 400
+    header = path.with_suffix(".h")
+    first = lines[0] if not header.exists() else header.read_text()
+    assert first.startswith("//"), "a file, or its header, begins with what it does"
