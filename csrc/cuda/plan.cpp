@@ -158,7 +158,9 @@ Plan pointwise(Map map, const ConvShape& s, DType dtype, const Device& device) {
 constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason, {}, 0}; }
 
 bool pointwise_can_run(Map map, const ConvShape& s) {
-  return s.is_pointwise() && s.N * s.H * s.W < kNarrow &&
+  // Padding at the bottom and the right alone does not show in pad_h and pad_w: every pixel read must exist.
+  const bool inside = (s.P - 1) * s.stride_h < s.H && (s.Q - 1) * s.stride_w < s.W;
+  return s.is_pointwise() && inside && s.N * s.H * s.W < kNarrow &&
          (map != Map::grad_input || (s.stride_h == 1 && s.stride_w == 1));
 }
 

@@ -1,0 +1,147 @@
+// The CUDA dispatch key: guard the device, check, plan, allocate, launch on the current stream, check the launch.
+//
+// Nothing here synchronises, copies between host and device, or keeps memory between calls, so CUDA graphs capture every
+// call; scratch memory comes from the caching allocator and goes back to it when the call returns, in stream order.
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#include <torch/library.h>
+
+#include "../aten_route.h"
+#include "../checks.h"
+#include "../explain.h"
+#include "../runtime.h"
+#include "plan.h"
+
+namespace sepconv::cuda {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+constexpr int64_t kBestAlignment = 16;  // bytes that one load can move
+
+// The driver holds these: a question costs a few nanoseconds, and may be asked while a graph is captured.
+Device device_facts(int index) {
+  int multiprocessors = 0, major = 0, minor = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+  return {multiprocessors, major * 10 + minor};
+}
+
+// The largest power of two, up to kBestAlignment, that divides every address.
+int64_t common_alignment(std::initializer_list<const void*> addresses) {
+  uintptr_t bits = kBestAlignment;
+  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
+  return static_cast<int64_t>(bits & -bits);
+}
+
+// Runs a plan that is not ATen's, and raises where the launch fails.
+void launch(const Plan& chosen, Map map, const ConvShape& shape, DType dtype, const Tensor& first, const Tensor& second,
+            const Epilogue& epilogue, const Tensor& out) {
+  count_kernel(chosen.name);
+  Tensor workspace;
+  if (chosen.workspace_bytes > 0) workspace = at::empty({chosen.workspace_bytes}, out.options().dtype(at::kByte));
+  const cudaError_t error =
+      run(chosen, map, shape, dtype, first.const_data_ptr(), second.const_data_ptr(), epilogue, out.mutable_data_ptr(),
+          workspace.defined() ? workspace.mutable_data_ptr() : nullptr, c10::cuda::getCurrentCUDAStream());
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // the error is reported here: later calls should not meet it again
+    TORCH_CHECK(false, "the CUDA kernel ", chosen.name, " could not be launched: ", cudaGetErrorString(error));
+  }
+}
+
+// What ATen returned, with the strides that the check promised.
+Tensor with_strides_of(const Tensor& promised, const Tensor& computed) {
+  return promised.strides() == computed.strides() ? computed : promised.copy_(computed);
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+              IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation_name) {
+  const Activation activation = parse_activation(activation_name);
+  if (!has_kernel_dtype(input)) {  // seen here in inference mode only, which passes autograd's own test by
+    count_aten("no kernel for this dtype");
+    return aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups,
+                        activation);
+  }
+  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
+  const c10::cuda::CUDAGuard guard(input.device());
+  const DType dtype = dtype_of(input);
+  Tensor output = empty_output(shape, input);
+  const Tensor dense_bias = bias && bias->defined() ? bias->contiguous() : Tensor();
+  const Epilogue epilogue{dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr, activation};
+  const int64_t alignment =
+      common_alignment({input.const_data_ptr(), weight.const_data_ptr(), epilogue.bias, output.const_data_ptr()});
+  const Plan chosen = plan(Map::forward, shape, dtype, device_facts(input.get_device()), alignment, strict());
+  if (chosen.kernel == Kernel::aten) {
+    count_aten(chosen.reason);
+    return with_strides_of(output, aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
+                                                aten::sym(dilation), groups, activation));
+  }
+  if (output.numel() == 0) return output;
+  launch(chosen, Map::forward, shape, dtype, input, weight, epilogue, output);
+  return output;
+}
+
+Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_size,
+                         IntArrayRef input_stride, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                         int64_t groups) {
+  const ConvShape shape =
+      check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups});
+  const c10::cuda::CUDAGuard guard(grad_output.device());
+  const DType dtype = dtype_of(grad_output);
+  Tensor grad_input = empty_grad_input(shape, grad_output);
+  const int64_t alignment =
+      common_alignment({grad_output.const_data_ptr(), weight.const_data_ptr(), grad_input.const_data_ptr()});
+  const Plan chosen = plan(Map::grad_input, shape, dtype, device_facts(grad_output.get_device()), alignment, strict());
+  if (chosen.kernel == Kernel::aten) {
+    count_aten(chosen.reason);
+    return with_strides_of(
+        grad_input,
+        aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride), aten::sym(stride),
+                                aten::sym(padding), aten::sym(dilation), groups));
+  }
+  if (grad_input.numel() == 0) return grad_input;
+  launch(chosen, Map::grad_input, shape, dtype, grad_output, weight, Epilogue{}, grad_input);
+  return grad_input;
+}
+
+Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_size,
+                          IntArrayRef weight_stride, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                          int64_t groups) {
+  const ConvShape shape =
+      check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups});
+  const c10::cuda::CUDAGuard guard(grad_output.device());
+  const DType dtype = dtype_of(grad_output);
+  Tensor grad_weight = empty_grad_weight(shape, grad_output);
+  if (grad_output.numel() == 0) return grad_weight.zero_();
+  const int64_t alignment =
+      common_alignment({grad_output.const_data_ptr(), input.const_data_ptr(), grad_weight.const_data_ptr()});
+  const Plan chosen = plan(Map::grad_weight, shape, dtype, device_facts(grad_output.get_device()), alignment, strict());
+  if (chosen.kernel == Kernel::aten) {
+    count_aten(chosen.reason);
+    return with_strides_of(
+        grad_weight,
+        aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
+                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
+  }
+  launch(chosen, Map::grad_weight, shape, dtype, grad_output, input, Epilogue{}, grad_weight);
+  return grad_weight;
+}
+
+}  // namespace
+
+Explanation explain(Map map, const ConvShape& shape, DType dtype, int device) {
+  return explain(plan(map, shape, dtype, device_facts(device), kBestAlignment, strict()));
+}
+
+}  // namespace sepconv::cuda
+
+TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) {
+  m.impl("conv2d", sepconv::cuda::conv2d);
+  m.impl("conv2d_grad_input", sepconv::cuda::conv2d_grad_input);
+  m.impl("conv2d_grad_weight", sepconv::cuda::conv2d_grad_weight);
+}
