@@ -177,7 +177,8 @@ const char* needs_aten(const Tensor& a, const Tensor& b) {
   if (!has_kernel_dtype(a)) return "no kernel for this dtype";
   const auto type = a.device().type();
   if (type != at::kCPU && type != at::kCUDA && type != at::kMeta) return "no kernel for this device";
-  if (a.layout() == at::kMkldnn) return "no kernel for this tensor layout";
+  if (a.layout() != at::kStrided || b.layout() != at::kStrided) return "no kernel for this tensor layout";
+  if (a.dim() == 4 && a.sym_size(1) == 0) return "an image without channels";
   return nullptr;
 }
 

@@ -125,6 +125,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("reset_kernel_counts", reset_kernel_counts);
   m.def("strict", strict);
   m.def("set_strict", set_strict);
+  m.def("set_cpu_isa", [](const std::string& name) {
+    const std::string former = cpu::isa_name(cpu::isa());
+    cpu::set_isa(name);
+    return former;
+  }, "Returns the former value.");
   m.def("activations", [] { return std::vector<std::string>(kActivationNames, kActivationNames + kActivationCount); });
 
   py::class_<Explanation>(m, "Explanation")

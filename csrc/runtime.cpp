@@ -30,7 +30,7 @@ std::array<Counter, 128> counters;
 }  // namespace
 
 bool strict() { return strict_flag().load(std::memory_order_relaxed); }
-void set_strict(bool on) { strict_flag().store(on, std::memory_order_relaxed); }
+bool set_strict(bool on) { return strict_flag().exchange(on, std::memory_order_relaxed); }
 
 void count_kernel(const char* name) {
   for (Counter& counter : counters) {

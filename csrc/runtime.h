@@ -9,7 +9,7 @@ namespace sepconv {
 
 // SEPCONV_STRICT=1: ATen is never taken where a kernel here exists, and where none does the call raises.
 bool strict();
-void set_strict(bool);
+bool set_strict(bool);  // returns the former value
 
 // Counts one run of a kernel. `name` is a literal: the counter keeps the pointer.
 void count_kernel(const char* name);

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from . import _C
 
+# torch.fx keeps these calls whole, as it does F.conv2d, so that a converted model still traces.
+for _name in ("conv2d", "depthwise_conv2d", "pointwise_conv2d"):
+    torch.fx.wrap(_name)
+
 IntOrPair = int | Sequence[int]
 
 
@@ -30,6 +34,7 @@ def _padding(padding: IntOrPair | str, weight: Tensor, stride: Sequence[int], di
     torch._check(
         all(s == 1 for s in stride), lambda: f"padding='same' needs a stride of 1, but stride is {tuple(stride)}"
     )
+    torch._check(weight.dim() == 4, lambda: f"weight must have 4 dimensions, but has {weight.dim()}")
     rows, columns = (dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1))
     return (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)
 

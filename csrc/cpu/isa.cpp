@@ -1,4 +1,5 @@
 // Which instruction sets this binary holds kernels for, and which of them this process uses.
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -24,28 +25,35 @@ bool processor_has(Isa isa) {
   return isa == Isa::baseline;
 }
 
-Isa choose() {
-  Isa best = Isa::baseline;
-  for (const Isa isa : {Isa::avx2, Isa::avx512}) {
-    if (processor_has(isa)) best = isa;
-  }
-  const char* wanted = std::getenv("SEPCONV_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best;
+// The instruction set of that name; throws where there is none or the processor lacks it.
+Isa find(const std::string& name, const char* asked_by) {
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-    if (std::string(wanted) != isa_name(isa)) continue;
+    if (name != isa_name(isa)) continue;
     if (processor_has(isa)) return isa;
-    throw std::runtime_error(std::string("SEPCONV_CPU_ISA is ") + wanted + ", but the best of this processor is " +
-                             isa_name(best));
+    throw std::invalid_argument(std::string(asked_by) + " is " + name + ", which this processor lacks");
   }
-  throw std::runtime_error(std::string("SEPCONV_CPU_ISA is ") + wanted + ", expected baseline, avx2 or avx512");
+  throw std::invalid_argument(std::string(asked_by) + " must be baseline, avx2 or avx512, but is '" + name + "'");
+}
+
+Isa choose() {
+  const char* wanted = std::getenv("SEPCONV_CPU_ISA");
+  if (wanted != nullptr && *wanted != '\0') return find(wanted, "SEPCONV_CPU_ISA");
+  for (const Isa isa : {Isa::avx512, Isa::avx2}) {
+    if (processor_has(isa)) return isa;
+  }
+  return Isa::baseline;
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa{choose()};
+  return isa;
 }
 
 }  // namespace
 
-Isa isa() {
-  static const Isa chosen = choose();
-  return chosen;
-}
+Isa isa() { return chosen().load(std::memory_order_relaxed); }
+
+void set_isa(const std::string& name) { chosen().store(find(name, "the instruction set"), std::memory_order_relaxed); }
 
 const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
 

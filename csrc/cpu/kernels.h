@@ -32,6 +32,7 @@ void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, con
 // processor has, or the one that the environment variable SEPCONV_CPU_ISA names (baseline, avx2, avx512).
 enum class Isa : int { baseline, avx2, avx512 };
 Isa isa();
+void set_isa(const std::string& name);  // for tests; throws std::invalid_argument
 const char* isa_name(Isa);
 std::vector<std::string> isas_built();
 
