@@ -6,12 +6,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
-# Where `make gpu` leaves its record.
+# `make gpu` leaves its record in the folder gpu of this one.
 OUT ?= benchmarks/results
 
 # Builds made here are for the GPUs of this machine (for one architecture where there are none).
 export TORCH_CUDA_ARCH_LIST ?= native
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet
@@ -76,33 +76,35 @@ GPU_SANITIZE_LIMIT ?= 240
 GPU_BENCH_LIMIT ?= 420
 SANITIZER ?= $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer) $(shell which compute-sanitizer 2>/dev/null) \
   $(wildcard /usr/local/cuda/bin/compute-sanitizer))
-logged = set -o pipefail; mkdir -p $(OUT); timeout -k 10 $(1) $(2) 2>&1 | tee $(OUT)/$(3)
+RECORD := $(OUT)/gpu
+logged = set -o pipefail; mkdir -p $(RECORD); timeout -k 10 $(1) $(2) 2>&1 | tee $(RECORD)/$(3)
 
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench
 gpu: SHELL := /bin/bash
 gpu: gpu-build
-	@failed=; for part in gpu-test gpu-sanitize gpu-bench; do $(MAKE) $$part || failed="$$failed $$part"; done; \
-	echo "make gpu: record in $(OUT); failed:$${failed:- none}"; test -z "$$failed"
+	@failed=; for part in gpu-test gpu-sanitize gpu-bench; do $(MAKE) -k $$part || failed="$$failed $$part"; done; \
+	echo "make gpu: record in $(RECORD); failed:$${failed:- none}"; test -z "$$failed"
 
 gpu-build:
 	SEPCONV_CUDA=1 timeout -k 10 $(GPU_BUILD_LIMIT) $(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
 gpu-test: SHELL := /bin/bash
 gpu-test:
-	$(call logged,$(GPU_TEST_LIMIT),$(GPU_PYTHON) -m pytest -m cuda -q $(ARGS),gpu-test.txt)
+	$(call logged,$(GPU_TEST_LIMIT),$(GPU_PYTHON) -m pytest -m cuda -q $(ARGS),test.txt)
 
-# Without torch's cache each tensor is an allocation of its own, so that memcheck sees reads past its end.
-gpu-sanitize: SHELL := /bin/bash
-gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
-gpu-sanitize:
-ifeq ($(SANITIZER),)
-	@echo "gpu-sanitize: compute-sanitizer not found (CUDA_HOME/bin, PATH, /usr/local/cuda/bin): not run"
+ifneq ($(SANITIZER),)
+gpu-sanitize: gpu-memcheck gpu-racecheck
 else
-	$(call logged,$(GPU_SANITIZE_LIMIT),$(SANITIZER) --tool memcheck --error-exitcode 1 \
-	  $(GPU_PYTHON) tests/sanitize_cases.py,gpu-memcheck.txt)
-	$(call logged,$(GPU_SANITIZE_LIMIT),$(SANITIZER) --tool racecheck --error-exitcode 1 \
-	  $(GPU_PYTHON) tests/sanitize_cases.py,gpu-racecheck.txt)
+gpu-sanitize:
+	@echo "gpu-sanitize: compute-sanitizer not found (CUDA_HOME/bin, PATH, /usr/local/cuda/bin): not run"
 endif
 
+# Without torch's cache each tensor is an allocation of its own, so that memcheck sees reads past its end.
+gpu-memcheck gpu-racecheck: SHELL := /bin/bash
+gpu-memcheck gpu-racecheck: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-memcheck gpu-racecheck: gpu-%:
+	$(call logged,$(GPU_SANITIZE_LIMIT),$(SANITIZER) --tool $* --error-exitcode 1 \
+	  $(GPU_PYTHON) tests/sanitize_cases.py,$*.txt)
+
 gpu-bench:
-	timeout -k 10 $(GPU_BENCH_LIMIT) $(GPU_PYTHON) -m benchmarks --device cuda --out $(OUT) $(ARGS)
+	timeout -k 10 $(GPU_BENCH_LIMIT) $(GPU_PYTHON) -m benchmarks --device cuda --out $(RECORD) $(ARGS)
