@@ -187,6 +187,7 @@ def test_arguments_are_validated_in_one_place():
         "csrc/checks.cpp": "the place",
         "csrc/checks.h": "its helpers",
         "csrc/runtime.cpp": "SEPCONV_STRICT's own error",
+        "csrc/cuda/bindings.cpp": "a launch that fails",
         "csrc/library.cpp": "explain()'s word for a map, which no op takes",
         "csrc/functional.cpp": "one value or a pair, which an op's list no longer tells",
     }
