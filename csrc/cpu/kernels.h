@@ -28,6 +28,11 @@ void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* 
 void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
+// pointwise.cpp: 1x1, one group, images of one pixel; x, w and y dense along their channels.
+void pointwise_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
+void pointwise_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
+void pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
+
 // isa.cpp: the instruction sets that this binary holds kernels for, worst first, and the one in use: the best that the
 // processor has, or the one that the environment variable SEPCONV_CPU_ISA names (baseline, avx2, avx512).
 enum class Isa : int { baseline, avx2, avx512 };

@@ -5,7 +5,7 @@
 
 namespace sepconv::cpu {
 
-enum class Kernel : int { planes, depthwise_nhwc, matmul, aten };
+enum class Kernel : int { planes, depthwise_nhwc, pointwise, matmul, aten };
 
 struct Plan {
   Kernel kernel;

@@ -157,15 +157,19 @@ SEPCONV_INLINE void store_one(T* p, accumulate_t<T> value) {
 
 // ---- arithmetic ----
 
-// The sum of all lanes, in a fixed order (pairwise).
+// The sum of all lanes, in a fixed order: the upper half is added to the lower one until one lane is left.
+template <typename A, int kCount, int... kI>
+SEPCONV_INLINE A sum_halves(typename VectorOf<A, kCount>::type v, std::integer_sequence<int, kI...>) {
+  const auto sum = __builtin_shufflevector(v, v, kI...) + __builtin_shufflevector(v, v, (kI + kCount / 2)...);
+  if constexpr (kCount == 2) {
+    return sum[0];
+  } else {
+    return sum_halves<A, kCount / 2>(sum, std::make_integer_sequence<int, kCount / 4>());
+  }
+}
 template <typename A>
 SEPCONV_INLINE A sum_lanes(Vector<A> v) {
-  A lanes[kLanes<A>];
-  store(lanes, v);
-  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return sum_halves<A, kLanes<A>>(v, std::make_integer_sequence<int, kLanes<A> / 2>());
 }
 
 // activate() of activation.h on every lane; those without a transcendental function stay in vector registers.
