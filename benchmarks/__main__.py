@@ -1,0 +1,192 @@
+"""``python -m benchmarks``: sepconv_ext against torch on this machine (README.md here tells what is timed and how)."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from . import console, layer_runs, layers, machine, models, overhead, peers, report
+from . import record as records
+from .timing import Clock, clock_for
+
+LATEST = Path(__file__).parent / "results" / "latest"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    what = parser.add_argument_group("what (default: all three)")
+    what.add_argument("--layers", action="store_true", help="single layers of layers.csv")
+    what.add_argument("--models", nargs="*", metavar="NAME", help=f"networks; of {', '.join(models.MODELS)}")
+    what.add_argument("--overhead", action="store_true", help="host time a call")
+    parser.add_argument(
+        "--quick", action="store_true", help="few repetitions; with --layers alone: every depthwise layer"
+    )
+    parser.add_argument("--all", action="store_true", help="every layer instead of the representative ones")
+    parser.add_argument("--device", type=torch.device, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype",
+        type=_list_of(machine.DTYPES),
+        help="comma-separated (default: float32, on a GPU float16 too)",
+    )
+    parser.add_argument("--batch", type=int, help="N (default: 8, models 4; on a GPU 64)")
+    parser.add_argument("--kinds", type=_list_of(layers.KINDS), help=f"of {','.join(layers.KINDS)}")
+    parser.add_argument(
+        "--maps", type=_list_of(layers.MAPS), default=list(layers.MAPS), help=f"of {','.join(layers.MAPS)}"
+    )
+    parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], help="CPU threads, as 1,2")
+    parser.add_argument(
+        "--peers",
+        type=_list_of(peers.PEERS),
+        help=f"of {','.join(peers.PEERS)} (default: torch; on a GPU all)",
+    )
+    parser.add_argument(
+        "--budget", type=float, help="seconds for each layer, map and layout, beyond the least repetitions"
+    )
+    parser.add_argument("--tf32", action="store_true", help="let everybody use TF32 in float32 (default: nobody)")
+    parser.add_argument("--out", type=Path, default=LATEST, help="folder for the record")
+    parser.add_argument("--read", type=Path, metavar="FOLDER", help="show a record again and measure nothing")
+    options = parser.parse_args(arguments)
+    unknown = set(options.models or ()) - set(models.MODELS)
+    if unknown:
+        parser.error(f"--models: unknown {', '.join(sorted(unknown))}; choose from {', '.join(models.MODELS)}")
+    if options.device is None:
+        options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device on this machine")
+    return _with_defaults(options)
+
+
+def _list_of(known):
+    def split(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown '{name}'; choose from {', '.join(known)}")
+        return names
+
+    return split
+
+
+def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    cuda = options.device.type == "cuda"
+    everything = not (options.layers or options.overhead or options.models is not None)
+    bar_check = options.layers and options.quick and not cuda
+    options.layers |= everything
+    options.overhead |= everything
+    if everything or options.models == []:
+        options.models = list(models.QUICK if options.quick else models.MODELS)
+    options.all |= bar_check
+    options.kinds = options.kinds or (["depthwise"] if bar_check else list(layers.KINDS))
+    options.dtype = options.dtype or (["float32", "float16"] if cuda else ["float32"])
+    options.model_batch = options.batch or (64 if cuda else 4)
+    options.batch = options.batch or (64 if cuda else 8)
+    options.threads = options.threads or machine.default_threads(options.device)
+    options.peers = options.peers or list(peers.DEFAULT_PEERS["cpu" if options.quick else options.device.type])
+    options.budget = options.budget or (0.06 if options.quick else 0.2)
+    return options
+
+
+def measure(options: argparse.Namespace, record: dict) -> None:
+    """Fills the record's lists, part by part, so that an interrupted run leaves what it has."""
+    device, clock = options.device, clock_for(options.device)
+    dtypes = [machine.DTYPES[name] for name in options.dtype]
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    record["machine"] = machine.describe(device)
+    bandwidth = {n: machine.copy_bandwidth(device, clock, n) for n in options.threads}
+    rate = {n: {name: _rate(device, clock, n, name) for name in options.dtype} for n in options.threads}
+    record["copy_bandwidth"] = {str(n): {str(size): value for size, value in t.items()} for n, t in bandwidth.items()}
+    record["matmul_rate"] = {str(n): rates for n, rates in rate.items()}
+
+    if options.layers:
+        plan = layer_runs.Plan(
+            layers=layers.select(layers.load(), options.kinds, options.all),
+            device=device,
+            batch=options.batch,
+            dtypes=dtypes,
+            clock=clock,
+            thread_counts=options.threads,
+            bandwidth=bandwidth,
+            rate=rate,
+            maps=tuple(options.maps),
+            peers=tuple(options.peers),
+            budget=options.budget,
+            rounds=3 if options.quick else 5,
+        )
+        with console.progress("layers", len(plan)) as advance:
+            for row in layer_runs.run(plan, advance):
+                record["layers"].append(row)
+    if options.models:
+        plan = models.Plan(
+            names=tuple(options.models),
+            device=device,
+            batch=options.model_batch,
+            dtypes=dtypes,
+            clock=clock,
+            thread_counts=options.threads[-1:],
+            compile="compile" in options.peers and device.type == "cuda",
+            budget=20 * options.budget,
+        )
+        with console.progress("models", len(plan)) as advance:
+            for row in models.run(plan, advance, record["skipped"]):
+                record["models"].append(row)
+    if options.overhead:
+        with console.progress("host time", 2 * len(overhead.CASES)) as advance:
+            for row in overhead.run(device, advance, 0.5 if options.quick else 1.5):
+                record["overhead"].append(row)
+
+
+def _rate(device: torch.device, clock: Clock, thread_count: int, name: str) -> float:
+    return machine.matmul_rate(device, clock, thread_count, machine.DTYPES[name])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.read:
+        report.show(records.read(options.read))
+        return 0
+    began = time.monotonic()
+    record = {
+        "format": records.FORMAT,
+        "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "seconds": 0.0,
+        "command": "python -m benchmarks " + shlex.join(sys.argv[1:] if arguments is None else arguments),
+        "settings": {
+            key: value if isinstance(value, (bool, int, float, list, type(None))) else str(value)
+            for key, value in vars(options).items()
+            if key not in ("read", "out")
+        },
+        "machine": {},
+        "copy_bandwidth": {},
+        "matmul_rate": {},
+        "skipped": [],
+        **{name: [] for name in records.LISTS},
+    }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit from outside still leaves a record
+    stopped = False
+    try:
+        measure(options, record)
+    except KeyboardInterrupt:
+        stopped = True
+        record["skipped"].append("everything after the last row: the run was interrupted")
+    if not record["matmul_rate"]:
+        return 130
+    record["seconds"] = time.monotonic() - began
+    files = report.write(record, options.out)
+    report.show(record)
+    console.say(f"Record: {', '.join(str(path) for path in files)}")
+    if stopped:
+        return 130
+    return 1 if records.disagreements(record) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

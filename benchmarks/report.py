@@ -1,0 +1,277 @@
+"""What a run leaves behind: record.json, summary.md and plots in one folder, and the tables on the terminal.
+
+Every table is made from the record alone, so a committed record can be read again:
+``python -m benchmarks --read benchmarks/results/<folder>``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import console, plots
+from .record import LOSING, bars, disagreements, dumps, geometric_mean, losses, timed
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def write(record: dict, folder: Path) -> list[Path]:
+    """Writes the record and everything made of it; returns the files. At most five, however long the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.png"), folder / "record.json", folder / "summary.md"):
+        old.unlink(missing_ok=True)
+    (folder / "record.json").write_text(dumps(record))
+    (folder / "summary.md").write_text(markdown(record))
+    return [folder / "record.json", folder / "summary.md", *plots.draw(record, folder)]
+
+
+def show(record: dict) -> None:
+    """The tables on the terminal."""
+    for line in headline(record):
+        console.say(line)
+    for table in tables(record):
+        if table.rows:
+            console.table(table.title, table.columns, table.rows)
+        if table.note:
+            console.say(table.note)
+
+
+def markdown(record: dict) -> str:
+    """summary.md."""
+    parts = ["# Benchmark summary", *headline(record)]
+    for table in tables(record):
+        parts.append(f"## {table.title}")
+        if table.rows:
+            lines = [
+                "| " + " | ".join(table.columns) + " |",
+                "| --- |" + " ---: |" * (len(table.columns) - 1),
+            ]
+            parts.append("\n".join(lines + ["| " + " | ".join(row) + " |" for row in table.rows]))
+        if table.note:
+            parts.append(table.note)
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(record: dict) -> list[str]:
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    commit = (machine["commit"] or "unknown")[:12] + ("" if machine["commit_is_clean"] else " with local changes")
+    speeds = []
+    for threads, table in record["copy_bandwidth"].items():
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in record["matmul_rate"][threads].items())
+        at = "" if machine["device_type"] == "cuda" else f" on {threads} threads"
+        speeds.append(f"copy {table[max(table, key=int)] / 1e9:,.1f} GB/s, matrix product {rates}{at}")
+    lines = [
+        f"{machine['device']}, {machine['cores']} cores; {versions}; commit {commit}; {record['started']}; "
+        f"{record['seconds']:.0f} s.",
+        f"Measured here: {'; '.join(speeds)}. TF32: {_tf32(machine['tf32'])}.",
+    ]
+    load = (machine["load_average"] or [0.0])[0]
+    if machine["device_type"] == "cpu" and load > 0.7:
+        lines.append(
+            f"The machine was busy with other work (load average {load:.1f} at the start): times are unreliable."
+        )
+    return lines
+
+
+def tables(record: dict) -> list[Table]:
+    """Every table of the report, in reading order."""
+    found = []
+    layers = record["layers"]
+    if layers:
+        found += [_bars(record), _means(layers), _losses(layers), _worst(layers)]
+    if record["models"]:
+        found.append(_models(record["models"]))
+    if record["overhead"]:
+        found.append(_overhead(record["overhead"]))
+    found.append(_trouble(record))
+    return [table for table in found if table is not None]
+
+
+def _bars(record: dict) -> Table | None:
+    rows = [
+        (
+            b["map"],
+            b["layout"],
+            str(b["threads"]),
+            str(b["layers"]),
+            _x(b["mean"]),
+            _x(b["bar"]),
+            _x(b["worst"]),
+            _yes(b["met"]),
+        )
+        for b in bars(record)
+    ]
+    columns = (
+        "map",
+        "layout",
+        "threads",
+        "layers",
+        "geometric mean",
+        "bar",
+        "worst",
+        f"mean met, none below {LOSING}",
+    )
+    return Table("Depthwise layers against oneDNN: are the bars met?", columns, rows) if rows else None
+
+
+def _means(rows: list[dict]) -> Table:
+    keys = ("kind", "dtype", "map", "layout", "threads")
+    groups: dict[tuple, list[dict]] = {}
+    for row in timed(rows):
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    shown = []
+    for group, part in groups.items():
+        ups = [row["speedup"] for row in part]
+        share = statistics.median(row["share_of_floor"] for row in part)
+        routed = sum(row["aten"] for row in part)
+        lost = sum(up < LOSING for up in ups)
+        figures = (
+            _x(geometric_mean(ups)),
+            _x(min(ups)),
+            _x(max(ups)),
+            f"{100 * share:.0f}%",
+            str(routed),
+            str(lost),
+        )
+        shown.append((*map(str, group), str(len(part)), *figures))
+    columns = (*keys, "layers", "geometric mean", "worst", "best", "of floor", "by ATen", "losing")
+    note = (
+        'Speed-up: time of the best peer over ours. "of floor": floor over our time, the median over the layers, with '
+        'floor = max(bytes / copy bandwidth, operations / rate). "by ATen": how many layers the plan routes to torch.'
+    )
+    return Table("Layers", columns, shown, note)
+
+
+_ROW_COLUMNS = (
+    "layer",
+    "map",
+    "dtype",
+    "layout",
+    "threads",
+    "ours",
+    "best peer",
+    "its time",
+    "speed-up",
+    "of floor",
+    "kernel",
+)
+
+
+def _row(row: dict) -> tuple[str, ...]:
+    times = (_time(row["seconds"]), row["best_peer"], _time(row["best_peer_seconds"]), _x(row["speedup"]))
+    share = f"{100 * row['share_of_floor']:.0f}%"
+    return (
+        row["layer"],
+        row["map"],
+        row["dtype"],
+        row["layout"],
+        str(row["threads"]),
+        *times,
+        share,
+        row["kernel"],
+    )
+
+
+def _losses(rows: list[dict]) -> Table:
+    lost = losses(rows)
+    note = "" if lost else f"None: no layer is slower than {LOSING} times its best peer."
+    return Table(f"Losing layers (below {LOSING}x, measured twice)", _ROW_COLUMNS, [_row(row) for row in lost], note)
+
+
+def _worst(rows: list[dict], count: int = 5) -> Table:
+    shown = []
+    for map in dict.fromkeys(row["map"] for row in rows):
+        part = sorted((row for row in timed(rows) if row["map"] == map), key=lambda row: row["speedup"])
+        shown += [_row(row) for row in part[:count]]
+    return Table(f"The {count} least speed-ups of each map", _ROW_COLUMNS, shown)
+
+
+def _models(rows: list[dict]) -> Table:
+    shown = []
+    for row in rows:
+        where = (
+            row["model"],
+            row["mode"],
+            row["dtype"],
+            row["layout"],
+            str(row["threads"]),
+            str(row["batch"]),
+        )
+        times = (
+            _time(row["seconds"]),
+            row["best_peer"] or "-",
+            _time(row["best_peer_seconds"]),
+            _x(row["speedup"]),
+        )
+        top = "-" if row["same_top5"] is None else _yes(row["same_top5"])
+        shown.append((*where, *times, str(row["converted"]), f"{row['difference']:.1e}", top, _yes(row["agrees"])))
+    columns = (
+        "model",
+        "mode",
+        "dtype",
+        "layout",
+        "threads",
+        "batch",
+        "ours",
+        "best peer",
+        "its time",
+        "speed-up",
+    )
+    return Table("Models", (*columns, "converted", "difference", "same top 5", "agrees"), shown)
+
+
+def _overhead(rows: list[dict]) -> Table:
+    shown = [
+        (row["what"], f"{row['ours_us']:.2f} us", f"{row['torch_us']:.2f} us", _x(row["ratio"], 3)) for row in rows
+    ]
+    note = (
+        "Ratio: our host time a call over torch's; below 1 is better. The shape is tiny, so that the call is the cost."
+    )
+    return Table("Host time a call", ("call", "ours", "torch", "ratio"), shown, note)
+
+
+def _trouble(record: dict) -> Table:
+    rows = []
+    for row in disagreements(record):
+        what = row.get("layer") or row["model"]
+        why = next((text for name, text in row["errors"].items() if name.startswith("sepconv")), "")
+        why = why or f"difference {row['difference']:.2e}"
+        rows.append((what, row.get("map") or row["mode"], row["dtype"], row["layout"], str(row["threads"]), why))
+    lines = []
+    for row in (*record["layers"], *record["models"]):
+        lines += [f"{name}: {text}" for name, text in row["errors"].items() if not name.startswith("sepconv")]
+    lines = [f"- {text} ({lines.count(text)} rows)" for text in dict.fromkeys(lines)]
+    lines = [f"- skipped: {text}" for text in record["skipped"]] + lines
+    note = "\n".join(([] if rows else ["Every result agreed with torch's."]) + lines)
+    return Table("Wrong results and skipped cases", ("case", "of", "dtype", "layout", "threads", "what"), rows, note)
+
+
+def _x(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}x"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
+def _tf32(flags: dict) -> str:
+    on = [name for name, value in flags.items() if value]
+    return "on for " + " and ".join(on) if on else "off everywhere"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"

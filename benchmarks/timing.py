@@ -1,0 +1,215 @@
+"""How a time is taken: contenders run interleaved, over rotating buffers, and the median counts.
+
+A contender is a function of one index: it runs once on the operand set of that number. Every call takes the next set,
+so that its operands left the L2 cache long ago. On a CPU a sample is a wall-clock time of enough calls to fill 0.2 ms;
+on a GPU it is the time between two events around the replay of a CUDA graph that holds one call per set, so no host
+time is in it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+Contender = Callable[[int], object]
+
+MAX_ROUNDS = 40
+MAX_SETS = 64
+
+
+@dataclass
+class Timing:
+    """Seconds per call of every contender: the samples in the order taken, and what went wrong with the others."""
+
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def seconds(self, name: str) -> float:
+        return statistics.median(self.samples[name])
+
+
+class CpuClock:
+    """Times on the processor, with torch's thread count as it is."""
+
+    sample_seconds = 2e-4
+
+    def __init__(self) -> None:
+        self.l2_bytes = _cpu_l2_bytes()
+
+    def sets(self, bytes_per_call: int) -> int:
+        return min(MAX_SETS, math.ceil(2 * self.l2_bytes / max(1, bytes_per_call)))
+
+    def measure(
+        self,
+        contenders: Mapping[str, Contender],
+        sets: int = 1,
+        budget: float = 0.25,
+        rounds: int = 5,
+        graph: bool = True,
+    ) -> Timing:
+        """At least ``rounds`` samples of each contender, more as ``budget`` seconds allow. ``graph`` is for GPUs."""
+        timing = Timing()
+        turn = _Turn(sets)
+        calls: dict[str, int] = {}
+        cost = 0.0
+        for name, run in contenders.items():
+            try:
+                once = self._once(run, turn)
+                if once < 0.05:  # a first call may be slow for reasons of its own; a long one says enough
+                    once = self._once(run, turn)
+            except Exception as error:  # a peer that cannot run is a line in the record, not the end of the run
+                timing.errors[name] = _one_line(error)
+                continue
+            calls[name] = max(1, math.ceil(self.sample_seconds / once))
+            cost += calls[name] * once
+            timing.samples[name] = []
+        order = list(timing.samples)
+        for _ in range(_rounds(budget, cost, rounds)):
+            for name in order:
+                run = contenders[name]
+                start = time.perf_counter()
+                for _ in range(calls[name]):
+                    run(turn.next())
+                timing.samples[name].append((time.perf_counter() - start) / calls[name])
+            order.reverse()  # nobody always runs after the same neighbour
+        return timing
+
+    @staticmethod
+    def _once(run: Contender, turn: _Turn) -> float:
+        start = time.perf_counter()
+        run(turn.next())
+        return time.perf_counter() - start
+
+
+class CudaClock:
+    """Times on the current GPU."""
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.l2_bytes = getattr(properties, "L2_cache_size", 0) or 50 << 20
+
+    def sets(self, bytes_per_call: int) -> int:
+        return max(2, min(MAX_SETS, math.ceil(4 * self.l2_bytes / max(1, bytes_per_call))))
+
+    def measure(
+        self,
+        contenders: Mapping[str, Contender],
+        sets: int = 1,
+        budget: float = 0.25,
+        rounds: int = 5,
+        graph: bool = True,
+    ) -> Timing:
+        """As on the CPU. ``graph=False`` times eager calls, host time included where it is the longer."""
+        timing = Timing()
+        replays: dict[str, Callable[[], object]] = {}
+        cost = 0.0
+        for name, run in contenders.items():
+            try:
+                replays[name] = self._captured(run, sets) if graph else self._eager(run, sets)
+                self._sample(replays[name])
+                cost += self._sample(replays[name])
+                timing.samples[name] = []
+            except Exception as error:
+                timing.errors[name] = _one_line(error)
+                torch.cuda.synchronize()
+        order = list(timing.samples)
+        for _ in range(_rounds(budget, cost, rounds)):
+            for name in order:
+                timing.samples[name].append(self._sample(replays[name]) / sets)
+            order.reverse()
+        return timing
+
+    @staticmethod
+    def _sample(replay: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    @staticmethod
+    def _captured(run: Contender, sets: int) -> Callable[[], object]:
+        # Warm-up on a side stream first: cudnn.benchmark searches, and libraries allocate, on the first calls.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for index in range(3):
+                run(index % sets)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [run(index) for index in range(sets)]
+
+        def replay(
+            kept: object = results,
+        ) -> None:  # the results are kept: each call writes to memory of its own
+            graph.replay()
+
+        return replay
+
+    @staticmethod
+    def _eager(run: Contender, sets: int) -> Callable[[], object]:
+        def replay() -> None:
+            for index in range(sets):
+                run(index)
+
+        replay()
+        return replay
+
+
+Clock = CpuClock | CudaClock
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else CpuClock()
+
+
+@contextmanager
+def threads(count: int):
+    """torch's intra-op thread count inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Turn:
+    def __init__(self, sets: int) -> None:
+        self.sets, self.index = sets, -1
+
+    def next(self) -> int:
+        self.index = (self.index + 1) % self.sets
+        return self.index
+
+
+def _rounds(budget: float, cost: float, least: int) -> int:
+    """How many rounds fit in the budget: an odd number from ``least`` to MAX_ROUNDS, so that a median is a sample."""
+    fitting = budget / cost if cost > 0 else least
+    return int(max(least, min(MAX_ROUNDS, fitting))) | 1
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def _cpu_l2_bytes() -> int:
+    """The L2 caches of all cores together, as Linux tells; 4 MiB where it does not."""
+    caches = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index2"):
+        try:
+            caches[(index / "shared_cpu_list").read_text()] = int((index / "size").read_text().strip().rstrip("K"))
+        except (OSError, ValueError):
+            continue
+    return sum(caches.values()) << 10 or 4 << 20
