@@ -33,13 +33,16 @@ using at::Tensor;
 // A pointwise convolution as ATen's matrix products, on views: [N*H*W, C] for channels_last, N times [C, H*W] else.
 namespace matmul {
 
+// Images of one pixel lie both ways: one product over the batch then beats one an image.
+bool by_planes(const ConvShape& s) { return input_layout(s) == Layout::nchw && s.H * s.W > 1; }
+
 Tensor pixels(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({-1, image.size(1)}); }
 Tensor planes(const Tensor& image) { return image.reshape({image.size(0), image.size(1), -1}); }
 Tensor matrix(const Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
 
 void forward(const ConvShape& shape, const Tensor& input, const Tensor& weight, Tensor& output) {
   const Tensor w = matrix(weight);
-  if (input_layout(shape) == Layout::nchw) {
+  if (by_planes(shape)) {
     Tensor y = planes(output);
     at::bmm_out(y, w.unsqueeze(0).expand({shape.N, -1, -1}), planes(input));
   } else {
@@ -50,7 +53,7 @@ void forward(const ConvShape& shape, const Tensor& input, const Tensor& weight, 
 
 void grad_input(const ConvShape& shape, const Tensor& grad_output, const Tensor& weight, Tensor& grad_input) {
   const Tensor w = matrix(weight);
-  if (input_layout(shape) == Layout::nchw) {
+  if (by_planes(shape)) {
     Tensor gx = planes(grad_input);
     at::bmm_out(gx, w.t().unsqueeze(0).expand({shape.N, -1, -1}), planes(grad_output));
   } else {
@@ -60,7 +63,7 @@ void grad_input(const ConvShape& shape, const Tensor& grad_output, const Tensor&
 }
 
 void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor& input, Tensor& grad_weight) {
-  if (input_layout(shape) == Layout::nchw) {
+  if (by_planes(shape)) {
     const Tensor per_image = at::bmm(planes(grad_output), planes(input).transpose(1, 2));
     grad_weight.copy_(per_image.sum(0).view(grad_weight.sizes()));
   } else {
