@@ -54,7 +54,7 @@ bench: build
 	$(PY) -m benchmarks $(ARGS)
 
 train-digits: build
-	$(PY) -m benchmarks.train_digits $(ARGS)
+	$(PY) examples/train_digits.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
