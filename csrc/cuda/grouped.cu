@@ -40,7 +40,7 @@ struct GatherArgs {
   I column_tiles, phases;  // written column = phase + phases * (column tile + i * column_tiles); one phase in forward
   I channels_read, channels_written, channel_tiles, packed_channels;  // of one group
   Index items;                                                        // threads with work
-  bool channels_fastest;  // neighbouring threads own neighbouring channels
+  bool channels_fastest;                                              // neighbouring threads own neighbouring channels
   Divider<Index> by_column, by_row, by_tile, by_group_tile, by_phase;
   Offsets<Index> from, to;
 };
@@ -103,9 +103,11 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kColumns; ++i) {
         const I read_column = read + i * pixel_step;
         inside[i] = read_column >= 0 && read_column < a.columns.read;
-        at[i] = image + static_cast<Index>(read_row) * a.from.h + (inside[i] ? static_cast<Index>(read_column) : 0) * a.from.w;
+        at[i] = image + static_cast<Index>(read_row) * a.from.h +
+                (inside[i] ? static_cast<Index>(read_column) : 0) * a.from.w;
       }
-      const A* filter = packed + ((group * a.rows.taps + r) * a.columns.taps + s) * a.channels_read * a.packed_channels +
+      const A* filter = packed +
+                        ((group * a.rows.taps + r) * a.columns.taps + s) * a.channels_read * a.packed_channels +
                         tile * kChannels;
 #pragma unroll 2
       for (I c = 0; c < a.channels_read; ++c, filter += a.packed_channels) {
@@ -203,17 +205,24 @@ cudaError_t start(const ConvShape& s, const void* from, const void* w, const Epi
   const auto axis = [](int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
     const int64_t gcd = std::gcd(stride, dilation);
     const auto i = [](int64_t v) { return static_cast<I>(v); };
-    return kGradInput ? Axis<I>{i(out), i(in), i(taps), i(stride), i(pad), i(dilation), i(stride / gcd), i(-dilation / gcd)}
-                      : Axis<I>{i(in), i(out), i(taps), i(stride), i(pad), i(dilation), 1, i(dilation)};
+    return kGradInput
+               ? Axis<I>{i(out), i(in), i(taps), i(stride), i(pad), i(dilation), i(stride / gcd), i(-dilation / gcd)}
+               : Axis<I>{i(in), i(out), i(taps), i(stride), i(pad), i(dilation), 1, i(dilation)};
   };
 
   const int64_t packed_elements = grouped_packed_elements(s, kGradInput);
-  const PackArgs<Index> pack{static_cast<Index>(packed_elements), static_cast<Index>(read), static_cast<Index>(written),
-                             static_cast<Index>(tiles),           Divider<Index>(kChannels), Divider<Index>(tiles),
-                             Divider<Index>(read),                Divider<Index>(s.S),       Divider<Index>(s.R),
+  const PackArgs<Index> pack{static_cast<Index>(packed_elements),
+                             static_cast<Index>(read),
+                             static_cast<Index>(written),
+                             static_cast<Index>(tiles),
+                             Divider<Index>(kChannels),
+                             Divider<Index>(tiles),
+                             Divider<Index>(read),
+                             Divider<Index>(s.S),
+                             Divider<Index>(s.R),
                              Offsets<Index>(s.w)};
-  const cudaError_t error = launch(pack_weight_kernel<T, Index, kGradInput>, one_thread_each(packed_elements, stream), pack,
-                                   static_cast<const T*>(w), static_cast<A*>(workspace));
+  const cudaError_t error = launch(pack_weight_kernel<T, Index, kGradInput>, one_thread_each(packed_elements, stream),
+                                   pack, static_cast<const T*>(w), static_cast<A*>(workspace));
   if (error != cudaSuccess) return error;
 
   const int64_t rows = kGradInput ? s.H : s.P, columns = kGradInput ? s.W : s.Q;
@@ -255,7 +264,7 @@ cudaError_t gather(const ConvShape& s, DType dtype, const void* from, const void
     };
     const auto choose_channels = [&](auto index) {
       return channels == 1 ? choose(index, std::integral_constant<int, 1>{})
-                                : choose(index, std::integral_constant<int, kGroupedChannels>{});
+                           : choose(index, std::integral_constant<int, kGroupedChannels>{});
     };
     return grouped_is_narrow(s) ? choose_channels(uint32_t{}) : choose_channels(int64_t{});
   });
@@ -268,8 +277,8 @@ cudaError_t launch_grouped_forward(const ConvShape& shape, DType dtype, const vo
   return gather<false>(shape, dtype, x, w, epilogue, y, workspace, stream);
 }
 
-cudaError_t launch_grouped_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w, void* grad_x,
-                                      void* workspace, cudaStream_t stream) {
+cudaError_t launch_grouped_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
+                                      void* grad_x, void* workspace, cudaStream_t stream) {
   return gather<true>(shape, dtype, grad_y, w, Epilogue{}, grad_x, workspace, stream);
 }
 

@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kThreads)
 
   // Add up the workers of the block in a fixed order and store.
   const auto store = [&](int slot, A sum) {
-    const I k = static_cast<I>(k_tile) + slot / kTile * a.k_tiles, c = static_cast<I>(c_tile) + slot % kTile * a.c_tiles;
+    const I k = static_cast<I>(k_tile) + slot / kTile * a.k_tiles,
+            c = static_cast<I>(c_tile) + slot % kTile * a.c_tiles;
     if (!owns || k >= a.k_per_group || c >= a.c_per_group) return;
     const Index weight = (((group * a.k_per_group + k) * a.c_per_group + c) * a.R + r) * a.S + s;
     partials[static_cast<int64_t>(blockIdx.y) * a.weights + weight] = sum;
@@ -146,18 +147,40 @@ cudaError_t start(const ConvShape& s, const void* grad_y, const void* x, int spl
   const int64_t pixels = s.N * s.P * s.Q, tiles = grouped_grad_weight_tiles(s);
   const int64_t k_tiles = ceil_div<int64_t>(s.outputs_per_group(), kTile);
   const int64_t c_tiles = ceil_div<int64_t>(s.channels_per_group(), kTile);
-  const GradWeightArgs<Index> args{i(s.H), i(s.W), i(s.P), i(s.Q), i(s.R), i(s.S),
-                                   i(s.stride_h), i(s.stride_w), i(s.pad_h), i(s.pad_w), i(s.dilation_h), i(s.dilation_w),
-                                   i(s.outputs_per_group()), i(s.channels_per_group()), i(k_tiles), i(c_tiles),
-                                   static_cast<Index>(tiles), static_cast<Index>(pixels),
+  const GradWeightArgs<Index> args{i(s.H),
+                                   i(s.W),
+                                   i(s.P),
+                                   i(s.Q),
+                                   i(s.R),
+                                   i(s.S),
+                                   i(s.stride_h),
+                                   i(s.stride_w),
+                                   i(s.pad_h),
+                                   i(s.pad_w),
+                                   i(s.dilation_h),
+                                   i(s.dilation_w),
+                                   i(s.outputs_per_group()),
+                                   i(s.channels_per_group()),
+                                   i(k_tiles),
+                                   i(c_tiles),
+                                   static_cast<Index>(tiles),
+                                   static_cast<Index>(pixels),
                                    static_cast<Index>(ceil_div<int64_t>(pixels, splits)),
-                                   i(workers / s.Q / s.P), i(workers / s.Q % s.P), i(workers % s.Q),
+                                   i(workers / s.Q / s.P),
+                                   i(workers / s.Q % s.P),
+                                   i(workers % s.Q),
                                    s.weight_elements(),
-                                   Divider<Index>(s.Q), Divider<Index>(s.P), Divider<Index>(k_tiles),
-                                   Divider<Index>(s.groups), Divider<Index>(c_tiles), Divider<Index>(s.S),
-                                   Offsets<Index>(s.x), Offsets<Index>(s.y)};
+                                   Divider<Index>(s.Q),
+                                   Divider<Index>(s.P),
+                                   Divider<Index>(k_tiles),
+                                   Divider<Index>(s.groups),
+                                   Divider<Index>(c_tiles),
+                                   Divider<Index>(s.S),
+                                   Offsets<Index>(s.x),
+                                   Offsets<Index>(s.y)};
   const int64_t blocks = kChannelLanes ? ceil_div<int64_t>(tiles, 32) : tiles;
-  const LaunchConfig config{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), dim3(kThreads), 0, stream};
+  const LaunchConfig config{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), dim3(kThreads), 0,
+                            stream};
   return launch(grad_weight_kernel<T, Index, kTile, kChannelLanes>, config, args, static_cast<const T*>(grad_y),
                 static_cast<const T*>(x), static_cast<acc_t<T>*>(workspace));
 }

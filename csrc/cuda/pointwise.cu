@@ -12,8 +12,8 @@ namespace {
 using namespace pointwise;
 
 constexpr int kThreads = 128;
-constexpr int kTile = 64;   // rows and columns of the result
-constexpr int kDepth = 16;  // of a step along k
+constexpr int kTile = 64;               // rows and columns of the result
+constexpr int kDepth = 16;              // of a step along k
 constexpr int kRows = 8, kColumns = 4;  // of a thread
 constexpr int kPitch = kTile + 4;       // of a row in shared memory: rows of a vector store fall on different banks
 
@@ -21,38 +21,35 @@ constexpr int kPitch = kTile + 4;       // of a row in shared memory: rows of a 
 template <typename T, bool kAlongK>
 struct Loader : TileShare<T, kAlongK, kTile, kDepth, kThreads> {
   using Share = TileShare<T, kAlongK, kTile, kDepth, kThreads>;
-  using Share::Share, Share::kVec, Share::kVectors;
-  Vec<T, kVec> held[kVectors];
+  using Share::Share, Share::kVec, Share::kVectors, Share::kElements;
+  T held[kElements];
 
   __device__ __forceinline__ void load(const Operand<T>& operand, uint32_t k0, uint32_t k_end) {
+    if (operand.vectors) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (operand.vectors) {
-        const T* p = this->address(operand, i, k0, k_end);
-        if (p != nullptr) {
-          held[i] = *reinterpret_cast<const Vec<T, kVec>*>(p);
-        } else {
+      for (int i = 0; i < kVectors; ++i) {
+        const T* const p = this->address(operand, i, k0, k_end);
+        Vec<T, kVec> v{};
+        if (p != nullptr) v = *reinterpret_cast<const Vec<T, kVec>*>(p);
 #pragma unroll
-          for (int j = 0; j < kVec; ++j) held[i].v[j] = from_acc<T>(0);
-        }
-      } else {
-        held[i] = this->gather(operand, i, k0, k_end);
+        for (int j = 0; j < kVec; ++j) held[i * kVec + j] = v.v[j];
       }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) held[e] = this->element(operand, e, k0, k_end);
     }
   }
 
-  __device__ __forceinline__ void store(acc_t<T> (&tile)[kDepth][kPitch]) const {
+  __device__ __forceinline__ void store(const Operand<T>& operand, acc_t<T> (&tile)[kDepth][kPitch]) const {
+    if (kAlongK || operand.vectors) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int outer = Share::outer(i), depth = Share::depth(i);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        if constexpr (kAlongK) {
-          tile[depth + j][outer] = to_acc(held[i].v[j]);
-        } else {
-          tile[depth][outer + j] = to_acc(held[i].v[j]);
-        }
+      for (int e = 0; e < kElements; ++e) {
+        const int outer = Share::outer(e / kVec), depth = Share::depth(e / kVec), j = e % kVec;
+        tile[kAlongK ? depth + j : depth][kAlongK ? outer : outer + j] = to_acc(held[e]);
       }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) tile[Share::element_depth(e)][Share::element_outer(e)] = to_acc(held[e]);
     }
   }
 };
@@ -69,7 +66,8 @@ __device__ __forceinline__ void read(A (&out)[kN], const A* p) {
 }
 
 template <typename T, bool kAAlongK, bool kBAlongK>
-__global__ void __launch_bounds__(kThreads) product_kernel(const Product<T> p, const TileGrid grid) {
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 4 ? 4 : 2)
+    product_kernel(const Product<T> p, const TileGrid grid) {
   using A = acc_t<T>;
   SMEM_ARRAY(A, a_tile, [2][kDepth][kPitch]);
   SMEM_ARRAY(A, b_tile, [2][kDepth][kPitch]);
@@ -88,8 +86,8 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product<T> p, c
   b.load(p.b, k_begin, k_end);
   int buffer = 0;
   for (uint32_t k0 = k_begin; k0 < k_end; k0 += kDepth, buffer ^= 1) {
-    a.store(a_tile[buffer]);
-    b.store(b_tile[buffer]);
+    a.store(p.a, a_tile[buffer]);
+    b.store(p.b, b_tile[buffer]);
     __syncthreads();  // also keeps the other buffer's readers, one step behind, before its next writers
     if (k0 + kDepth < k_end) {
       a.load(p.a, k0 + kDepth, k_end);
@@ -160,8 +158,8 @@ template <typename T>
 cudaError_t start(const Product<T>& p, int splits, cudaStream_t stream) {
   const int64_t m_tiles = ceil_div<int64_t>(p.a.outer.size, kTile), n_tiles = ceil_div<int64_t>(p.b.outer.size, kTile);
   const TileGrid grid(m_tiles, n_tiles, p.m_tiles_first);
-  const LaunchConfig config{dim3(static_cast<unsigned>(m_tiles * n_tiles), static_cast<unsigned>(splits)), dim3(kThreads), 0,
-                            stream};
+  const LaunchConfig config{dim3(static_cast<unsigned>(m_tiles * n_tiles), static_cast<unsigned>(splits)),
+                            dim3(kThreads), 0, stream};
   const auto go = [&](auto a_along_k, auto b_along_k) {
     return launch(product_kernel<T, decltype(a_along_k)::value, decltype(b_along_k)::value>, config, p, grid);
   };
@@ -180,8 +178,8 @@ cudaError_t launch_pointwise_forward(const ConvShape& shape, DType dtype, const 
   });
 }
 
-cudaError_t launch_pointwise_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w, void* grad_x,
-                                        cudaStream_t stream) {
+cudaError_t launch_pointwise_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
+                                        void* grad_x, cudaStream_t stream) {
   return dispatch_dtype(dtype, [&](auto tag) {
     return start(grad_input_product<typename decltype(tag)::type>(shape, grad_y, w, grad_x), 1, stream);
   });
@@ -190,7 +188,8 @@ cudaError_t launch_pointwise_grad_input(const ConvShape& shape, DType dtype, con
 cudaError_t launch_pointwise_grad_weight(const ConvShape& shape, DType dtype, const void* grad_y, const void* x,
                                          void* grad_w, int splits, void* workspace, cudaStream_t stream) {
   const cudaError_t error = dispatch_dtype(dtype, [&](auto tag) {
-    return start(grad_weight_product<typename decltype(tag)::type>(shape, grad_y, x, splits, workspace), splits, stream);
+    return start(grad_weight_product<typename decltype(tag)::type>(shape, grad_y, x, splits, workspace), splits,
+                 stream);
   });
   return error != cudaSuccess ? error : launch_sum_partials(shape, dtype, workspace, splits, grad_w, stream);
 }

@@ -79,8 +79,9 @@ inline Axis pixel_axis(int64_t N, int64_t rows, int64_t columns, int64_t image, 
 template <typename T>
 bool whole_vectors(int vec, const void* data, const Axis& dense, const Axis& other) {
   const auto multiple = [vec](int64_t v) { return v % vec == 0; };
-  return dense.step == 1 && multiple(dense.run) && multiple(dense.row) && multiple(dense.image) && multiple(other.step) &&
-         multiple(other.row) && multiple(other.image) && reinterpret_cast<uintptr_t>(data) % (vec * sizeof(T)) == 0;
+  return dense.step == 1 && multiple(dense.run) && multiple(dense.row) && multiple(dense.image) &&
+         multiple(other.step) && multiple(other.row) && multiple(other.image) &&
+         reinterpret_cast<uintptr_t>(data) % (vec * sizeof(T)) == 0;
 }
 
 // Which way to read: the dense one; where both or none are, the one that goes on for longer.
@@ -116,7 +117,8 @@ struct Product {
   bool bias_along_n = false;
   Activation activation = Activation::identity;
   uint32_t k_a_split = 0;  // a multiple of every tile's depth
-  bool m_tiles_first = false;  // neighbouring blocks share a tile of b, else of a: the tile of pixels, which is the large one
+  bool m_tiles_first =
+      false;  // neighbouring blocks share a tile of b, else of a: the tile of pixels, which is the large one
 
   Product(const Operand<T>& a_, const Operand<T>& b_) : a(a_), b(b_) {}
 };
@@ -185,14 +187,17 @@ struct TileGrid {
   }
 };
 
-// How the threads of a block share a tile of kOuter x kDepth elements of an operand: in vectors of 16 bytes, neighbouring
-// threads along the dense dimension. Vector i of a thread begins at (outer, depth).
+// How the threads of a block share a tile of kOuter x kDepth elements of an operand. Where the operand has whole vectors, in
+// vectors of 16 bytes, neighbouring threads along the dense dimension: vector i of a thread begins at (outer(i), depth(i)).
+// Else element by element: along k in the same order, along outer with one element a thread, so that a thread has but one
+// outer index and neighbouring threads read neighbours.
 template <typename T, bool kAlongK, int kOuter, int kDepth, int kThreads>
 struct TileShare {
   static constexpr int kVec = kVec16<T>;
   static constexpr int kVectors = kOuter * kDepth / (kVec * kThreads);
+  static constexpr int kElements = kVectors * kVec;
   static constexpr int kAlong = (kAlongK ? kDepth : kOuter) / kVec;  // vectors in the dense dimension
-  static_assert(kVectors * kVec * kThreads == kOuter * kDepth && kThreads % kAlong == 0);
+  static_assert(kElements * kThreads == kOuter * kDepth && kThreads % kAlong == 0 && kThreads % kOuter == 0);
 
   static __device__ __forceinline__ int outer(int i) {
     const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
@@ -202,46 +207,39 @@ struct TileShare {
     const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
     return kAlongK ? vector % kAlong * kVec : vector / kAlong;
   }
+  static __device__ __forceinline__ int element_outer(int e) {
+    return kAlongK ? outer(e / kVec) : static_cast<int>(threadIdx.x) % kOuter;
+  }
+  static __device__ __forceinline__ int element_depth(int e) {
+    return kAlongK ? depth(e / kVec) + e % kVec : static_cast<int>(threadIdx.x) / kOuter + e * (kThreads / kOuter);
+  }
 
-  // Offsets of the outer index of each vector, which stay the same while k moves on; and whether it lies inside.
-  int64_t at[kVectors];
-  bool inside[kVectors];
-  uint32_t first;
+  // Offsets of the thread's outer indices, which stay the same while k moves on; and whether they lie inside.
+  static constexpr int kOuters = kAlongK ? kVectors : 1;
+  int64_t at[kOuters];
+  bool inside[kOuters];
 
-  __device__ __forceinline__ TileShare(const Operand<T>& operand, uint32_t first_outer) : first(first_outer) {
+  __device__ __forceinline__ TileShare(const Operand<T>& operand, uint32_t first) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const uint32_t index = first_outer + outer(i);
+    for (int i = 0; i < kOuters; ++i) {
+      const uint32_t index = first + (kAlongK || operand.vectors ? outer(i) : element_outer(i));
       inside[i] = index < operand.outer.size;
       at[i] = inside[i] ? operand.outer.offset(index) : 0;
     }
   }
 
-  // The vector of kVec elements at k0 + depth(i), one by one; zero where it is outside.
-  __device__ __forceinline__ Vec<T, kVec> gather(const Operand<T>& operand, int i, uint32_t k0, uint32_t k_end) const {
-    Vec<T, kVec> v;
-    const uint32_t k = k0 + depth(i);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      bool valid;
-      int64_t offset = 0;
-      if constexpr (kAlongK) {
-        valid = inside[i] && k + j < k_end;
-        if (valid) offset = at[i] + operand.k.offset(k + j);
-      } else {
-        const uint32_t index = first + outer(i) + j;
-        valid = index < operand.outer.size && k < k_end;
-        if (valid) offset = operand.outer.offset(index) + operand.k.offset(k);
-      }
-      v.v[j] = valid ? operand.data[offset] : from_acc<T>(0);
-    }
-    return v;
+  // Element e of the thread; zero where it is outside.
+  __device__ __forceinline__ T element(const Operand<T>& operand, int e, uint32_t k0, uint32_t k_end) const {
+    const int i = kAlongK ? e / kVec : 0;
+    const uint32_t k = k0 + element_depth(e);
+    return inside[i] && k < k_end ? operand.data[at[i] + operand.k.offset(k)] : from_acc<T>(0);
   }
 
-  // Address of a whole vector, or null where it is outside. Only with operand.vectors.
+  // Address of the whole vector i, or null where it is outside. Only with operand.vectors.
   __device__ __forceinline__ const T* address(const Operand<T>& operand, int i, uint32_t k0, uint32_t k_end) const {
+    const int o = kAlongK ? i : 0;
     const uint32_t k = k0 + depth(i);
-    return inside[i] && k < k_end ? operand.data + at[i] + operand.k.offset(k) : nullptr;
+    return inside[o] && k < k_end ? operand.data + at[o] + operand.k.offset(k) : nullptr;
   }
 };
 

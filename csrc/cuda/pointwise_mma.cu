@@ -20,9 +20,9 @@ constexpr int kRows = 128, kColumns = 64;  // of a block's tile of the result
 constexpr int kDepth = 32;                 // of a step along k
 constexpr int kStages = 3;
 constexpr int kWarpRows = 32, kWarpColumns = 32;
-constexpr int kPad = 8;                      // elements: 16 bytes
-constexpr int kResultPitch = kColumns + 4;   // floats
-constexpr int kVec = 8;                      // elements of 16 bits in 16 bytes
+constexpr int kPad = 8;                     // elements: 16 bytes
+constexpr int kResultPitch = kColumns + 4;  // floats
+constexpr int kVec = 8;                     // elements of 16 bits in 16 bytes
 
 // A tile of one operand in shared memory, and the thread's share of filling it.
 template <typename T, bool kAlongK, int kOuter>
@@ -30,33 +30,44 @@ struct Tile : TileShare<T, kAlongK, kOuter, kDepth, kThreads> {
   using Share = TileShare<T, kAlongK, kOuter, kDepth, kThreads>;
   using Share::Share, Share::kVectors;
   static constexpr int kPitch = (kAlongK ? kDepth : kOuter) + kPad;
-  static constexpr int kElements = (kAlongK ? kOuter : kDepth) * kPitch;
+  static constexpr int kTileElements = (kAlongK ? kOuter : kDepth) * kPitch;
 
   static __device__ __forceinline__ int position(int outer, int depth) {
     return kAlongK ? outer * kPitch + depth : depth * kPitch + outer;
   }
 
   __device__ __forceinline__ void fill(T* tile, const Operand<T>& operand, uint32_t k0, uint32_t k_end) const {
+    if (operand.vectors) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      T* const to = tile + position(Share::outer(i), Share::depth(i));
-      if (operand.vectors) {
+      for (int i = 0; i < kVectors; ++i) {
         const T* const from = this->address(operand, i, k0, k_end);
-        cp_async16(to, from != nullptr ? from : operand.data, from != nullptr);
-      } else {
-        *reinterpret_cast<Vec<T, kVec>*>(to) = this->gather(operand, i, k0, k_end);
+        cp_async16(tile + position(Share::outer(i), Share::depth(i)), from != nullptr ? from : operand.data,
+                   from != nullptr);
+      }
+    } else if constexpr (kAlongK) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        Vec<T, kVec> v;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) v.v[j] = this->element(operand, i * kVec + j, k0, k_end);
+        *reinterpret_cast<Vec<T, kVec>*>(tile + position(Share::outer(i), Share::depth(i))) = v;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < Share::kElements; ++e) {
+        tile[position(Share::element_outer(e), Share::element_depth(e))] = this->element(operand, e, k0, k_end);
       }
     }
   }
 };
 
 template <typename T, bool kAAlongK, bool kBAlongK>
-__global__ void __launch_bounds__(kThreads) product_mma_kernel(const Product<T> p, const TileGrid grid) {
+__global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<T> p, const TileGrid grid) {
   using ATile = Tile<T, kAAlongK, kRows>;
   using BTile = Tile<T, kBAlongK, kColumns>;
   DYN_SMEM(smem);
   T* const a_tiles = reinterpret_cast<T*>(smem);
-  T* const b_tiles = a_tiles + kStages * ATile::kElements;
+  T* const b_tiles = a_tiles + kStages * ATile::kTileElements;
 
   uint32_t m_tile, n_tile;
   grid.split(blockIdx.x, m_tile, n_tile);
@@ -72,8 +83,8 @@ __global__ void __launch_bounds__(kThreads) product_mma_kernel(const Product<T> 
   const auto fill = [&](int step) {
     if (step < steps) {
       const uint32_t k0 = k_begin + step * kDepth;
-      a.fill(a_tiles + step % kStages * ATile::kElements, p.a, k0, k_end);
-      b.fill(b_tiles + step % kStages * BTile::kElements, p.b, k0, k_end);
+      a.fill(a_tiles + step % kStages * ATile::kTileElements, p.a, k0, k_end);
+      b.fill(b_tiles + step % kStages * BTile::kTileElements, p.b, k0, k_end);
     }
     cp_async_commit();
   };
@@ -85,8 +96,8 @@ __global__ void __launch_bounds__(kThreads) product_mma_kernel(const Product<T> 
     cp_async_wait<kStages - 2>();
     __syncthreads();  // the step's tiles are there for all, and the stage that is filled next has no readers left
     fill(step + kStages - 1);
-    const T* const a_tile = a_tiles + step % kStages * ATile::kElements;
-    const T* const b_tile = b_tiles + step % kStages * BTile::kElements;
+    const T* const a_tile = a_tiles + step % kStages * ATile::kTileElements;
+    const T* const b_tile = b_tiles + step % kStages * BTile::kTileElements;
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
       uint32_t left[2][4], right[2][4];
@@ -95,13 +106,15 @@ __global__ void __launch_bounds__(kThreads) product_mma_kernel(const Product<T> 
         if constexpr (kAAlongK) {
           ldmatrix_x4(left[i], a_tile + ATile::position(row + i * 16 + lane % 16, k + lane / 16 * 8));
         } else {
-          ldmatrix_x4_trans(left[i], a_tile + ATile::position(row + i * 16 + lane / 8 % 2 * 8, k + lane / 16 * 8 + lane % 8));
+          ldmatrix_x4_trans(left[i],
+                            a_tile + ATile::position(row + i * 16 + lane / 8 % 2 * 8, k + lane / 16 * 8 + lane % 8));
         }
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {  // 16 columns: two fragments
         if constexpr (kBAlongK) {
-          ldmatrix_x4(right[j], b_tile + BTile::position(column + j * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+          ldmatrix_x4(right[j],
+                      b_tile + BTile::position(column + j * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
         } else {
           ldmatrix_x4_trans(right[j], b_tile + BTile::position(column + j * 16 + lane / 16 * 8, k + lane % 16));
         }
@@ -179,14 +192,16 @@ __global__ void __launch_bounds__(kThreads) product_mma_kernel(const Product<T> 
 
 template <typename T>
 cudaError_t start(const Product<T>& p, int splits, cudaStream_t stream) {
-  const int64_t m_tiles = ceil_div<int64_t>(p.a.outer.size, kRows), n_tiles = ceil_div<int64_t>(p.b.outer.size, kColumns);
+  const int64_t m_tiles = ceil_div<int64_t>(p.a.outer.size, kRows),
+                n_tiles = ceil_div<int64_t>(p.b.outer.size, kColumns);
   const TileGrid grid(m_tiles, n_tiles, p.m_tiles_first);
   const auto go = [&](auto a_along_k, auto b_along_k) {
     constexpr bool kA = decltype(a_along_k)::value, kB = decltype(b_along_k)::value;
-    constexpr size_t kTiles = kStages * (Tile<T, kA, kRows>::kElements + Tile<T, kB, kColumns>::kElements) * sizeof(T);
+    constexpr size_t kTiles =
+        kStages * (Tile<T, kA, kRows>::kTileElements + Tile<T, kB, kColumns>::kTileElements) * sizeof(T);
     constexpr size_t kSmem = std::max(kTiles, kRows * kResultPitch * sizeof(float));
-    const LaunchConfig config{dim3(static_cast<unsigned>(m_tiles * n_tiles), static_cast<unsigned>(splits)), dim3(kThreads),
-                              kSmem, stream};
+    const LaunchConfig config{dim3(static_cast<unsigned>(m_tiles * n_tiles), static_cast<unsigned>(splits)),
+                              dim3(kThreads), kSmem, stream};
     return launch(product_mma_kernel<T, kA, kB>, config, p, grid);
   };
   constexpr std::true_type yes;
@@ -222,7 +237,8 @@ cudaError_t launch_pointwise_mma_grad_input(const ConvShape& shape, DType dtype,
 cudaError_t launch_pointwise_mma_grad_weight(const ConvShape& shape, DType dtype, const void* grad_y, const void* x,
                                              void* grad_w, int splits, void* workspace, cudaStream_t stream) {
   const cudaError_t error = dispatch_half(dtype, [&](auto tag) {
-    return start(grad_weight_product<typename decltype(tag)::type>(shape, grad_y, x, splits, workspace), splits, stream);
+    return start(grad_weight_product<typename decltype(tag)::type>(shape, grad_y, x, splits, workspace), splits,
+                 stream);
   });
   return error != cudaSuccess ? error : launch_sum_partials(shape, dtype, workspace, splits, grad_w, stream);
 }
