@@ -1,5 +1,7 @@
 #include "machine.h"
 
+#include <execinfo.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <numeric>
@@ -112,6 +114,18 @@ void run_block() {
   }
 }
 
+std::set<Trace> all_traces;
+extern "C" const char __executable_start;  // from the linker
+
+void remember(const void* kernel) {
+  const auto relative = [](const void* p) { return static_cast<uintptr_t>(static_cast<const char*>(p) - &__executable_start); };
+  void* frames[16];
+  const int count = backtrace(frames, 16);
+  Trace trace{relative(kernel)};
+  for (int i = 0; i < count; ++i) trace.push_back(relative(frames[i]));
+  all_traces.insert(trace);
+}
+
 #if defined(EMULATOR_ASAN)
 // UndefinedBehaviorSanitizer and AddressSanitizer end the process; this adds which CUDA thread was at it.
 void name_the_thread() {
@@ -130,6 +144,8 @@ Counters& counters() {
   static Counters values;
   return values;
 }
+
+const std::set<Trace>& traces() { return all_traces; }
 
 uint64_t random_number() {  // xorshift64
   uint64_t& x = machine.random;
@@ -184,10 +200,11 @@ void give_way() {
   switch_to(pick());
 }
 
-void launch_body(dim3 grid, dim3 size, size_t smem_bytes, void (*body)(void*), void* context) {
+void launch_body(dim3 grid, dim3 size, size_t smem_bytes, const void* kernel, void (*body)(void*), void* context) {
   if (machine.running) throw Fault("a kernel launches a kernel");
   check_configuration(grid, size, smem_bytes);
   ++counters().launches;
+  remember(kernel);
   machine.body = body;
   machine.context = context;
   machine.fault.clear();

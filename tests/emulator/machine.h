@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -100,7 +101,12 @@ struct Counters {
 };
 Counters& counters();
 
-void launch_body(dim3 grid, dim3 block, size_t smem_bytes, void (*body)(void*), void* context);
+// Which kernels were launched, and from where: the kernel's address, then the return addresses of the host's call stack, all
+// relative to the program's beginning. One entry for each way by which a kernel was reached.
+using Trace = std::vector<uintptr_t>;
+const std::set<Trace>& traces();
+
+void launch_body(dim3 grid, dim3 block, size_t smem_bytes, const void* kernel, void (*body)(void*), void* context);
 
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, A&&... arguments) {
@@ -110,7 +116,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, A&&.
     decltype(values)* arguments;
   } context{kernel, &values};
   launch_body(
-      grid, block, smem_bytes,
+      grid, block, smem_bytes, reinterpret_cast<const void*>(kernel),
       [](void* p) {
         auto* c = static_cast<Context*>(p);
         std::apply(c->kernel, *c->arguments);

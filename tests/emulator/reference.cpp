@@ -4,6 +4,8 @@
 
 namespace emulator {
 
+using sepconv::Map;
+
 std::vector<Expected> reference(Map map, const sepconv::ConvShape& s, const Buffer& a, const Buffer& b,
                                 const Buffer* bias, sepconv::Activation activation) {
   const int64_t Cg = s.channels_per_group(), Kg = s.outputs_per_group();

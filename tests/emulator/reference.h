@@ -9,8 +9,6 @@
 
 namespace emulator {
 
-enum class Map { forward, grad_input, grad_weight };
-
 // One element of a result: the exact value, and the sum of the magnitudes of its terms, which bounds the rounding error.
 struct Expected {
   double value = 0, magnitude = 0;
@@ -19,7 +17,7 @@ struct Expected {
 
 // Elements in the order of the result's logical dimensions. a and b are the map's two operands: (x, w), (grad_y, w) or
 // (grad_y, x). bias may be null.
-std::vector<Expected> reference(Map, const sepconv::ConvShape&, const Buffer& a, const Buffer& b, const Buffer* bias,
+std::vector<Expected> reference(sepconv::Map, const sepconv::ConvShape&, const Buffer& a, const Buffer& b, const Buffer* bias,
                                 sepconv::Activation);
 
 }  // namespace emulator

@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels for the emulator, and runs them.
 
-    python tests/emulator/build.py                                   compile everything, print the runners' paths
-    python tests/emulator/build.py run [--race] door=... dtype=... N=...   compile what is stale, then run one case
+    python tests/emulator/emulate.py                                   compile everything, print the runners' paths
+    python tests/emulator/emulate.py run [--race] map=... dtype=... N=...   compile what is stale, then run one case
 
 Two builds of the same sources: `asan` (AddressSanitizer, UndefinedBehaviorSanitizer, uninitialised registers filled with a
 pattern) and `race` (every memory access calls the race detector). Objects are kept in .emulator-cache/ under the hash
@@ -10,6 +10,7 @@ of everything that went into them, so nothing is compiled twice and nothing stal
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import os
@@ -17,7 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,8 @@ KERNELS = ROOT / "csrc" / "cuda"
 CACHE = Path(os.environ.get("SEPCONV_EMULATOR_CACHE", ROOT / ".emulator-cache"))
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 
-RUNTIME = ("fiber", "machine", "shared_memory", "synchronise", "race", "async_copy", "matrix", "tensor", "reference")
+RUNTIME = ("fiber", "machine", "shared_memory", "synchronise", "race", "async_copy", "matrix", "tensor", "reference",
+           "case")
 COMMON = ("-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas")
 # Instrumentation is for the kernels; the emulator's own code only needs to know which build it is part of.
 BUILDS = {
@@ -94,11 +96,13 @@ def compiler_version() -> str:
 def doors() -> list[str]:
     """Every launch_* function that csrc/cuda/launch.h declares."""
     text = re.sub(r"//[^\n]*", "", (KERNELS / "launch.h").read_text())
-    declared = re.findall(r"\bcudaError_t\s+(launch_\w+)\s*\(", text)
-    if os.environ.get("EMULATOR_PARTIAL") or os.environ.get("EMULATOR_ONLY"):  # while a kernel is being written: only the doors that are defined already
-        code = "".join(path.read_text() for path in kernel_sources())
-        return [name for name in declared if re.search(rf"\bcudaError_t {name}\(", code)]
-    return declared
+    return re.findall(r"\bcudaError_t\s+(launch_\w+)\s*\(", text)
+
+
+def kernels() -> list[tuple[Path, str]]:
+    """Every __global__ function: its file and its name."""
+    pattern = r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
+    return [(path, name) for path in kernel_sources() for name in re.findall(pattern, path.read_text())]
 
 
 def kernel_sources() -> list[Path]:
@@ -129,11 +133,10 @@ def compile_object(source: Path, build: str, text: str | None = None, extra: Seq
     """The object file of one source; `text` replaces what stands in it (for planted faults)."""
     content = source.read_text() if text is None else text
     kernel = source.suffix == ".cu"
-    generated = CACHE / "generated"
     flags = [*COMMON, BUILDS[build]["define"], *extra]
     if kernel:
         flags += [*BUILDS[build]["kernel"], "-include", str(HERE / "emulator.h")]
-    folders = (HERE, KERNELS, generated)
+    folders = (HERE, KERNELS)
     digest = hashlib.sha256()
     for part in (compiler_version(), *flags, source.name, str(cuda_include()), content):
         digest.update(part.encode() + b"\0")
@@ -158,29 +161,21 @@ def compile_object(source: Path, build: str, text: str | None = None, extra: Seq
     return target
 
 
-def _write_doors() -> None:
-    path = CACHE / "generated" / "doors.inc"
-    text = "".join(f"DOOR({name})\n" for name in doors())
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
-        part.replace(path)
-
-
 def sources() -> list[Path]:
     """All that a runner is linked from."""
-    plain = [KERNELS / "plan.cpp"] if (KERNELS / "plan.cpp").exists() else []
-    return [*kernel_sources(), *plain, *(HERE / f"{name}.cpp" for name in (*RUNTIME, "runner"))]
+    plan = [KERNELS / "plan.cpp", KERNELS / "run.cpp"]
+    return [*kernel_sources(), *plan, *(HERE / f"{name}.cpp" for name in (*RUNTIME, "runner"))]
 
 
-def link(objects: Iterable[Path], build: str) -> Path:
+def link(objects: Iterable[Path], build: str, name: str = "runner") -> Path:
     objects = sorted(objects)
     digest = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:20]
-    target = CACHE / build / f"runner-{digest}"
+    target = CACHE / build / f"{name}-{digest}"
     if not target.exists():
         part = target.with_suffix(f".{os.getpid()}.part")
         command = [compiler(), *BUILDS[build]["link"], *map(str, objects), "-o", str(part)]
+        if os.environ.get("EMULATOR_ONLY"):
+            command += ["-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
         done = subprocess.run(command, text=True, capture_output=True)
         if done.returncode:
             raise CompileError(f"link ({build}):\n{done.stderr}")
@@ -188,13 +183,23 @@ def link(objects: Iterable[Path], build: str) -> Path:
     return target
 
 
-def runners(builds: Sequence[str] = tuple(BUILDS)) -> dict[str, Path]:
+def runners(builds: Sequence[str] = tuple(BUILDS), progress: Callable[[str], None] = lambda text: None) -> dict[str, Path]:
     """Builds what is missing, on MAX_JOBS cores; returns the path of each build's runner."""
-    _write_doors()
     todo = sorted(((s, b) for b in builds for s in sources()), key=lambda t: (t[0].suffix == ".cu", -t[0].stat().st_size))
     with ThreadPoolExecutor(JOBS) as pool:
-        objects = list(pool.map(lambda t: compile_object(*t), todo))
+        objects = []
+        for (source, build), compiled in zip(todo, pool.map(lambda t: compile_object(*t), todo)):
+            objects.append(compiled)
+            progress(f"{len(objects)}/{len(todo)} {source.name} ({build})")
     return {b: link([o for o, (_, of) in zip(objects, todo) if of == b], b) for b in builds}
+
+
+def planned_kernels(cases: Sequence[Sequence[str]]) -> list[str]:
+    """The name of the kernel that the plan takes for each case; compiles the plan alone, in a few seconds, once."""
+    parts = (KERNELS / "plan.cpp", HERE / "tensor.cpp", HERE / "case.cpp", HERE / "planner.cpp")
+    planner = link([compile_object(p, "race") for p in parts], "race", "planner")
+    lines = "".join(" ".join(case) + "\n" for case in cases)
+    return subprocess.run([str(planner)], input=lines, text=True, capture_output=True, check=True).stdout.splitlines()
 
 
 def run(runner: Path, arguments: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -207,6 +212,54 @@ def run(runner: Path, arguments: Sequence[str], timeout: float = 300) -> subproc
         [str(runner), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=environment,
     )  # fmt: skip
+
+
+def command(build: str, arguments: Sequence[str]) -> str:
+    """The line that repeats a run by hand."""
+    race = " --race" if build == "race" else ""
+    return f"{Path(sys.executable).name} tests/emulator/emulate.py run{race} {' '.join(arguments)}"
+
+
+@functools.cache
+def symbols(runner: Path) -> tuple[list[int], list[tuple[int, str]]]:
+    """Functions of a runner by address: their beginnings, and (end, demangled name) of each."""
+    table = subprocess.run(["nm", "-CS", "--defined-only", str(runner)], capture_output=True, text=True, check=True)
+    found = []
+    for line in table.stdout.splitlines():
+        fields = line.split(" ", 3)
+        if len(fields) == 4 and fields[2] in "tTwW":
+            found.append((int(fields[0], 16), int(fields[0], 16) + int(fields[1], 16), fields[3]))
+    found.sort()
+    return [f[0] for f in found], [(f[1], f[2]) for f in found]
+
+
+def function_at(runner: Path, address: int) -> str | None:
+    begins, rest = symbols(runner)
+    i = bisect.bisect_right(begins, address) - 1
+    return rest[i][1] if i >= 0 and address < rest[i][0] else None
+
+
+def launched(runner: Path, output: str) -> set[tuple[str, tuple[str, ...]]]:
+    """(kernel with its template arguments, the launch_* functions on the call stack, innermost first) of every launch."""
+    found = set()
+    for line in re.findall(r"^launch: (.*)$", output, re.MULTILINE):
+        kernel, *frames = (function_at(runner, int(word, 16)) for word in line.split())
+        if kernel is None:
+            raise RuntimeError(f"no symbol for the kernel in: {line}")
+        passed = [re.match(r"sepconv::cuda::(launch_\w+)\(", frame or "") for frame in frames]
+        found.add((kernel, tuple(door.group(1) for door in passed if door)))
+    return found
+
+
+def plain_name(symbol: str) -> str:
+    """gather_kernel of "void sepconv::cuda::(anonymous namespace)::gather_kernel<float, 1>(...)"."""
+    return re.search(r"(\w+)\s*(?:<|\()", symbol.replace("(anonymous namespace)::", "")).group(1)
+
+
+def door_source(door: str) -> Path | None:
+    """The .cu file that defines a launch_* function."""
+    found = (p for p in kernel_sources() if re.search(rf"^cudaError_t {door}\(", p.read_text(), re.MULTILINE))
+    return next(found, None)
 
 
 def main(arguments: list[str]) -> int:

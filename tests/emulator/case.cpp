@@ -1,0 +1,110 @@
+#include "case.h"
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+
+#include "../../csrc/cuda/tiling.h"
+#include "tensor.h"
+
+namespace emulator {
+
+using sepconv::Activation;
+using sepconv::ConvShape;
+using sepconv::DType;
+using sepconv::Map;
+
+namespace {
+
+template <size_t kCount>
+int index_of(const char* const (&names)[kCount], const std::string& name) {
+  for (size_t i = 0; i < kCount; ++i) {
+    if (names[i] == name) return static_cast<int>(i);
+  }
+  throw std::invalid_argument("unknown name " + name);
+}
+
+}  // namespace
+
+Arguments::Arguments(const std::vector<std::string>& words) {
+  for (const std::string& word : words) {
+    const size_t equals = word.find('=');
+    if (equals == std::string::npos) throw std::invalid_argument("expected key=value, not " + word);
+    values_[word.substr(0, equals)] = word.substr(equals + 1);
+  }
+}
+
+std::string Arguments::text(const std::string& key, const std::string& otherwise) const {
+  const auto found = values_.find(key);
+  return found == values_.end() ? otherwise : found->second;
+}
+
+int64_t Arguments::number(const std::string& key, int64_t otherwise) const {
+  return std::stoll(text(key, std::to_string(otherwise)));
+}
+
+std::vector<int64_t> Arguments::numbers(const std::string& key, const std::string& otherwise, char separator) const {
+  std::istringstream in(text(key, otherwise));
+  std::vector<int64_t> list;
+  for (std::string part; std::getline(in, part, separator);) list.push_back(std::stoll(part));
+  return list;
+}
+
+Case read_case(const Arguments& a) {
+  Case c{};
+  static constexpr const char* kMaps[] = {"forward", "grad_input", "grad_weight"};
+  c.map = static_cast<Map>(index_of(kMaps, a.text("map", "forward")));
+  static constexpr const char* kDTypes[] = {"float32", "float64", "float16", "bfloat16"};
+  c.dtype = static_cast<DType>(index_of(kDTypes, a.text("dtype", "float32")));
+  c.activation = static_cast<Activation>(index_of(sepconv::kActivationNames, a.text("activation", "identity")));
+  c.bias = a.number("bias", 0);
+  c.offset = a.number("offset", 0);
+  ConvShape& s = c.shape;
+  s.N = a.number("N", 1), s.C = a.number("C", 1), s.H = a.number("H", 1), s.W = a.number("W", 1);
+  s.K = a.number("K", 1), s.R = a.number("R", 1), s.S = a.number("S", 1), s.groups = a.number("groups", 1);
+  const auto stride = a.numbers("stride", "1,1"), dilation = a.numbers("dilation", "1,1");
+  const auto padding = a.numbers("padding", "0,0,0,0");  // top, bottom, left, right
+  s.stride_h = stride.at(0), s.stride_w = stride.at(1);
+  s.dilation_h = dilation.at(0), s.dilation_w = dilation.at(1);
+  s.pad_h = padding.at(0), s.pad_w = padding.at(2);
+  s.P = (s.H + padding.at(0) + padding.at(1) - s.dilation_h * (s.R - 1) - 1) / s.stride_h + 1;
+  s.Q = (s.W + padding.at(2) + padding.at(3) - s.dilation_w * (s.S - 1) - 1) / s.stride_w + 1;
+  const std::string layout = a.text("layout", "contiguous");
+  s.x = make_strides({s.N, s.C, s.H, s.W}, layout);
+  s.y = make_strides({s.N, s.K, s.P, s.Q}, a.text("y_layout", layout));
+  s.w = make_strides({s.K, s.channels_per_group(), s.R, s.S}, a.text("w_layout", "contiguous"));
+  return c;
+}
+
+sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
+  using namespace sepconv::cuda;
+  const Device device{static_cast<int>(a.number("multiprocessors", 132)), static_cast<int>(a.number("sm", 90))};
+  const int64_t unit = c.offset * static_cast<int64_t>(dtype_bytes(c.dtype));
+  const int64_t alignment = unit ? std::min<int64_t>(unit & -unit, 16) : 16;
+  Plan p = plan(c.map, c.shape, c.dtype, device, alignment, true);
+  const std::string kernel = a.text("kernel", "auto");
+  if (kernel != "auto") {
+    static constexpr const char* kKernels[] = {"depthwise_nhwc",        "depthwise_nchw", "depthwise_direct",
+                                               "depthwise_grad_weight", "pointwise",      "pointwise_mma",
+                                               "grouped"};  // in the order of the enum
+    static_assert(std::size(kKernels) == static_cast<size_t>(Kernel::aten));
+    p.kernel = static_cast<Kernel>(index_of(kKernels, kernel));
+    p.name = "chosen by hand";
+    p.tile = {};
+  }
+  Tile& t = p.tile;
+  t.vec = static_cast<int>(a.number("vec", t.vec));
+  t.rows = static_cast<int>(a.number("rows", t.rows));
+  t.lanes = static_cast<int>(a.number("lanes", t.lanes));
+  t.splits = static_cast<int>(a.number("splits", t.splits));
+  t.window = a.number("window", t.window) != 0;
+  t.wide = a.number("wide", t.wide) != 0;
+  if (c.map == Map::grad_weight) {
+    p.workspace_bytes = t.splits * c.shape.weight_elements() * (c.dtype == DType::float64 ? 8 : 4);
+  } else if (p.kernel == Kernel::grouped) {
+    p.workspace_bytes = grouped_workspace_bytes(c.shape, c.dtype, c.map == Map::grad_input);
+  }
+  return p;
+}
+
+}  // namespace emulator

@@ -1,0 +1,38 @@
+// A test case as text, "key=value" by key, and what it stands for. runner.cpp lists the keys.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/plan.h"
+
+namespace emulator {
+
+class Arguments {
+ public:
+  explicit Arguments(const std::vector<std::string>& words);
+  std::string text(const std::string& key, const std::string& otherwise) const;
+  int64_t number(const std::string& key, int64_t otherwise) const;
+  std::vector<int64_t> numbers(const std::string& key, const std::string& otherwise, char separator = ',') const;
+
+ private:
+  std::map<std::string, std::string> values_;
+};
+
+struct Case {
+  sepconv::Map map;
+  sepconv::DType dtype;
+  sepconv::ConvShape shape;
+  bool bias;
+  sepconv::Activation activation;
+  int64_t offset;  // elements by which every tensor lies off its allocation's alignment
+};
+
+Case read_case(const Arguments&);
+
+// The plan of the call, as csrc/cuda/bindings.cpp makes it, with what the command line overrules.
+sepconv::cuda::Plan make_plan(const Case&, const Arguments&);
+
+}  // namespace emulator

@@ -1,0 +1,197 @@
+"""Every CUDA kernel, run on the CPU: the .cu files compiled by g++ against tests/emulator, on the shared cases.
+
+One test is one kernel on one case: several seeds (SEEDS, default 8: data, block order and thread order) under
+AddressSanitizer and UndefinedBehaviorSanitizer, then one under the race detector, each compared with a float64 reference.
+A failure prints the command that repeats it. tests/emulator/README.md explains how it works and what it cannot see.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from cases import BY_NAME, CASES, SMALL, Case
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import emulate
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulate.why_not() is not None, reason=str(emulate.why_not())),
+]
+
+SEEDS = int(os.environ.get("SEEDS", "8"))
+RACE_SEEDS = max(1, SEEDS // 8)
+MAPS = ("forward", "grad_input", "grad_weight")
+DTYPES = ("float32", "float16", "float64", "bfloat16")
+LAYOUTS = ("contiguous", "channels_last")
+ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "sigmoid", "tanh")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A case as the runner takes it. `extra` overrules what the plan would choose."""
+
+    case: Case
+    map: str
+    dtype: str
+    layout: str
+    activation: str = "identity"
+    extra: dict[str, object] = field(default_factory=dict)
+
+    def arguments(self) -> list[str]:
+        c = self.case
+        top, bottom, left, right = c.four_paddings
+        values: dict[str, object] = {
+            "map": self.map, "dtype": self.dtype, "layout": self.layout,
+            "N": c.N, "C": c.C, "H": c.H, "W": c.W, "K": c.K, "R": c.R, "S": c.S, "groups": c.groups,
+            "stride": f"{c.stride[0]},{c.stride[1]}", "padding": f"{top},{bottom},{left},{right}",
+            "dilation": f"{c.dilation[0]},{c.dilation[1]}", "bias": int(c.bias), "activation": self.activation,
+        }  # fmt: skip
+        return [f"{key}={value}" for key, value in (values | self.extra).items()]
+
+    @property
+    def half(self) -> bool:
+        return self.dtype in ("float16", "bfloat16")
+
+
+def _runs() -> Iterator[Run]:
+    cases = [case for case in CASES if case.N > 0]  # nothing is launched for an empty batch
+    small = [case for case in SMALL if case.N > 0]
+    count = 0
+
+    def made(case: Case, map: str, layout: str, dtype: str | None = None, **extra: object) -> Run:
+        nonlocal count
+        count += 1  # dtypes and activations take turns
+        activation = ACTIVATIONS[count % len(ACTIVATIONS)] if map == "forward" else "identity"
+        return Run(case, map, dtype or DTYPES[count % 4], layout, activation, extra)
+
+    # What the plan chooses.
+    for case in cases:
+        for map in MAPS:
+            for layout in LAYOUTS:
+                yield made(case, map, layout)
+            count += 1
+    for case in small:
+        for map in MAPS:
+            yield made(case, map, "strided")
+            yield made(case, map, LAYOUTS[count % 2], offset=1)  # no tensor is aligned to a vector
+    # Every dtype of every family, in both layouts.
+    for name in ("depthwise_k3", "depthwise_k5_stride2", "grouped_resnext", "pointwise_aligned", "dense_k3"):
+        for map in MAPS:
+            for dtype in DTYPES:
+                for layout in LAYOUTS:
+                    yield made(BY_NAME[name], map, layout, dtype)
+    # Kernels that the plan leaves aside for these shapes, and tiles that it takes for larger ones.
+    for case in small:
+        if case.family == "depthwise":
+            for map in ("forward", "grad_input"):
+                yield made(case, map, LAYOUTS[count % 2], kernel="depthwise_direct")
+                yield made(case, map, LAYOUTS[count % 2], kernel="depthwise_direct", wide=1)
+                yield made(case, map, LAYOUTS[count % 2], kernel="grouped")
+            yield made(case, "grad_weight", LAYOUTS[count % 2], kernel="grouped", splits=2)
+        if case.family == "pointwise":
+            for map in MAPS:
+                yield made(case, map, LAYOUTS[count % 2], DTYPES[1 + count % 2 * 2], sm=70)
+                yield made(case, map, LAYOUTS[count % 2], kernel="grouped")
+        yield made(case, "grad_weight", LAYOUTS[count % 2], splits=3)
+    for name in ("depthwise_k3_tall", "depthwise_k3_stride2", "depthwise_k5", "depthwise_k7", "depthwise_k7_stride2"):
+        for map in ("forward", "grad_input"):
+            for layout in LAYOUTS:
+                yield made(BY_NAME[name], map, layout, DTYPES[count % 2], rows=3)
+
+
+RUNS = list(_runs())
+
+
+def _names() -> list[str]:
+    if emulate.why_not() is not None:
+        return [f"run{i}" for i in range(len(RUNS))]
+    names: dict[str, int] = {}
+    result = []
+    for run, planned in zip(RUNS, emulate.planned_kernels([run.arguments() for run in RUNS]), strict=True):
+        kernel = str(run.extra.get("kernel", planned.removeprefix("cuda_")))
+        extra = [f"{key}{value}" for key, value in run.extra.items() if key != "kernel"]
+        name = "-".join([kernel, run.map, run.case.name, run.dtype, run.layout, *extra])
+        names[name] = names.get(name, 0) + 1
+        result.append(name if names[name] == 1 else f"{name}-{names[name]}")
+    return result
+
+
+@dataclass
+class Outcome:
+    fault: str | None
+    launches: set[tuple[str, tuple[str, ...]]]
+
+
+class Suite:
+    """Compiles once, then works through the selected runs on all cores, ahead of the tests that ask for them."""
+
+    def __init__(self, progress) -> None:
+        self.runners = emulate.runners(progress=progress)
+        self._pool = ThreadPoolExecutor(emulate.JOBS)
+        self._outcomes: dict[int, Future[Outcome]] = {}
+
+    def start(self, index: int) -> Future[Outcome]:
+        if index not in self._outcomes:
+            self._outcomes[index] = self._pool.submit(self._execute, RUNS[index])
+        return self._outcomes[index]
+
+    def _execute(self, run: Run) -> Outcome:
+        launches: set[tuple[str, tuple[str, ...]]] = set()
+        for build, seeds in (("asan", SEEDS), ("race", RACE_SEEDS)):
+            arguments = [*run.arguments(), f"seeds=0:{seeds}"]
+            done = emulate.run(self.runners[build], arguments, timeout=120 + 30 * seeds)
+            if done.returncode != 0:
+                seed = (re.findall(r"^seed (\d+)$", done.stdout, re.MULTILINE) or ["0"])[-1]
+                again = [*run.arguments(), f"seeds={seed}:{int(seed) + 1}"]
+                text = re.sub(r"^seed \d+\n", "", done.stdout, flags=re.MULTILINE)
+                lines = text.splitlines()
+                shown = "\n".join(lines if len(lines) <= 60 else [*lines[:40], "...", *lines[-20:]])
+                return Outcome(f"{shown}\nrepeat with: {emulate.command(build, again)}", launches)
+            launches |= emulate.launched(self.runners[build], done.stdout)
+        return Outcome(None, launches)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def progress(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\r\x1b[Kcompiling for the emulator: {text}", end="", flush=True)
+
+    made = Suite(progress if sys.stdout.isatty() else lambda text: None)
+    for item in request.session.items:
+        if item.path == request.path and "index" in getattr(getattr(item, "callspec", None), "params", {}):
+            made.start(item.callspec.params["index"])
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("index", range(len(RUNS)), ids=_names())
+def test_kernel(suite: Suite, index: int) -> None:
+    outcome = suite.start(index).result()
+    if outcome.fault:
+        pytest.fail(outcome.fault, pytrace=False)
+
+
+def test_every_door_and_kernel_is_run(suite: Suite) -> None:
+    """The list of what exists is read from launch.h and the .cu files: what is added there and not run fails here."""
+    launches = set().union(*(suite.start(i).result().launches for i in range(len(RUNS))))
+    passed = {door for _, doors in launches for door in doors}
+    missing_doors = [door for door in emulate.doors() if door not in passed]
+    assert not missing_doors, f"declared in csrc/cuda/launch.h and never run by tests/test_emulated.py: {missing_doors}"
+    ran = {(emulate.door_source(doors[0]), emulate.plain_name(kernel)) for kernel, doors in launches if doors}
+    missing_kernels = [f"{source.name}: {name}" for source, name in emulate.kernels() if (source, name) not in ran]
+    assert not missing_kernels, f"__global__ functions that no test runs: {missing_kernels}"
