@@ -1,0 +1,46 @@
+"""Fixtures: the device (CPU always, CUDA where there is one), and SEPCONV_STRICT off at the start of every test."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch brings its thread pool: a waiting thread sleeps. Thousands of tiny parallel regions cost minutes when threads
+# spin on a machine that is busy with something else.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import sepconv_ext  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device and a build with CUDA kernels")
+
+
+def _no_cuda_reason() -> str | None:
+    if not sepconv_ext.has_cuda():
+        return "this build has no CUDA kernels"
+    return None if torch.cuda.is_available() else "no CUDA device is visible to torch"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _no_cuda_reason()
+    for item in items:
+        if reason is not None and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _known_state():
+    """Each test starts not strict, from one seed and with full float32 products on a GPU."""
+    torch.manual_seed(0)
+    sepconv_ext._C.set_strict(False)
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=None, benchmark=None, deterministic=None, allow_tf32=False):
+        yield

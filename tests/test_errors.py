@@ -1,0 +1,241 @@
+"""Bad input: torch's exception type, a message that names the argument and both values, and no kernel run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sepconv_ext
+from sepconv_ext import functional
+
+ops = torch.ops.sepconv_ext
+
+
+class Bad(NamedTuple):
+    name: str
+    words: tuple[str, ...]  # what the message must hold: the argument, its value, and what it should have fitted
+    input: Callable[[Tensor], object] = lambda t: t  # made from a good [2, 4, 5, 6] input
+    weight: Callable[[Tensor], object] = lambda t: t  # made from a good [4, 1, 3, 3] weight
+    bias: Callable[[Tensor], object] = lambda t: t  # made from a good [4] bias
+    arguments: dict = {}
+
+    def call(self, function: Callable, device: str, requires_grad: bool = False) -> Tensor:
+        x, w, b = (
+            torch.ones(*size, device=device, requires_grad=requires_grad) for size in ((2, 4, 5, 6), (4, 1, 3, 3), (4,))
+        )
+        return function(self.input(x), self.weight(w), self.bias(b), **{"groups": 4, **self.arguments})
+
+
+BAD = (
+    Bad("input_2d", ("input", "2"), input=lambda t: t[0, 0]),
+    Bad("input_5d", ("input", "5"), input=lambda t: t[None]),
+    Bad("weight_3d", ("weight", "3"), weight=lambda t: t[..., 0]),
+    Bad("weight_5d", ("weight", "5"), weight=lambda t: t[..., None]),
+    Bad("bias_2d", ("bias", "4", "[4, 1]"), bias=lambda t: t[:, None]),
+    Bad("bias_length", ("bias", "4", "5"), bias=lambda t: t.new_zeros(5)),
+    Bad("weight_dtype", ("weight", "input", "Double", "Float"), weight=lambda t: t.double()),
+    Bad("input_dtype", ("weight", "input", "Half", "Float"), input=lambda t: t.half()),
+    Bad("bias_dtype", ("bias", "Double", "Float"), bias=lambda t: t.double()),
+    Bad("integer_input", ("weight", "input", "Int", "Float"), input=lambda t: t.int()),
+    Bad("channels", ("input", "4", "3"), input=lambda t: t[:, :3]),
+    Bad("channels_unbatched", ("input", "4", "3"), input=lambda t: t[0, :3]),
+    Bad("groups_beyond_outputs", ("groups", "4", "weight", "3"), weight=lambda t: t[:3]),
+    Bad("groups_not_dividing_outputs", ("groups", "3", "4"), arguments={"groups": 3}),
+    Bad("groups_zero", ("groups", "0"), arguments={"groups": 0}),
+    Bad("groups_negative", ("groups", "-2"), arguments={"groups": -2}),
+    Bad("kernel_too_tall", ("weight", "height", "3", "2"), input=lambda t: t[:, :, :2]),
+    Bad("kernel_too_wide", ("weight", "width", "3", "2"), input=lambda t: t[..., :2]),
+    Bad("dilated_kernel_too_large", ("dilation", "3", "7", "5"), arguments={"dilation": 3}),
+    Bad("empty_plane", ("height", "3", "0"), input=lambda t: t[:, :, :0]),
+    Bad("negative_padding", ("padding", "-1"), arguments={"padding": -1}),
+    Bad("negative_padding_in_one_direction", ("padding", "-1"), arguments={"padding": (1, -1)}),
+    Bad("zero_stride", ("stride", "0"), arguments={"stride": 0}),
+    Bad("negative_stride", ("stride", "-1"), arguments={"stride": (1, -1)}),
+    Bad("zero_dilation", ("dilation", "0"), arguments={"dilation": 0}),
+    Bad("three_strides", ("stride", "3"), arguments={"stride": (1, 1, 1)}),
+    Bad("three_paddings", ("padding", "3"), arguments={"padding": (1, 1, 1)}),
+    Bad("four_paddings", ("padding", "4"), arguments={"padding": (1, 1, 1, 1)}),
+    Bad("no_strides", ("stride", "0"), arguments={"stride": ()}),
+    Bad("unknown_padding", ("padding", "bogus"), arguments={"padding": "bogus"}),
+    Bad("same_with_stride", ("same", "stride", "2"), arguments={"padding": "same", "stride": 2}),
+    Bad("same_negative_dilation", ("dilation", "-1"), arguments={"padding": "same", "dilation": -1}),
+    Bad("same_weight_3d", ("weight", "3"), weight=lambda t: t[..., 0], arguments={"padding": "same"}),
+    Bad("sparse_input", ("input", "Sparse"), input=lambda t: t.to_sparse()),
+    Bad("sparse_weight", ("weight", "Sparse"), weight=lambda t: t.to_sparse()),
+    Bad("list_input", ("input", "list"), input=lambda t: [1.0]),
+    Bad("no_weight", ("weight", "None"), weight=lambda t: None),
+    Bad("float_stride", ("stride", "float"), arguments={"stride": 1.5}),
+    Bad("float_groups", ("groups", "float"), arguments={"groups": 4.0}),
+    Bad("string_stride", ("stride", "str"), arguments={"stride": "2"}),
+    Bad("unknown_argument", ("activation",), arguments={"activation": "relu"}),
+)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
+def test_bad_input(bad: Bad, requires_grad: bool, device: str) -> None:
+    with pytest.raises(Exception) as theirs:
+        bad.call(F.conv2d, device, requires_grad)
+    sepconv_ext.reset_kernel_counts()
+    with pytest.raises(Exception) as ours:
+        bad.call(functional.conv2d, device, requires_grad)
+    assert type(ours.value) is type(theirs.value), f"{ours.value!r} instead of {theirs.value!r}"
+    message = str(ours.value)
+    missing = [word for word in bad.words if word.lower() not in message.lower()]
+    assert not missing, f"{missing} not in: {message}"
+    assert sepconv_ext.kernel_counts() == {}, "something ran"
+
+
+# What torch accepts, odd as it is, is accepted with the same shape, strides and values.
+LEGAL = (
+    Bad("one_element_lists", (), arguments={"stride": [2], "padding": [1], "dilation": [1]}),
+    Bad("tensor_like_ints", (), arguments={"stride": torch.Size([2, 1]), "padding": (torch.tensor(1), 0)}),
+    Bad("numpy_ints", (), arguments={"padding": (1, 2), "groups": 4}),
+    Bad("keyword_bias_none", (), bias=lambda t: None),
+    Bad("unbatched", (), input=lambda t: t[0]),
+    Bad("unbatched_same", (), input=lambda t: t[0], arguments={"padding": "same"}),
+    Bad("empty_batch", (), input=lambda t: t[:0]),
+    Bad("no_channels", (), input=lambda t: t[:, :0], weight=lambda t: t[:, :0], arguments={"groups": 1}),
+    Bad("empty_batch_and_plane", (), input=lambda t: t[:0, :, :0], arguments={"padding": 2}),
+    Bad("integers", (), input=lambda t: t.long(), weight=lambda t: t.long(), bias=lambda t: t.long()),
+    Bad("complex", (), input=lambda t: t.cfloat(), weight=lambda t: t.cfloat(), bias=lambda t: t.cfloat()),
+    Bad("meta", (), input=lambda t: t.to("meta"), weight=lambda t: t.to("meta"), bias=lambda t: t.to("meta")),
+    Bad("expanded_input", (), input=lambda t: t[:1, :1].expand(3, 4, 5, 6)),
+    Bad("expanded_weight", (), weight=lambda t: t[:1].expand(4, 1, 3, 3)),
+    Bad("flipped_input", (), input=lambda t: t.flip(3).transpose(2, 3)),
+    Bad("conjugate_view", (), input=lambda t: torch.complex(t, t).conj().imag),
+)
+
+
+@pytest.mark.parametrize("legal", LEGAL, ids=lambda legal: legal.name)
+def test_odd_but_legal_input(legal: Bad, device: str) -> None:
+    expected = legal.call(F.conv2d, device)
+    actual = legal.call(functional.conv2d, device)
+    assert (actual.shape, actual.stride(), actual.dtype, actual.device) == (
+        expected.shape,
+        expected.stride(),
+        expected.dtype,
+        expected.device,
+    )
+    if not expected.is_meta:
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(torch.version.cuda is None and torch.version.hip is None, reason="sparse CUDA needs CUDA")
+@pytest.mark.cuda
+@pytest.mark.parametrize("which", ["input", "weight", "bias"])
+def test_mixed_devices(which: str) -> None:
+    bad = Bad("mixed", (which, "cpu", "cuda:0"))._replace(**{which: lambda t: t.cpu()})
+    with pytest.raises(RuntimeError):
+        bad.call(F.conv2d, "cuda")
+    with pytest.raises(RuntimeError) as ours:
+        bad.call(functional.conv2d, "cuda")
+    assert all(word in str(ours.value) for word in ("cpu", "cuda:0"))
+
+
+def test_mkldnn_tensors_are_left_to_torch() -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+    y = functional.conv2d(x.to_mkldnn(), w.to_mkldnn(), groups=4)
+    torch.testing.assert_close(y.to_dense(), F.conv2d(x, w, groups=4))
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda x, w: functional.depthwise_conv2d(x, w, activation="swish"), ("activation", "swish", "relu6")),
+        (lambda x, w: functional.pointwise_conv2d(x, w[:, :1].expand(4, 4, 1, 1), activation="x"), ("activation",)),
+    ],
+)
+def test_unknown_activation_is_a_value_error(call: Callable, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as error:
+        call(torch.ones(1, 4, 5, 5), torch.ones(4, 1, 1, 1))
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda x, w: functional.pointwise_conv2d(x, w), ("weight", "3")),
+        (lambda x, w: functional.depthwise_conv2d(x, w[:3]), ("groups", "4", "3")),
+        (lambda x, w: functional.depthwise_conv2d(x, w.expand(4, 2, 3, 3)), ("input", "8", "4")),
+    ],
+)
+def test_named_forms_check_their_weight(call: Callable, words: tuple[str, ...]) -> None:
+    with pytest.raises(RuntimeError) as error:
+        call(torch.ones(1, 4, 5, 5), torch.ones(4, 1, 3, 3))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+GEOMETRY = ((1, 1), (1, 1), (1, 1), 4)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda g, x, w: ops.conv2d_grad_input(g[..., :4], w, x.shape, x.stride(), *GEOMETRY),
+            ("grad_output", "[2, 4, 5, 6]", "[2, 4, 5, 4]"),
+        ),
+        (
+            lambda g, x, w: ops.conv2d_grad_weight(g[:1], x, w.shape, w.stride(), *GEOMETRY),
+            ("grad_output", "[2, 4, 5, 6]", "[1, 4, 5, 6]"),
+        ),
+        (
+            lambda g, x, w: ops.conv2d_grad_input(g, w.double(), x.shape, x.stride(), *GEOMETRY),
+            ("weight", "grad_output", "Double", "Float"),
+        ),
+        (
+            lambda g, x, w: ops.conv2d_grad_weight(g, x.double(), w.shape, w.stride(), *GEOMETRY),
+            ("input", "grad_output", "Double", "Float"),
+        ),
+        (lambda g, x, w: ops.conv2d_grad_input(g, w, x.shape[1:], x.stride(), *GEOMETRY), ("input", "4", "3")),
+        (lambda g, x, w: ops.conv2d_grad_input(g, w, x.shape, x.stride()[1:], *GEOMETRY), ("input_stride", "4", "3")),
+        (lambda g, x, w: ops.conv2d_grad_weight(g, x, w.shape, (1,), *GEOMETRY), ("weight_stride", "4", "1")),
+        (
+            lambda g, x, w: ops.conv2d(x, w, None, (1, 1), (1, 1, 1), (1, 1), 4, "identity"),
+            ("padding", "2", "4", "3"),
+        ),
+        (lambda g, x, w: ops.conv2d(x[0], w, None, *GEOMETRY, "identity"), ("input", "4", "3")),
+        (
+            lambda g, x, w: ops.conv2d(x, w, None, (1, 1), (1, 1, -1, 1), (1, 1), 4, "identity"),
+            ("padding", "-1"),
+        ),
+    ],
+)
+def test_the_ops_check_what_they_are_given(call: Callable, words: tuple[str, ...], device: str) -> None:
+    x, w = torch.ones(2, 4, 5, 6, device=device), torch.ones(4, 1, 3, 3, device=device)
+    sepconv_ext.reset_kernel_counts()
+    with pytest.raises(RuntimeError) as error:
+        call(torch.ones_like(x), x, w)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert sepconv_ext.kernel_counts() == {}
+
+
+def test_strict_mode_comes_from_the_environment() -> None:
+    program = (
+        "import torch, sepconv_ext.functional as f\n"
+        "x, w = torch.zeros(1, 2, 4, 4, dtype=torch.cfloat), torch.zeros(2, 1, 3, 3, dtype=torch.cfloat)\n"
+        "f.conv2d(x, w, groups=2)\n"
+    )
+    for value, fails in (("1", True), ("0", False), ("", False)):
+        environment = {**os.environ, "SEPCONV_STRICT": value}
+        result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert (result.returncode != 0) == fails, result.stderr
+        assert ("SEPCONV_STRICT" in result.stderr) == fails
+
+
+def test_unknown_instruction_set_is_an_error() -> None:
+    environment = {**os.environ, "SEPCONV_CPU_ISA": "sse9"}
+    program = "import sepconv_ext; sepconv_ext._C.build_info()"
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode != 0 and "sse9" in result.stderr and "avx2" in result.stderr

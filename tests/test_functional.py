@@ -1,0 +1,232 @@
+"""The three maps against the float64 oracles: every case x dtype x layout x device, with proof that our kernels ran."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sepconv_ext
+from cases import BY_NAME, CASES, FAMILIES, Case
+from harness import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    assert_as_accurate,
+    dtype_name,
+    grad_like_output,
+    only_our_kernels,
+    random,
+    tensors,
+    untouched_memory,
+)
+from sepconv_ext import functional, reference
+
+ops = torch.ops.sepconv_ext
+MAPS = ("forward", "grad_input", "grad_weight")
+
+by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+
+class Results(NamedTuple):
+    forward: Tensor
+    grad_input: Tensor
+    grad_weight: Tensor
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fresh memory is full of NaN, so that an output element that a kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@functools.lru_cache(maxsize=16)
+def expected(case: Case, dtype: torch.dtype) -> Results:
+    """The float64 results on the values that `dtype` holds."""
+    x, w, b = tensors(case, dtype, "cpu")
+    g = grad_like_output(case, dtype, "cpu")
+    return Results(
+        reference.forward(x, w, b, *case.geometry),
+        reference.grad_input(g, w, case.input_size, *case.geometry),
+        reference.grad_weight(g, x, case.weight_size, *case.geometry),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def peer(case: Case, dtype: torch.dtype, device: str, layout: str) -> Results:
+    """torch's own results on the same inputs."""
+    x, w, b = tensors(case, dtype, device, layout, requires_grad=True)
+    y = F.conv2d(x, w, b, *case.geometry)
+    return Results(y.detach(), *torch.autograd.grad(y, (x, w), grad_like_output(case, dtype, device, layout)))
+
+
+def run_map(which: str, case: Case, dtype: torch.dtype, device: str, layout: str) -> Tensor:
+    x, w, b = tensors(case, dtype, device, layout)
+    if which == "forward":
+        return ops.conv2d(x, w, b, *case.op_geometry, "identity")
+    g = grad_like_output(case, dtype, device, layout)
+    if which == "grad_input":
+        return ops.conv2d_grad_input(g, w, x.shape, x.stride(), *case.op_geometry)
+    return ops.conv2d_grad_weight(g, x, w.shape, w.stride(), *case.op_geometry)
+
+
+@pytest.mark.parametrize("which", MAPS)
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_maps(which: str, case: Case, dtype: torch.dtype, layout: str, device: str) -> None:
+    with only_our_kernels(at_least=0 if case.N == 0 else 1):
+        actual = run_map(which, case, dtype, device, layout)
+    assert_as_accurate(
+        actual.cpu(),
+        getattr(peer(case, dtype, device, layout), which).cpu(),
+        getattr(expected(case, dtype), which),
+        f"{which} of {case}",
+    )
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_maps_on_every_instruction_set(isa: str) -> None:
+    """SEPCONV_CPU_ISA is read once a process: the same tests again, in a process of their own."""
+    if isa not in sepconv_ext._C.build_info()["cpu_isas"]:
+        pytest.skip(f"this binary holds no {isa} kernels")
+    if isa == sepconv_ext._C.build_info()["cpu_isa"]:
+        pytest.skip(f"{isa} is in use: test_maps itself runs it")
+    environment = {**os.environ, "SEPCONV_CPU_ISA": isa}
+    probe = "import sepconv_ext; print(sepconv_ext._C.build_info()['cpu_isa'])"
+    found = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
+    if found.returncode != 0 and "the best of this processor" in found.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert found.stdout.strip() == isa, found.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "cpu and (test_maps or activation) and not instruction_set"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:]
+    assert "passed" in run.stdout
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@by_dtype
+@pytest.mark.parametrize(
+    "case", [BY_NAME[n] for n in ("depthwise_k3", "depthwise_k5_stride2", "grouped_resnext", "pointwise_awkward")], ids=str
+)
+def test_activation(case: Case, dtype: torch.dtype, layout: str, activation: str, device: str) -> None:
+    x, w, b = tensors(case, dtype, device, layout)
+    x = x * 3  # reach the far ends of the activations
+    with only_our_kernels():
+        actual = ops.conv2d(x, w, b, *case.op_geometry, activation)
+    native = reference.ACTIVATIONS[activation](F.conv2d(x, w, b, *case.geometry))
+    truth = reference.forward(
+        x.cpu(), w.cpu(), None if b is None else b.cpu(), *case.geometry, activation=activation
+    )
+    assert_as_accurate(actual.cpu(), native.cpu(), truth, f"{activation} of {case}")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_keeps_nan_and_infinity(activation: str, device: str) -> None:
+    special = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, 7.0, -7.0], device=device)
+    native = reference.ACTIVATIONS[activation](special)
+    x = special.reshape(1, 1, 1, 6)
+    with only_our_kernels():
+        actual = functional.depthwise_conv2d(x, torch.ones(1, 1, 1, 1, device=device), activation=activation)
+    torch.testing.assert_close(actual.flatten(), native, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_functional_forms(case: Case, device: str) -> None:
+    """conv2d, depthwise_conv2d and pointwise_conv2d are one op with different argument lists."""
+    x, w, b = tensors(case, torch.float32, device)
+    y = F.conv2d(x, w, b, *case.geometry)
+    with only_our_kernels():
+        torch.testing.assert_close(functional.conv2d(x, w, b, *case.geometry), y)
+    if case.family == "depthwise":
+        with only_our_kernels():
+            z = functional.depthwise_conv2d(
+                x, w, b, case.stride, case.padding, case.dilation, activation="relu6"
+            )
+        torch.testing.assert_close(z, F.relu6(y))
+    if case.family == "pointwise":
+        with only_our_kernels():
+            torch.testing.assert_close(functional.pointwise_conv2d(x, w, b, activation="gelu"), F.gelu(y))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("which", MAPS)
+def test_same_bits_every_run(which: str, dtype: torch.dtype, layout: str, threads: int, device: str) -> None:
+    """The same bits on every run, whatever the number of threads."""
+    before = torch.get_num_threads()
+    cases = [case for case in CASES if case.N > 0 and case.family != "pointwise"]
+    try:
+        torch.set_num_threads(2)
+        with only_our_kernels():
+            first = [run_map(which, case, dtype, device, layout) for case in cases]
+        torch.set_num_threads(threads)
+        with only_our_kernels():
+            again = [run_map(which, case, dtype, device, layout) for case in cases]
+    finally:
+        torch.set_num_threads(before)
+    different = [str(case) for case, a, b in zip(cases, first, again, strict=True) if not torch.equal(a, b)]
+    assert not different
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("which", MAPS)
+def test_same_bits_pointwise(which: str, layout: str, device: str) -> None:
+    """Matrix products may be torch's, whose bits may depend on the number of threads, but not on the run."""
+    for case in (case for case in CASES if case.N > 0 and case.family == "pointwise"):
+        first, again = (run_map(which, case, torch.float32, device, layout) for _ in range(2))
+        assert torch.equal(first, again), str(case)
+
+
+def far_apart(tensor: Tensor, gap: int) -> Tensor:
+    """The same values with images `gap` elements apart. Memory between them is reserved and never touched."""
+    n, c, h, w = tensor.shape
+    with untouched_memory():
+        storage = torch.empty((n - 1) * gap + c * h * w, dtype=tensor.dtype, device=tensor.device)
+    return storage.as_strided((n, c, h, w), (gap, h * w, w, 1)).copy_(tensor)
+
+
+@pytest.mark.parametrize("which", MAPS)
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_offsets_beyond_32_bits(case: Case, which: str, device: str) -> None:
+    """Elements more than 2^31 apart are found: any 32-bit offset would read elsewhere."""
+    dtype, gap = torch.bfloat16, 2**31 + 64
+    x, w, b = tensors(case, dtype, device)
+    g = grad_like_output(case, dtype, device)
+    far_x, far_g = far_apart(x, gap), far_apart(g, gap)
+    with only_our_kernels(at_least=2):
+        if which == "forward":
+            near = ops.conv2d(x, w, b, *case.op_geometry, "identity")
+            far = ops.conv2d(far_x, w, b, *case.op_geometry, "identity")
+        elif which == "grad_input":
+            near = ops.conv2d_grad_input(g, w, x.shape, x.stride(), *case.op_geometry)
+            far = ops.conv2d_grad_input(far_g, w, x.shape, x.stride(), *case.op_geometry)
+        else:
+            near = ops.conv2d_grad_weight(g, x, w.shape, w.stride(), *case.op_geometry)
+            far = ops.conv2d_grad_weight(far_g, far_x, w.shape, w.stride(), *case.op_geometry)
+    torch.testing.assert_close(far, near)
+
+
+def test_more_than_2_to_31_outputs(device: str) -> None:
+    """An output of 2^31 + 2^15 elements; the input is one row, expanded."""
+    rows, columns = 2**16 + 1, 2**15
+    row = random((1, 1, 1, columns), torch.bfloat16, device)
+    weight = torch.full((1, 1, 1, 1), 2.0, dtype=row.dtype, device=device)
+    with untouched_memory(), only_our_kernels():
+        y = functional.conv2d(row.expand(1, 1, rows, columns), weight)
+    assert y.numel() > 2**31
+    for index in (0, 2**15, 2**16 - 1, 2**16):
+        torch.testing.assert_close(y[0, 0, index], 2 * row[0, 0, 0], rtol=0, atol=0)
