@@ -1,7 +1,7 @@
 // Depthwise forward and grad_input, multiplier 1, channels dense in memory (channels_last), kernels 3x3, 5x5 and 7x7.
 //
 // Thread-to-data map. A block owns `lanes` neighbouring channel vectors (up to 16, a vector being 16 bytes or one channel)
-// and `slots` places; thread t is lane t % lanes of place t / lanes. A place is kColumns neighbouring output columns by
+// and `slots` places; thread t is lane t % lanes of place t / lanes. A place is a tile of two or four output columns by
 // `rows` output rows of one image, so that
 //   - neighbouring threads read neighbouring channels: whole cache lines;
 //   - a thread loads each value of an image row once and uses it for all of its columns; the kernel rows overlap in L1;
@@ -18,7 +18,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxLanes = 16;
-constexpr int kColumns = 4;
+
+// Output columns a thread works on. The widest windows of eight channels leave registers for two only.
+__host__ __device__ constexpr int columns_of(int vec, int kernel, int stride) { return vec == 8 && kernel * stride >= 10 ? 2 : 4; }
 
 // "in" is the image that is read and "out" the image that is written: grad_y and grad_x for grad_input.
 struct Args {
@@ -91,7 +93,7 @@ __device__ __forceinline__ void load_filter_row(A (&row)[kKernel][kVec], const A
   }
 }
 
-template <typename T, int kVec>
+template <typename T, int kVec, int kColumns>
 __device__ __forceinline__ void store_row(const Args& a, T* __restrict__ row, int first_column,
                                           const acc_t<T> (&sums)[kColumns * kVec]) {
 #pragma unroll
@@ -105,7 +107,7 @@ __device__ __forceinline__ void store_row(const Args& a, T* __restrict__ row, in
   }
 }
 
-// A column of the input row that a thread needs at a distance of kOffset from its first; zero outside the image.
+// One pixel of the row that a thread reads; zero outside the image.
 template <typename T, int kVec>
 __device__ __forceinline__ void load_column(const Args& a, acc_t<T> (&value)[kVec], const T* __restrict__ row,
                                             int column) {
@@ -117,12 +119,12 @@ __device__ __forceinline__ void load_column(const Args& a, acc_t<T> (&value)[kVe
   }
 }
 
-// Two blocks a multiprocessor leave 128 registers a thread, which a 7x7 window of stride 2 does not fit into.
 template <typename T, int kVec, int kKernel, int kStride>
-__global__ void __launch_bounds__(kThreads, kKernel == 7 && kStride == 2 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(const Args a, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                    const Activation activation, T* __restrict__ y) {
   using A = acc_t<T>;
+  constexpr int kColumns = columns_of(kVec, kKernel, kStride);
   DYN_SMEM(smem);
   A* filter = reinterpret_cast<A*>(smem);
   uint32_t channel_block = blockIdx.x;
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 && kStride == 2 ? 1 : 2
       for (int i = 0; i < kColumns * kVec; ++i) sums[i] += add[i % kVec];
     }
     activate_all(activation, sums);
-    store_row<T, kVec>(a, out + p * a.out_h, column, sums);
+    store_row<T, kVec, kColumns>(a, out + p * a.out_h, column, sums);
   }
 }
 
@@ -177,6 +179,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     grad_input_stride2_kernel(const Args a, const T* __restrict__ grad_y, const T* __restrict__ w,
                               T* __restrict__ grad_x) {
   using A = acc_t<T>;
+  constexpr int kColumns = columns_of(kVec, kKernel, 2);
   DYN_SMEM(smem);
   A* filter = reinterpret_cast<A*>(smem);
   uint32_t channel_block = blockIdx.x;
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    store_row<T, kVec>(a, out + h * a.out_h, u - a.pad_w, sums);
+    store_row<T, kVec, kColumns>(a, out + h * a.out_h, u - a.pad_w, sums);
   }
 }
 
@@ -237,15 +240,17 @@ Args make_args(const ConvShape& shape, const Tile& tile, int64_t in_rows, int64_
   return a;
 }
 
-LaunchConfig make_config(const ConvShape& shape, Args& a, int vec, int64_t columns, size_t acc_bytes,
+// `columns` is how many columns the tiles have to cover.
+LaunchConfig make_config(const ConvShape& shape, Args& a, int vec, int64_t columns, int64_t stride,
                          cudaStream_t stream) {
-  const int64_t strips = ceil_div<int64_t>(a.out_rows, a.rows), column_tiles = ceil_div<int64_t>(columns, kColumns);
+  const int tile_columns = columns_of(vec, static_cast<int>(shape.R), static_cast<int>(stride));
+  const int64_t strips = ceil_div<int64_t>(a.out_rows, a.rows), column_tiles = ceil_div<int64_t>(columns, tile_columns);
   a.places = static_cast<uint32_t>(shape.N * strips * column_tiles);
   a.by_strips = FastDiv(strips);
   a.by_column_tiles = FastDiv(column_tiles);
   const int64_t blocks = a.by_channel_blocks.divisor * ceil_div<int64_t>(a.places, a.slots);
   return {dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-          static_cast<size_t>(shape.R * shape.S * a.lanes * vec) * acc_bytes, stream};
+          static_cast<size_t>(shape.R * shape.S * a.lanes * vec) * sizeof(float), stream};
 }
 
 // Calls f(type, vector, kernel) with the three as types; float64 has no kernel here.
@@ -273,9 +278,9 @@ cudaError_t dispatch(DType dtype, int vec, int64_t kernel, F&& f) {
   });
 }
 
-cudaError_t run_forward(const ConvShape& shape, DType dtype, Args a, int stride, const void* in, const void* w,
+cudaError_t run_forward(const ConvShape& shape, DType dtype, Args a, int64_t stride, const void* in, const void* w,
                         const Epilogue& epilogue, void* out, int vec, cudaStream_t stream) {
-  const LaunchConfig config = make_config(shape, a, vec, a.out_columns, sizeof(float), stream);
+  const LaunchConfig config = make_config(shape, a, vec, a.out_columns, stride, stream);
   return dispatch(dtype, vec, shape.R, [&](auto tag, auto vector, auto kernel) {
     using T = typename decltype(tag)::type;
     constexpr int kVec = decltype(vector)::value, kKernel = decltype(kernel)::value;
@@ -292,7 +297,7 @@ cudaError_t run_forward(const ConvShape& shape, DType dtype, Args a, int stride,
 cudaError_t launch_depthwise_nhwc_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
                                           const Epilogue& epilogue, void* y, const Tile& tile, cudaStream_t stream) {
   const Args a = make_args(shape, tile, shape.H, shape.W, shape.x, shape.P, shape.Q, shape.y);
-  return run_forward(shape, dtype, a, static_cast<int>(shape.stride_h), x, w, epilogue, y, tile.vec, stream);
+  return run_forward(shape, dtype, a, shape.stride_h, x, w, epilogue, y, tile.vec, stream);
 }
 
 cudaError_t launch_depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
@@ -304,7 +309,7 @@ cudaError_t launch_depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype
     a.pad_w = static_cast<int>(shape.S - 1) - a.pad_w;
     return run_forward(shape, dtype, a, 1, grad_y, w, Epilogue{}, grad_x, tile.vec, stream);
   }
-  const LaunchConfig config = make_config(shape, a, tile.vec, shape.W + (shape.pad_w & 1), sizeof(float), stream);
+  const LaunchConfig config = make_config(shape, a, tile.vec, shape.W + (shape.pad_w & 1), 2, stream);
   return dispatch(dtype, tile.vec, shape.R, [&](auto tag, auto vector, auto kernel) {
     using T = typename decltype(tag)::type;
     return launch(grad_input_stride2_kernel<T, decltype(vector)::value, decltype(kernel)::value>, config, a,
