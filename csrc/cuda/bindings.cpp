@@ -1,7 +1,8 @@
 // The CUDA dispatch key: guard the device, check, plan, allocate, launch on the current stream, check the launch.
 //
-// Nothing here synchronises, copies between host and device, or keeps memory between calls, so CUDA graphs capture every
-// call; scratch memory comes from the caching allocator and goes back to it when the call returns, in stream order.
+// Nothing here synchronises, copies between host and device, or keeps memory between calls, so CUDA graphs capture
+// every call; scratch memory comes from the caching allocator and goes back to it when the call returns, in stream
+// order.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -99,10 +100,9 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArr
   const Plan chosen = plan(Map::grad_input, shape, dtype, device_facts(grad_output.get_device()), alignment, strict());
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    return with_strides_of(
-        grad_input,
-        aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride), aten::sym(stride),
-                                aten::sym(padding), aten::sym(dilation), groups));
+    return with_strides_of(grad_input,
+                           aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
+                                                   aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
   }
   if (grad_input.numel() == 0) return grad_input;
   launch(chosen, Map::grad_input, shape, dtype, grad_output, weight, Epilogue{}, grad_input);
@@ -124,9 +124,8 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
     return with_strides_of(
-        grad_weight,
-        aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
-                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
+        grad_weight, aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
+                                              aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
   }
   launch(chosen, Map::grad_weight, shape, dtype, grad_output, input, Epilogue{}, grad_weight);
   return grad_weight;

@@ -1,8 +1,8 @@
 // What every kernel file shares: launching, shared memory, element types, vectors, fast division, the epilogue.
 //
 // The same files compile for a CPU under an emulator of the execution model (tests/emulator), which then provides
-// LaunchConfig, launch() (which returns cudaSuccess, or throws), SMEM_ARRAY, DYN_SMEM and the CUDA built-ins before this
-// file is seen, and defines CUDA_ON_CPU.
+// LaunchConfig, launch() (which returns cudaSuccess, or throws), SMEM_ARRAY, DYN_SMEM and the CUDA built-ins before
+// this file is seen, and defines CUDA_ON_CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -201,8 +201,8 @@ __device__ __forceinline__ void activate_unrolled(A (&v)[kN]) {
   for (int i = 0; i < kN; ++i) v[i] = activate(kActivation, v[i]);
 }
 
-// Applies a to all values of a thread, which stay in registers. The cheap activations are unrolled; the others are long, so
-// their code stands once for four values, and the values pass under it like beads on a string.
+// Applies a to all values of a thread, which stay in registers. The cheap activations are unrolled; the others are
+// long, so their code stands once for four values, and the values pass under it like beads on a string.
 template <int kN, typename A>
 __device__ __forceinline__ void activate_all(Activation a, A (&v)[kN]) {
   switch (a) {

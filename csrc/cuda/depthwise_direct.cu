@@ -1,15 +1,15 @@
 // Depthwise forward and grad_input for every kernel size, stride, dilation, multiplier, memory stride and tensor size.
 //
-// Both directions are one gather. Along each axis, an output position o meets the taps first, first + tap_step, ..., and
-// reads the other image at a position that moves by a fixed step from tap to tap:
+// Both directions are one gather. Along each axis, an output position o meets the taps first, first + tap_step, ...,
+// and reads the other image at a position that moves by a fixed step from tap to tap:
 //   forward      reads x      at o * stride - pad + tap * dilation:                first = 0, tap_step = 1;
-//   grad_input   reads grad_y at (o + pad - tap * dilation) / stride, where whole: first depends on o mod stride (the phase),
-//                tap_step = stride / gcd(stride, dilation).
+//   grad_input   reads grad_y at (o + pad - tap * dilation) / stride, where whole: first depends on o mod stride (the
+//                phase), tap_step = stride / gcd(stride, dilation).
 // So remainders are taken only once a thread, when it looks for its first tap.
 //
-// Thread-to-data map. A thread writes kRows outputs of one column, for one channel vector. The rows are of one phase, so that
-// they share taps and filter values, and the position read moves by a fixed step from row to row as well. Neighbouring threads
-// take neighbouring channel vectors where channels are dense, else neighbouring columns.
+// Thread-to-data map. A thread writes kRows outputs of one column, for one channel vector. The rows are of one phase,
+// so that they share taps and filter values, and the position read moves by a fixed step from row to row as well.
+// Neighbouring threads take neighbouring channel vectors where channels are dense, else neighbouring columns.
 #include <numeric>
 
 #include "common.cuh"
@@ -30,12 +30,12 @@ struct Numbers {
 template <typename Index>
 struct Axis {
   Index in_size, out_size;
-  Index phases;         // outputs of the same phase lie this far apart
+  Index phases;  // outputs of the same phase lie this far apart
   Index taps, tap_step;
   Index pad, dilation;
-  Index in_per_out;     // the position read moves this far from one output of a phase to the next
-  Index in_per_tap;     // and this far from one tap to the next
-  Index in_stride;      // of memory, in elements
+  Index in_per_out;  // the position read moves this far from one output of a phase to the next
+  Index in_per_tap;  // and this far from one tap to the next
+  Index in_stride;   // of memory, in elements
 };
 
 template <bool kWide>
@@ -66,7 +66,9 @@ __device__ __forceinline__ void find_first(const Axis<Index>& axis, Index o, Ind
 }
 
 template <typename T, int kVec, bool kWide, bool kTransposed>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kVec == 8 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2
+                                            : kVec == 8    ? 3
+                                                           : 4)
     gather_kernel(const Args<kWide> a, const T* __restrict__ in, const T* __restrict__ weight,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ out) {
   using A = acc_t<T>;
@@ -90,12 +92,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kVec == 8 ? 3 :
   find_first<kTransposed>(a.w, column, first_s, first_w);
 
   A sums[kRows * kVec] = {};
-  // Forward reads one channel; grad_input adds up the channels of grad_y that came of its channel. The filter is that of the
-  // channel of y, which is written forward and read backward.
+  // Forward reads one channel; grad_input adds up the channels of grad_y that came of its channel. The filter is that
+  // of the channel of y, which is written forward and read backward.
   const Index reads = kTransposed ? a.multiplier : 1;
   for (Index i = 0; i < reads; ++i) {
-    const Index read = kTransposed ? channel * a.multiplier + i
-                                   : static_cast<Index>(a.by_multiplier.div(static_cast<Count>(channel)));
+    const Index read =
+        kTransposed ? channel * a.multiplier + i : static_cast<Index>(a.by_multiplier.div(static_cast<Count>(channel)));
     const T* image = in + n * a.in_n + read * a.in_c;
     const T* filter = weight + (kTransposed ? read : channel) * a.weight_n;
     Index h = first_h;

@@ -1,14 +1,15 @@
-// Depthwise grad_weight: any multiplier, both layouts, 3x3, 5x5 and 7x7 kernels in one pass over x and grad_y; any other kernel,
-// stride or dilation by pieces of a kernel row, one pass a piece.
+// Depthwise grad_weight: any multiplier, both layouts, 3x3, 5x5 and 7x7 kernels in one pass over x and grad_y; any
+// other kernel, stride or dilation by pieces of a kernel row, one pass a piece.
 //
-// Thread-to-data map. A block owns `lanes` neighbouring channel vectors and `slots` places; a place is one output column of one
-// strip of rows of one image, and a slot takes every (splits * slots)-th place. A thread walks down its column and keeps a
-// partial sum for every tap in registers; at each step it loads one value of grad_y, which enters a ring of the last R, and one
-// row of x as wide as the kernel, and multiplies each x with each grad_y that it meets. Where channels are dense, neighbouring
-// threads are neighbouring lanes; else they are neighbouring slots, hence columns.
+// Thread-to-data map. A block owns `lanes` neighbouring channel vectors and `slots` places; a place is one output
+// column of one strip of rows of one image, and a slot takes every (splits * slots)-th place. A thread walks down its
+// column and keeps a partial sum for every tap in registers; at each step it loads one value of grad_y, which enters
+// a ring of the last R, and one row of x as wide as the kernel, and multiplies each x with each grad_y that it meets.
+// Where channels are dense, neighbouring threads are neighbouring lanes; else they are neighbouring slots, hence
+// columns.
 //
-// The order of all additions is fixed: a thread's own places in turn, the slots of a block by a tree in shared memory, the blocks
-// (splits) by launch_sum_partials. Nothing is added atomically.
+// The order of all additions is fixed: a thread's own places in turn, the slots of a block by a tree in shared
+// memory, the blocks (splits) by launch_sum_partials. Nothing is added atomically.
 #include "common.cuh"
 
 namespace sepconv::cuda {
@@ -18,13 +19,13 @@ constexpr int kThreads = 256;
 constexpr int kPiece = 8;  // taps of a kernel row that the general kernel takes at once
 
 struct Args {
-  int64_t x_n, x_c, y_n, y_c;    // strides, in elements
+  int64_t x_n, x_c, y_n, y_c;  // strides, in elements
   int x_h, x_w, y_h, y_w;
   int H, W, P, Q, R, S;
-  int vectors;                   // channel vectors of grad_y
+  int vectors;  // channel vectors of grad_y
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int rows, splits, lanes, slots;
-  uint32_t places;               // N * strips * Q
+  uint32_t places;  // N * strips * Q
   FastDiv by_lanes, by_slots, by_channel_blocks, by_splits, by_pieces, by_columns, by_strips, by_multiplier;
   bool lanes_fastest;
 };
@@ -43,7 +44,8 @@ __device__ __forceinline__ void sum_slots(A (&sums)[kCount], A* buffer, int lane
     const int half = (left + 1) / 2;  // slot j takes slot j + half, which may not exist for the last j
     if (member && slot + half < left) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) buffer[i * kThreads + position] += buffer[i * kThreads + position + half * lanes];
+      for (int i = 0; i < kCount; ++i)
+        buffer[i * kThreads + position] += buffer[i * kThreads + position + half * lanes];
     }
     __syncthreads();
     left = half;
@@ -55,8 +57,8 @@ __device__ __forceinline__ void sum_slots(A (&sums)[kCount], A* buffer, int lane
   __syncthreads();  // the buffer is free again
 }
 
-// The one-pass kernel has kR = kS = R = S, kStride = the stride, no dilation. The general kernel has kR = 1, kS = kPiece and
-// kStride = 1, and its block knows by its index which kernel row and which piece of it is its own.
+// The one-pass kernel has kR = kS = R = S, kStride = the stride, no dilation. The general kernel has kR = 1, kS =
+// kPiece and kStride = 1, and its block knows by its index which kernel row and which piece of it is its own.
 template <typename T, int kVec, int kR, int kS, int kStride>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kR * kS * kVec > 40 ? 1 : 2)
     grad_weight_kernel(const Args a, const T* __restrict__ grad_y, const T* __restrict__ x,
@@ -74,7 +76,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kR * kS * kVec > 4
 
   uint32_t low = threadIdx.x;
   const uint32_t high = (a.lanes_fastest ? a.by_lanes : a.by_slots).split(low);
-  const int lane = static_cast<int>(a.lanes_fastest ? low : high), slot = static_cast<int>(a.lanes_fastest ? high : low);
+  const int lane = static_cast<int>(a.lanes_fastest ? low : high),
+            slot = static_cast<int>(a.lanes_fastest ? high : low);
   const int vector = static_cast<int>(channel_block) * a.lanes + lane;
   const bool active = slot < a.slots && lane < a.lanes && vector < a.vectors;
   const int channel = vector * kVec;
@@ -109,8 +112,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kR * kS * kVec > 4
         }
 #pragma unroll
         for (int phase = 0; phase < kStride; ++phase) {
-          const int h = kOnePass ? kStride * j + phase - a.pad_h
-                                 : j * a.stride_h - a.pad_h + first_r * a.dilation_h;
+          const int h = kOnePass ? kStride * j + phase - a.pad_h : j * a.stride_h - a.pad_h + first_r * a.dilation_h;
           if (static_cast<unsigned>(h) >= static_cast<unsigned>(a.H)) continue;
           const T* row = image + h * a.x_h;
           A values[kS][kVec];

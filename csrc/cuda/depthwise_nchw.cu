@@ -1,10 +1,11 @@
 // Depthwise forward and grad_input, columns dense in memory (contiguous), kernels 3x3, 5x5 and 7x7.
 //
-// Thread-to-data map. A thread walks down one output column (grad_input of stride 2: a pair of columns) of one plane for
-// `rows` rows. Neighbouring threads take neighbouring columns, then the next strip of rows, then the next plane, so that no
-// lane idles on narrow planes (7x7, 14x14) and a warp's loads are whole runs of a row. The filter is in registers. Every image
-// row is loaded once on the way down, and added at once to all outputs that it meets: these partial outputs are a ring of
-// registers, whose last one is complete after each step, is stored, and leaves the ring.
+// Thread-to-data map. A thread walks down one output column (grad_input of stride 2: a pair of columns) of one plane
+// for `rows` rows. Neighbouring threads take neighbouring columns, then the next strip of rows, then the next plane,
+// so that no lane idles on narrow planes (7x7, 14x14) and a warp's loads are whole runs of a row. The filter is in
+// registers. Every image row is loaded once on the way down, and added at once to all outputs that it meets: these
+// partial outputs are a ring of registers, whose last one is complete after each step, is stored, and leaves the
+// ring.
 #include "common.cuh"
 
 namespace sepconv::cuda {
@@ -14,7 +15,10 @@ constexpr int kThreads = 256;
 
 // Blocks a multiprocessor that the registers of a window leave room for.
 template <typename T, int kKernel>
-inline constexpr int kBlocks = sizeof(T) == 8 ? 1 : kKernel == 3 ? 4 : kKernel == 5 ? 3 : 2;
+inline constexpr int kBlocks = sizeof(T) == 8 ? 1
+                               : kKernel == 3 ? 4
+                               : kKernel == 5 ? 3
+                                              : 2;
 
 // "in" is the image that is read and "out" the image that is written: grad_y and grad_x for grad_input.
 struct Args {
@@ -42,7 +46,8 @@ __device__ __forceinline__ Place find_place(const Args& a, uint32_t thread) {
 }
 
 template <typename T, int kKernel>
-__device__ __forceinline__ void load_filter(const Args& a, acc_t<T> (&taps)[kKernel][kKernel], const T* __restrict__ w) {
+__device__ __forceinline__ void load_filter(const Args& a, acc_t<T> (&taps)[kKernel][kKernel],
+                                            const T* __restrict__ w) {
 #pragma unroll
   for (int r = 0; r < kKernel; ++r) {
 #pragma unroll
@@ -55,8 +60,8 @@ __device__ __forceinline__ void load_filter(const Args& a, acc_t<T> (&taps)[kKer
 
 // kCount neighbouring values of an image row, zero outside the image.
 template <typename T, int kCount>
-__device__ __forceinline__ void load_row(const Args& a, acc_t<T> (&values)[kCount], const T* __restrict__ image, int row,
-                                         int column) {
+__device__ __forceinline__ void load_row(const Args& a, acc_t<T> (&values)[kCount], const T* __restrict__ image,
+                                         int row, int column) {
   const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(a.in_rows);
   const T* p = image + row * a.in_h;
 #pragma unroll
@@ -109,9 +114,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKernel>)
   }
 }
 
-// grad_input of stride 2. With v = h + pad_h and u = w + pad_w: grad_y[p, q] * w[r, s] goes to grad_x[v = 2 p + r, u = 2 q + s].
-// A thread owns the columns u and u + 1, u even; step p adds the row p of grad_y to ring[i] = rows v = 2 p + i, of which the first
-// two are then complete.
+// grad_input of stride 2. With v = h + pad_h and u = w + pad_w, grad_y[p, q] * w[r, s] goes to grad_x[2 p + r, 2 q + s] in
+// padded coordinates (v, u). A thread owns the columns u and u + 1, u even; step p adds row p of grad_y to
+// ring[i], the rows v = 2 p + i, of which the first two are then complete.
 template <typename T, int kKernel>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kKernel>)
     grad_input_stride2_kernel(const Args a, const T* __restrict__ grad_y, const T* __restrict__ w,

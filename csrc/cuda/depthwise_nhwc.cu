@@ -1,16 +1,16 @@
 // Depthwise forward and grad_input, multiplier 1, channels dense in memory (channels_last), kernels 3x3, 5x5 and 7x7.
 //
-// Thread-to-data map. A block owns `lanes` neighbouring channel vectors (up to 16, a vector being 16 bytes or one channel)
-// and `slots` places; thread t is lane t % lanes of place t / lanes. A place is a tile of two or four output columns by
-// `rows` output rows of one image, so that
+// Thread-to-data map. A block owns `lanes` neighbouring channel vectors (up to 16, a vector being 16 bytes or one
+// channel) and `slots` places; thread t is lane t % lanes of place t / lanes. A place is a tile of two or four output
+// columns by `rows` output rows of one image, so that
 //   - neighbouring threads read neighbouring channels: whole cache lines;
 //   - a thread loads each value of an image row once and uses it for all of its columns; the kernel rows overlap in L1;
-//   - the filter of the block's channels is converted once, lies in shared memory as [R * S, channels], and a thread holds
-//     the kernel row that it works on in registers.
+//   - the filter of the block's channels is converted once, lies in shared memory as [R * S, channels], and a thread
+//     holds the kernel row that it works on in registers.
 //
-// grad_input of stride 1 is the forward kernel with the filter turned around. For stride 2 only every second tap meets an
-// output, and which ones depends on the parity of the position: places begin at even padded columns, so for each of a
-// thread's columns the taps are known at compile time, and each row starts at the tap of its own parity.
+// grad_input of stride 1 is the forward kernel with the filter turned around. For stride 2 only every second tap
+// meets an output, and which ones depends on the parity of the position: places begin at even padded columns, so for
+// each of a thread's columns the taps are known at compile time, and each row starts at the tap of its own parity.
 #include "common.cuh"
 
 namespace sepconv::cuda {
@@ -20,20 +20,22 @@ constexpr int kThreads = 256;
 constexpr int kMaxLanes = 16;
 
 // Output columns a thread works on. The widest windows of eight channels leave registers for two only.
-__host__ __device__ constexpr int columns_of(int vec, int kernel, int stride) { return vec == 8 && kernel * stride >= 10 ? 2 : 4; }
+__host__ __device__ constexpr int columns_of(int vec, int kernel, int stride) {
+  return vec == 8 && kernel * stride >= 10 ? 2 : 4;
+}
 
 // "in" is the image that is read and "out" the image that is written: grad_y and grad_x for grad_input.
 struct Args {
-  int64_t in_n, out_n;                // strides, in elements
-  int in_h, in_w, out_h, out_w;       // strides, in elements
+  int64_t in_n, out_n;           // strides, in elements
+  int in_h, in_w, out_h, out_w;  // strides, in elements
   int in_rows, in_columns, out_rows, out_columns;
   int pad_h, pad_w;
-  int vectors;                        // channel vectors
+  int vectors;  // channel vectors
   int lanes, slots, rows;
-  uint32_t places;                    // N * strips * column tiles
+  uint32_t places;  // N * strips * column tiles
   FastDiv by_lanes, by_channel_blocks, by_strips, by_column_tiles;
   int64_t w_n, w_h, w_w;
-  bool turned;                        // read the filter from its last tap to its first
+  bool turned;  // read the filter from its last tap to its first
 };
 
 // A thread's place in the problem.
@@ -50,11 +52,16 @@ __device__ __forceinline__ Place find_place(const Args& a, uint32_t channel_bloc
   const bool active = slot < static_cast<uint32_t>(a.slots) && place < a.places && vector < a.vectors;
   uint32_t strip = a.by_column_tiles.split(place);
   const uint32_t n = a.by_strips.split(strip);
-  return {active,           static_cast<int>(lane), vector, static_cast<int>(n), static_cast<int>(strip) * a.rows,
+  return {active,
+          static_cast<int>(lane),
+          vector,
+          static_cast<int>(n),
+          static_cast<int>(strip) * a.rows,
           static_cast<int>(place)};
 }
 
-// The filter in shared memory: [tap][part][lane][4 channels, or fewer], so that the lanes of a warp read neighbouring words.
+// The filter in shared memory: [tap][part][lane][4 channels, or fewer], so that the lanes of a warp read neighbouring
+// words.
 template <int kVec>
 __device__ __forceinline__ int filter_index(int lanes, int tap, int lane, int i) {
   constexpr int kPart = kVec < 4 ? kVec : 4;

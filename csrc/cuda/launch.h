@@ -1,9 +1,9 @@
 // Every door from the bindings to the CUDA kernels: plain numbers and raw device memory in, an error code out.
 //
 // Every function takes tensors of one dtype whose strides (in elements) stand in the ConvShape; which function may be
-// called for which shape, with which tile and how much workspace, is the plan's business (plan.h). Half types accumulate
-// in float. Nothing here allocates, synchronises or keeps state, so a CUDA graph can capture every call; results do not
-// depend on timing. A tensor without elements needs no launch: the bindings do not call for it.
+// called for which shape, with which tile and how much workspace, is the plan's business (plan.h). Half types
+// accumulate in float. Nothing here allocates, synchronises or keeps state, so a CUDA graph can capture every call;
+// results do not depend on timing. A tensor without elements needs no launch: the bindings do not call for it.
 #pragma once
 
 #include <driver_types.h>  // cudaStream_t and cudaError_t, nothing else of CUDA
@@ -29,8 +29,8 @@ struct Tile {
   bool wide = false;    // 64-bit indices
 };
 
-// The kernels of depthwise_nhwc.cu, depthwise_nchw.cu and, along the height, depthwise_grad_weight.cu that keep a window in
-// registers: square kernels of these sizes, equal strides, no dilation.
+// The kernels of depthwise_nhwc.cu, depthwise_nchw.cu and, along the height, depthwise_grad_weight.cu that keep a
+// window in registers: square kernels of these sizes, equal strides, no dilation.
 constexpr bool has_window(int64_t kernel, int64_t stride) {
   return (kernel == 3 || kernel == 5 || kernel == 7) && (stride == 1 || stride == 2);
 }
@@ -53,28 +53,29 @@ cudaError_t launch_depthwise_direct_forward(const ConvShape&, DType, const void*
 cudaError_t launch_depthwise_direct_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
                                                const Tile&, cudaStream_t);
 
-// depthwise_grad_weight.cu: depthwise with any multiplier, kernel and strides, images below 2^31 elements. workspace holds
-// tile.splits partial sums, laid out as launch_sum_partials (called at the end) wants them.
+// depthwise_grad_weight.cu: depthwise with any multiplier, kernel and strides, images below 2^31 elements. workspace
+// holds tile.splits partial sums, laid out as launch_sum_partials (called at the end) wants them.
 cudaError_t launch_depthwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                          void* workspace, const Tile&, cudaStream_t);
 
-// pointwise.cu: groups == 1, 1x1 without padding: a matrix product over pixels, in plain arithmetic of the accumulation type.
-// Requires ConvShape::is_pointwise() and N * H * W < 2^31; grad_input also stride 1. Any strides of x, w and y, any
-// alignment (16-byte loads are used where strides and pointers allow them), any number of elements.
+// pointwise.cu: groups == 1, 1x1 without padding: a matrix product over pixels, in plain arithmetic of the
+// accumulation type. Requires ConvShape::is_pointwise() and N * H * W < 2^31; grad_input also stride 1. Any strides
+// of x, w and y, any alignment (16-byte loads are used where strides and pointers allow them), any number of
+// elements.
 cudaError_t launch_pointwise_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y,
                                      cudaStream_t);
 cudaError_t launch_pointwise_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
                                         cudaStream_t);
-// Writes `splits` partial sums to the workspace and adds them up in a second kernel (launch_sum_partials).
-// splits: pointwise_grad_weight_splits (tiling.h) is the advice, any number from 1 to 65535 is right; workspace: splits *
+// Writes `splits` partial sums to the workspace and adds them up in a second kernel (launch_sum_partials). splits:
+// pointwise_grad_weight_splits (tiling.h) is the advice, any number from 1 to 65535 is right; workspace: splits *
 // weight_elements() values of the accumulation type.
 cudaError_t launch_pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                          int splits, void* workspace, cudaStream_t);
 
-// pointwise_mma.cu: the same three maps on tensor cores. Requires what pointwise.cu requires, and float16 or bfloat16, and
-// compute capability 8.0 or newer.
-cudaError_t launch_pointwise_mma_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y,
-                                         cudaStream_t);
+// pointwise_mma.cu: the same three maps on tensor cores. Requires what pointwise.cu requires, and float16 or
+// bfloat16, and compute capability 8.0 or newer.
+cudaError_t launch_pointwise_mma_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
+                                         void* y, cudaStream_t);
 cudaError_t launch_pointwise_mma_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
                                             cudaStream_t);
 cudaError_t launch_pointwise_mma_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
@@ -86,14 +87,14 @@ cudaError_t launch_grouped_forward(const ConvShape&, DType, const void* x, const
                                    void* workspace, cudaStream_t);
 cudaError_t launch_grouped_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
                                       void* workspace, cudaStream_t);
-// grouped_grad_weight.cu. splits: grouped_grad_weight_splits (tiling.h) is the advice, any number from 1 to 65535 is right;
-// workspace: splits * weight_elements() values of the accumulation type.
+// grouped_grad_weight.cu. splits: grouped_grad_weight_splits (tiling.h) is the advice, any number from 1 to 65535 is
+// right; workspace: splits * weight_elements() values of the accumulation type.
 cudaError_t launch_grouped_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                        int splits, void* workspace, cudaStream_t);
 
 // sum_partials.cu: the second stage of every grad_weight. partials is [splits, K, C / groups, R, S], dense, in the
-// accumulation type (double for float64, float otherwise); they are added in the order of the splits, so that the result
-// has the same bits in every run, and stored with the weight's strides.
+// accumulation type (double for float64, float otherwise); they are added in the order of the splits, so that the
+// result has the same bits in every run, and stored with the weight's strides.
 cudaError_t launch_sum_partials(const ConvShape&, DType, const void* partials, int splits, void* grad_w, cudaStream_t);
 
 }  // namespace sepconv::cuda

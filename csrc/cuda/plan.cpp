@@ -40,7 +40,8 @@ bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t alignme
 }
 
 bool window(const ConvShape& s) {
-  return s.R == s.S && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1 && has_window(s.R, s.stride_h);
+  return s.R == s.S && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1 &&
+         has_window(s.R, s.stride_h);
 }
 
 // ---- depthwise
@@ -54,10 +55,15 @@ Written written(Map map, const ConvShape& s) {
 }
 
 Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  Plan p{Kernel::depthwise_nhwc, "cuda_depthwise_nhwc", "depthwise, channels dense, 3x3, 5x5 or 7x7, stride 1 or 2", {}, 0};
+  Plan p{Kernel::depthwise_nhwc,
+         "cuda_depthwise_nhwc",
+         "depthwise, channels dense, 3x3, 5x5 or 7x7, stride 1 or 2",
+         {},
+         0};
   const int vec16 = static_cast<int>(16 / element_size(dtype));
   p.tile.vec = whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
-  // Tall strips read the halo rows less often; four blocks a multiprocessor (each of about 1024 vectors a row) come first.
+  // Tall strips read the halo rows less often; four blocks a multiprocessor (each of about 1024 vectors a row) come
+  // first.
   const Written out = written(map, s);
   const int64_t blocks = s.N * out.rows * ceil_div(out.columns, 4) * (s.C / p.tile.vec) / 256;
   p.tile.rows = static_cast<int>(std::clamp<int64_t>(blocks / (4 * device.multiprocessors), 1, 8));
@@ -65,7 +71,8 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
 }
 
 Plan depthwise_nchw(Map map, const ConvShape& s, const Device& device) {
-  Plan p{Kernel::depthwise_nchw, "cuda_depthwise_nchw", "depthwise, columns dense, 3x3, 5x5 or 7x7, stride 1 or 2", {}, 0};
+  Plan p{
+      Kernel::depthwise_nchw, "cuda_depthwise_nchw", "depthwise, columns dense, 3x3, 5x5 or 7x7, stride 1 or 2", {}, 0};
   // A strip of rows rows reads R - 1 rows more than its own; 2048 threads a multiprocessor come first.
   const Written out = written(map, s);
   const int64_t threads = s.N * out.channels * out.rows * out.columns;
@@ -74,7 +81,11 @@ Plan depthwise_nchw(Map map, const ConvShape& s, const Device& device) {
 }
 
 Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignment, bool narrow) {
-  Plan p{Kernel::depthwise_direct, "cuda_depthwise_direct", "depthwise of any kernel, stride, dilation, multiplier and memory layout", {}, 0};
+  Plan p{Kernel::depthwise_direct,
+         "cuda_depthwise_direct",
+         "depthwise of any kernel, stride, dilation, multiplier and memory layout",
+         {},
+         0};
   const Written out = written(map, s);
   const int vec16 = static_cast<int>(16 / element_size(dtype));
   // Threads are counted in 31 bits too: four rows each, the last four of every phase perhaps in part.
@@ -144,8 +155,10 @@ Plan depthwise(Map map, const ConvShape& s, DType dtype, const Device& device, i
 
 Plan pointwise(Map map, const ConvShape& s, DType dtype, const Device& device) {
   const bool mma = is_half(dtype) && device.compute_capability >= 80;
-  Plan p{mma ? Kernel::pointwise_mma : Kernel::pointwise, mma ? "cuda_pointwise_mma" : "cuda_pointwise",
-         mma ? "1x1, one group, a half type: a matrix product on tensor cores" : "1x1, one group: a matrix product over pixels",
+  Plan p{mma ? Kernel::pointwise_mma : Kernel::pointwise,
+         mma ? "cuda_pointwise_mma" : "cuda_pointwise",
+         mma ? "1x1, one group, a half type: a matrix product on tensor cores"
+             : "1x1, one group: a matrix product over pixels",
          {},
          0};
   if (map == Map::grad_weight) {
@@ -173,7 +186,9 @@ Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_
     return aten("a dense convolution: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
   }
   if (!strict && is_half(dtype) && s.channels_per_group() >= kWideGroup) {
-    return aten("a half type and 32 or more channels a group: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
+    return aten(
+        "a half type and 32 or more channels a group: cuDNN's tensor-core kernels are predicted to be faster (not "
+        "measured)");
   }
   return grouped(map, s, dtype, s.groups == 1 ? "one group" : "groups of several channels");
 }

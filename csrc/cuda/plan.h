@@ -1,5 +1,6 @@
-// Which CUDA kernel runs a call, how it is cut, and why: a pure function of the call's shape and a few facts of the device.
-// No torch, no CUDA calls, no allocation: it is tested without a GPU, and costs a call well under a microsecond.
+// Which CUDA kernel runs a call, how it is cut, and why: a pure function of the call's shape and a few facts of the
+// device. No torch, no CUDA calls, no allocation: it is tested without a GPU, and costs a call well under a
+// microsecond.
 #pragma once
 
 #include "../conv_shape.h"
@@ -38,9 +39,9 @@ Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool s
 
 Explanation explain(const Plan&);
 
-// run.cpp: launches what the plan says. The operands are (x, w), (grad_y, w) or (grad_y, x) for the three maps; the epilogue
-// counts for the forward map only. Kernel::aten is not launched here: cudaErrorNotSupported.
-cudaError_t run(const Plan&, Map, const ConvShape&, DType, const void* first, const void* second, const Epilogue&, void* out,
-                void* workspace, cudaStream_t);
+// run.cpp: launches what the plan says. The operands are (x, w), (grad_y, w) or (grad_y, x) for the three maps; the
+// epilogue counts for the forward map only. Kernel::aten is not launched here: cudaErrorNotSupported.
+cudaError_t run(const Plan&, Map, const ConvShape&, DType, const void* first, const void* second, const Epilogue&,
+                void* out, void* workspace, cudaStream_t);
 
 }  // namespace sepconv::cuda

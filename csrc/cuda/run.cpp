@@ -8,10 +8,8 @@ namespace {
 cudaError_t run_forward(const Plan& p, const ConvShape& shape, DType dtype, const void* x, const void* w,
                         const Epilogue& epilogue, void* y, void* workspace, cudaStream_t stream) {
   switch (p.kernel) {
-    case Kernel::depthwise_nhwc:
-      return launch_depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
-    case Kernel::depthwise_nchw:
-      return launch_depthwise_nchw_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
+    case Kernel::depthwise_nhwc: return launch_depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
+    case Kernel::depthwise_nchw: return launch_depthwise_nchw_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_direct:
       return launch_depthwise_direct_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::pointwise: return launch_pointwise_forward(shape, dtype, x, w, epilogue, y, stream);
@@ -47,8 +45,7 @@ cudaError_t run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, 
       return launch_pointwise_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
     case Kernel::pointwise_mma:
       return launch_pointwise_mma_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
-    case Kernel::grouped:
-      return launch_grouped_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
+    case Kernel::grouped: return launch_grouped_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
     default: return cudaErrorNotSupported;
   }
 }
@@ -58,8 +55,7 @@ cudaError_t run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, 
 cudaError_t run(const Plan& p, Map map, const ConvShape& shape, DType dtype, const void* first, const void* second,
                 const Epilogue& epilogue, void* out, void* workspace, cudaStream_t stream) {
   switch (map) {
-    case Map::forward:
-      return run_forward(p, shape, dtype, first, second, epilogue, out, workspace, stream);
+    case Map::forward: return run_forward(p, shape, dtype, first, second, epilogue, out, workspace, stream);
     case Map::grad_input: return run_grad_input(p, shape, dtype, first, second, out, workspace, stream);
     case Map::grad_weight: return run_grad_weight(p, shape, dtype, first, second, out, workspace, stream);
   }

@@ -1,8 +1,9 @@
 // The second stage of every grad_weight: grad_w[i] = sum over splits of partials[split][i], always in the same order.
 //
-// A block owns kWeights neighbouring weights; kSlices threads share each weight, thread slice j adding the splits j, j + kSlices,
-// ... in turn, and the slices are then added in their order. Neighbouring threads own neighbouring weights, so that a warp
-// reads whole sectors; the partial sums are few and still in L2, so the kernel costs little more than its launch.
+// A block owns kWeights neighbouring weights; kSlices threads share each weight, thread slice j adding the splits j,
+// j + kSlices, ... in turn, and the slices are then added in their order. Neighbouring threads own neighbouring
+// weights, so that a warp reads whole sectors; the partial sums are few and still in L2, so the kernel costs little
+// more than its launch.
 #include "common.cuh"
 
 namespace sepconv::cuda {
@@ -20,7 +21,7 @@ struct SumArgs {
 };
 
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kWeights * kSlices)
+__global__ void __launch_bounds__(kWeights* kSlices)
     sum_partials_kernel(const SumArgs<Index> a, const acc_t<T>* __restrict__ partials, T* __restrict__ grad_w) {
   SMEM_ARRAY(acc_t<T>, slices, [kSlices][kWeights]);
   const int lane = threadIdx.x % kWeights, slice = threadIdx.x / kWeights;
