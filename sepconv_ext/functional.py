@@ -41,11 +41,11 @@ def _padding(padding: IntOrPair | str, weight: Tensor, stride: Sequence[int], di
 
 def _conv2d(input, weight, bias, stride, padding, dilation, groups, activation) -> Tensor:
     """The op itself, from F.conv2d's looser arguments. Traced by torch.compile; plain Python else."""
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    padding = _padding(padding, weight, stride, dilation)
     if input.dim() == 3:
         batch = input.unsqueeze(0)
         return _conv2d(batch, weight, bias, stride, padding, dilation, groups, activation).squeeze(0)
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = _padding(padding, weight, stride, dilation)
     return torch.ops.sepconv_ext.conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
 
 
