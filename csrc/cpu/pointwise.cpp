@@ -3,7 +3,8 @@
 //
 // Loop-to-data map. A pixel is one image of the batch, x is [N, C] and w is [K, C], both dense along C, where vectors lie.
 // A task is a range of output channels (of input channels for grad_input). Inside it a block of sums stays in registers:
-//   forward       4 pixels x 4 output channels, summed along vectors of C, lanes added up at the end
+//   forward       4 pixels x 4 output channels, summed along vectors of C, lanes added up at the end;
+//                 where C is short, the weight is turned to [C, K] first and vectors lie along K
 //   grad_input    4 pixels x 2 vectors of C, summed over K
 //   grad_weight   4 output channels x 2 vectors of C, summed over N
 #ifndef SEPCONV_KERNELS
@@ -98,18 +99,9 @@ struct Forward {
   }
 };
 
-inline void forward(const ConvShape& s, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y) {
-  with_dtype(dtype, [&](auto type) {
-    using T = decltype(type);
-    const Forward<T> body{static_cast<const T*>(x), static_cast<const T*>(w), static_cast<const T*>(epilogue.bias),
-                          static_cast<T*>(y), s.N, s.C, s.x.n, s.w.n, s.y.n, epilogue.activation};
-    for_ranges(s.K, items_per_task(s.K, s.N * s.C * s.K, 4), body);
-  });
-}
+// ---- gradients, and forward over few channels ----
 
-// ---- gradients ----
-
-// out[i, c] = sum over t of scale(i, t) * rows[t, c], for vectors of c: both gradients, with other names for the indices.
+// out[i, c] = activation(bias[c] + sum over t of scale(i, t) * rows[t, c]), for vectors of c.
 template <typename T>
 struct WeightedRows {
   using A = accumulate_t<T>;
@@ -117,6 +109,8 @@ struct WeightedRows {
   T* out;
   int64_t outs, terms, C;
   int64_t scale_out, scale_term, row, out_row;  // strides in elements
+  const T* bias = nullptr;
+  Activation activation = Activation::identity;
 
   // Rows [i, i + kI) of out, kVectors vectors from c on, the last of which holds `rest` numbers.
   template <int kI, int kVectors>
@@ -135,11 +129,15 @@ struct WeightedRows {
     }
     for (int j = 0; j < kI; ++j) {
       for (int v = 0; v < kVectors; ++v) {
-        T* p = out + (i + j) * out_row + c + v * kLanes<A>;
-        if (v + 1 < kVectors || rest == kLanes<A>) {
-          store(p, sums[j][v]);
+        const int64_t column = c + v * kLanes<A>;
+        const int count = v + 1 < kVectors ? kLanes<A> : rest;
+        const Vector<A> offset = bias ? load_first(bias + column, count) : Vector<A>{};
+        const Vector<A> value = activate_lanes<A>(activation, sums[j][v] + offset);
+        T* p = out + (i + j) * out_row + column;
+        if (count == kLanes<A>) {
+          store(p, value);
         } else {
-          store_first(p, sums[j][v], rest);
+          store_first(p, value, count);
         }
       }
     }
@@ -158,6 +156,28 @@ struct WeightedRows {
     for (; i < i_end; ++i) columns<1>(i, c_begin, c_end);
   }
 };
+
+template <typename T>
+void forward_few_channels(const ConvShape& s, const void* x, const void* w, const Epilogue& epilogue, void* y) {
+  const std::unique_ptr<T[]> turned(new T[s.C * s.K]);  // [C, K]
+  for (int64_t k = 0; k < s.K; ++k) {
+    for (int64_t c = 0; c < s.C; ++c) turned[c * s.K + k] = static_cast<const T*>(w)[k * s.w.n + c];
+  }
+  const WeightedRows<T> body{static_cast<const T*>(x), turned.get(), static_cast<T*>(y), s.N, s.C, s.K, s.x.n, 1, s.K,
+                             s.y.n, static_cast<const T*>(epilogue.bias), epilogue.activation};
+  for_ranges(s.K, items_per_task(s.K, s.N * s.C * s.K, 2 * kLanes<accumulate_t<T>>),
+             [&](int64_t begin, int64_t end) { body.tile(0, s.N, begin, end); });
+}
+
+inline void forward(const ConvShape& s, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (s.C < 2 * kLanes<accumulate_t<T>>) return forward_few_channels<T>(s, x, w, epilogue, y);
+    const Forward<T> body{static_cast<const T*>(x), static_cast<const T*>(w), static_cast<const T*>(epilogue.bias),
+                          static_cast<T*>(y), s.N, s.C, s.x.n, s.w.n, s.y.n, epilogue.activation};
+    for_ranges(s.K, items_per_task(s.K, s.N * s.C * s.K, 4), body);
+  });
+}
 
 inline void grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w, void* grad_x) {
   with_dtype(dtype, [&](auto type) {
