@@ -54,6 +54,11 @@ Written written(Map map, const ConvShape& s) {
   return map == Map::forward ? Written{s.K, s.P, s.Q} : Written{s.C, s.H, s.W};
 }
 
+// Strips of equal height, none taller than `most`.
+int even_rows(int64_t rows, int64_t most) {
+  return static_cast<int>(rows < 1 ? 1 : ceil_div(rows, ceil_div(rows, most)));
+}
+
 Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   Plan p{Kernel::depthwise_nhwc,
          "cuda_depthwise_nhwc",
@@ -66,7 +71,7 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
   // first.
   const Written out = written(map, s);
   const int64_t blocks = s.N * out.rows * ceil_div(out.columns, 4) * (s.C / p.tile.vec) / 256;
-  p.tile.rows = static_cast<int>(std::clamp<int64_t>(blocks / (4 * device.multiprocessors), 1, 8));
+  p.tile.rows = even_rows(out.rows, std::clamp<int64_t>(blocks / (4 * device.multiprocessors), 1, 8));
   return p;
 }
 
@@ -76,7 +81,7 @@ Plan depthwise_nchw(Map map, const ConvShape& s, const Device& device) {
   // A strip of rows rows reads R - 1 rows more than its own; 2048 threads a multiprocessor come first.
   const Written out = written(map, s);
   const int64_t threads = s.N * out.channels * out.rows * out.columns;
-  p.tile.rows = static_cast<int>(std::clamp<int64_t>(threads / (2048 * device.multiprocessors), 2, 32));
+  p.tile.rows = even_rows(out.rows, std::clamp<int64_t>(threads / (2048 * device.multiprocessors), 2, 32));
   return p;
 }
 
@@ -88,9 +93,11 @@ Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignmen
          0};
   const Written out = written(map, s);
   const int vec16 = static_cast<int>(16 / element_size(dtype));
-  // Threads are counted in 31 bits too: four rows each, the last four of every phase perhaps in part.
-  p.tile.wide = !narrow || s.N * out.channels * (out.rows + 4 * s.stride_h) * out.columns >= kNarrow;
-  p.tile.vec = !p.tile.wide && whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
+  const int vec = whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
+  // Threads are counted in 31 bits too: four rows each, of every phase the last perhaps in part.
+  const int64_t threads = s.N * (out.channels / vec) * (out.rows / 4 + s.stride_h + 1) * out.columns;
+  p.tile.wide = !narrow || threads >= kNarrow;
+  p.tile.vec = p.tile.wide ? 1 : vec;
   return p;
 }
 
@@ -116,7 +123,10 @@ Plan depthwise_grad_weight(const ConvShape& s, DType dtype, int64_t alignment) {
     t.lanes = static_cast<int>(kThreads / slots);
   }
   const int64_t passes = t.window ? 1 : s.R * ceil_div(s.S, 8);
-  t.splits = grad_weight_splits(2 * ceil_div(vectors, t.lanes) * passes, places, kThreads / t.lanes);
+  const int64_t slots = kThreads / t.lanes;
+  const int64_t wanted = grad_weight_splits(2 * ceil_div(vectors, t.lanes) * passes, places, slots);
+  // Every slot has the same number of places, but for the last few.
+  t.splits = static_cast<int>(ceil_div(places, slots * std::max<int64_t>(places / (wanted * slots), 1)));
   p.workspace_bytes = t.splits * s.weight_elements() * acc_size(dtype);
   return p;
 }
@@ -136,20 +146,22 @@ Plan grouped(Map map, const ConvShape& s, DType dtype, const char* reason) {
 
 Plan depthwise(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   const bool narrow = narrow_images(s);
-  const int64_t outputs = s.N * std::max(s.K * s.P * s.Q, s.C * s.H * s.W);  // no kernel has more threads or places
   if (map == Map::grad_weight) {
     if (!narrow || s.N * s.P * s.Q >= kNarrow - (1 << 20)) {
       return grouped(map, s, dtype, "depthwise, an image of 2^31 elements or more");
     }
     return depthwise_grad_weight(s, dtype, alignment);
   }
-  // The output tiles of a row are counted in fours, which adds less than the row's own length.
-  const bool tiled = narrow && window(s) && outputs < kNarrow / 2;
   const bool multiplier = s.K != s.C;
-  if (tiled && !multiplier && dense_channels(s) && dtype != DType::float64) {
+  if (narrow && window(s) && !multiplier && dense_channels(s) && dtype != DType::float64 &&
+      s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow / 4) {
     return depthwise_nhwc(map, s, dtype, device, alignment);
   }
-  if (tiled && (!multiplier || map == Map::forward) && dense_columns(s)) return depthwise_nchw(map, s, device);
+  if (narrow && window(s) && (!multiplier || map == Map::forward) && dense_columns(s)) {
+    const Plan p = depthwise_nchw(map, s, device);
+    const Written out = written(map, s);
+    if (s.N * out.channels * (out.rows / p.tile.rows + 2) * (out.columns + 2) < kNarrow) return p;
+  }
   return depthwise_direct(map, s, dtype, alignment, narrow);
 }
 
@@ -182,7 +194,7 @@ bool pointwise_can_run(Map map, const ConvShape& s) {
 Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
   if (pointwise_can_run(map, s)) return pointwise(map, s, dtype, device);
   if (s.is_depthwise()) return depthwise(map, s, dtype, device, alignment);
-  if (!strict && s.groups == 1 && s.R * s.S > 1) {
+  if (!strict && s.groups == 1) {
     return aten("a dense convolution: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
   }
   if (!strict && is_half(dtype) && s.channels_per_group() >= kWideGroup) {
