@@ -1,0 +1,250 @@
+"""The benchmark's own arithmetic (geometry, bytes, operations, floor), its record, and one very small run of it all."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import __main__ as benchmark
+from benchmarks import console, layer_runs, layers, machine, models, peers, record, report, timing
+from benchmarks.layers import Layer, floor
+
+README = Path(benchmark.__file__).with_name("README.md").read_text()
+
+
+def layer(kind="depthwise", c=4, k=4, h=6, w=5, r=3, s=3, stride=(1, 1), pad=(1, 1), dilation=(1, 1), groups=4, bias=0):
+    return Layer(kind, c, k, h, w, r, s, *stride, *pad, *dilation, groups, bool(bias))
+
+
+LAYERS = [
+    layer(),
+    layer(stride=(2, 1), pad=(0, 2), bias=True),
+    layer(r=5, s=3, pad=(2, 1), dilation=(2, 1), h=11),
+    layer(kind="grouped", k=6, groups=2),
+    layer(kind="pointwise", k=7, r=1, s=1, pad=(0, 0), groups=1, stride=(2, 2)),
+    layer(r=7, s=7, pad=(3, 3), h=3, w=3),
+]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.label)
+def test_geometry_and_work_are_those_of_conv2d(case):
+    x = torch.ones(case.input_size(2), dtype=torch.float64, requires_grad=True)
+    w = torch.ones(case.weight_size, dtype=torch.float64)
+    y = F.conv2d(x, w, None, case.stride, case.padding, case.dilation, case.groups)
+    assert tuple(y.shape) == case.output_size(2)
+    # Over ones, each output counts the taps that fall inside the image.
+    assert case.macs(2) == int(y.sum())
+    y.sum().backward()
+    read = int((x.grad != 0).sum())
+    bias = case.out_channels if case.bias else 0
+    assert case.bytes_moved(2, 4, "forward") == 4 * (read + w.numel() + y.numel() + bias)
+    assert case.bytes_moved(2, 4, "grad_weight") == 4 * (read + w.numel() + y.numel())
+    assert case.bytes_moved(2, 2, "grad_input") == 2 * (x.numel() + w.numel() + y.numel())
+
+
+def test_floor_is_the_longer_of_traffic_and_arithmetic():
+    case = layer()
+    slow_memory = floor(case, 1, 4, "forward", bandwidth=1.0, rate=1e9)
+    assert slow_memory.bound == "memory" and slow_memory.seconds == case.bytes_moved(1, 4, "forward")
+    slow_core = floor(case, 1, 4, "forward", bandwidth=1e12, rate=1.0)
+    assert slow_core.bound == "arithmetic" and slow_core.seconds == 2 * case.macs(1)
+
+
+def test_layers_csv_is_read_whole_and_labels_are_unique():
+    loaded = layers.load()
+    rows = layers.CSV.read_text().splitlines()[1:]
+    assert sum(item.count for item in loaded) == sum(int(row.rsplit(",", 1)[1]) for row in rows)
+    assert sum(len(item.models) for item in loaded) == len(rows)
+    assert len({item.label for item in loaded}) == len(loaded)
+    for item in loaded:
+        kind = "depthwise" if item.groups == item.in_channels else "pointwise" if item.groups == 1 else "grouped"
+        assert item.kind == kind and min(item.out_height, item.out_width) > 0
+
+
+def test_representative_layers_cover_every_family():
+    loaded = layers.load()
+    chosen = layers.select(loaded)
+    assert {item.kind for item in chosen} == set(layers.KINDS)
+    assert {item.kernel_h for item in chosen if item.kind == "depthwise"} == {3, 5, 7}
+    assert 10 < len(chosen) < 40
+    assert layers.select(loaded, ["grouped"], everything=True) == [item for item in loaded if item.kind == "grouped"]
+
+
+def test_bandwidth_is_that_of_the_largest_copy_that_fits():
+    table = {1 << 20: 40.0, 1 << 24: 20.0, 1 << 28: 10.0}
+    assert [machine.bandwidth_for(table, size) for size in (1, 1 << 20, 1 << 25, 1 << 30)] == [40, 40, 20, 10]
+
+
+@pytest.mark.parametrize("layout", peers.LAYOUTS)
+@pytest.mark.parametrize("map", layers.MAPS)
+def test_every_peer_computes_the_same(map, layout):
+    makers = {name: maker for name, maker in peers.MAKERS.items() if name not in peers.NEEDS_COMPILER}
+    makers["ours"] = peers.ours
+    for case in (*LAYERS, layer(kind="pointwise", k=7, r=1, s=1, pad=(0, 0), groups=1, bias=True)):
+        sets = [peers.Operands.random(case, 2, torch.float64, layout, torch.device("cpu"), seed=0)]
+        expected = peers.torch_conv(case, map, sets)(0)
+        ran = {name: maker(case, map, sets) for name, maker in makers.items()}
+        for name, run in ran.items():
+            assert run is None or peers.difference(run(0), expected) < 1e-12, (case.label, name)
+        assert (ran["matmul"] is not None) == (case.label.startswith("pw1x1 4>7") and layout == "channels_last")
+
+
+def test_shift_and_add_is_a_depthwise_convolution(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its arithmetic, not the compiler's
+    for case in (LAYERS[0], LAYERS[1], LAYERS[2], LAYERS[5]):
+        sets = [peers.Operands.random(case, 2, torch.float32, "nchw", torch.device("cpu"), seed=0)]
+        expected = peers.torch_conv(case, "forward", sets)(0)
+        assert peers.difference(peers.shift_and_add(case, "forward", sets)(0), expected) < 1e-5
+
+
+def test_difference_notices_wrong_results():
+    expected = torch.tensor([1.0, -4.0])
+    assert peers.difference(expected, expected) == 0
+    assert peers.difference(torch.tensor([1.0, -3.0]), expected) == 0.25
+    assert peers.difference(torch.tensor([1.0, float("nan")]), expected) == float("inf")
+    assert peers.difference(torch.zeros(3), expected) == float("inf")
+
+
+def test_clock_rotates_interleaves_and_survives_a_failing_peer():
+    calls = []
+
+    def broken(index):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    contenders = {"a": lambda i: calls.append(("a", i)), "b": lambda i: calls.append(("b", i)), "broken": broken}
+    clock = timing.CpuClock()
+    clock.sample_seconds = 0.0  # one call a sample
+    measured = clock.measure(contenders, sets=3, budget=0.0, rounds=4)
+    assert measured.errors == {"broken": "RuntimeError: no such kernel"}
+    assert {name: len(samples) for name, samples in measured.samples.items()} == {"a": 5, "b": 5}
+    assert "".join(who for who, _ in calls[4:]) == "abbaabbaab"
+    numbers = [index for _, index in calls]
+    assert all((b - a) % 3 != 0 for a, b in pairwise(numbers))
+
+
+def row(**changes):
+    base = dict(
+        layer="dw3x3 4 @6x5", kind="depthwise", dtype="float32", layout="nchw", map="forward", threads=1, seconds=1e-3,
+        best_peer="torch nchw", best_peer_seconds=2e-3, speedup=2.0, share_of_floor=0.5, floor_seconds=5e-4, aten=False,
+        kernel="k", difference=0.0, agrees=True, errors={},
+    )  # fmt: skip
+    return base | changes
+
+
+def made_up(rows, batch=8):
+    return {
+        "format": record.FORMAT,
+        "started": "2000-01-01 00:00:00 UTC",
+        "seconds": 1.0,
+        "settings": {"batch": batch},
+        "machine": {
+            "device": "a processor", "device_type": "cpu", "cores": 2, "versions": {"torch": "2"}, "commit": None,
+            "commit_is_clean": False, "tf32": {"cudnn": False, "matmul": False}, "load_average": [0.0, 0.0, 0.0],
+        },
+        "copy_bandwidth": {"1": {"1024": 1e9}},
+        "matmul_rate": {"1": {"float32": 1e9}},
+        "skipped": [],
+        "layers": rows,
+        "models": [],
+        "overhead": [],
+    }  # fmt: skip
+
+
+def test_bars_need_the_mean_and_every_layer():
+    good = made_up([row(speedup=1.3), row(speedup=1.2), row(map="grad_weight", speedup=3.9)])
+    verdicts = {(bar["map"], bar["layout"]): bar["met"] for bar in record.bars(good)}
+    assert verdicts["forward", "nchw"] and verdicts["forward", "all"] and not verdicts["grad_weight", "all"]
+    one_slow = made_up([row(speedup=9.0), row(speedup=0.96)])
+    assert not any(bar["met"] for bar in record.bars(one_slow))
+    assert record.bars(made_up([row()], batch=1)) == []
+
+
+def test_every_losing_and_every_wrong_row_is_shown():
+    rows = [row(layer=f"lost{i}", speedup=0.5 + i / 1000) for i in range(30)]
+    rows += [row(layer="wrong", agrees=False, difference=float("inf"))]
+    errors = {"sepconv nchw": "RuntimeError: boom"}
+    rows += [row(layer="broken", seconds=None, speedup=None, agrees=False, errors=errors)]
+    text = report.markdown(made_up(rows))
+    assert all(f"| lost{i} |" in text for i in range(30))
+    assert len(record.losses(rows)) == 30
+    assert "| wrong |" in text and "| broken |" in text and "boom" in text
+    assert json.loads(record.dumps(made_up(rows)))["layers"][30]["difference"] == 1e308
+
+
+def test_plain_tables_line_up():
+    lines = console.plain(("layer", "us"), [("a", "1.5"), ("longer", "10.25")]).splitlines()
+    assert lines == ["layer      us", "------  -----", "a         1.5", "longer  10.25"]
+
+
+@pytest.mark.parametrize("arguments", (["--dtype", "int8"], ["--models", "vgg"], ["--maps", "backward"]))
+def test_unknown_choices_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(arguments)
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_a_very_small_run(tmp_path, monkeypatch, capsys):
+    """All parts, on two tiny layers and one small network; the fields are those that README.md fixes."""
+    tiny = [replace(LAYERS[0], models=("m",)), replace(LAYERS[4], models=("m",))]
+    monkeypatch.setattr(layers, "load", lambda: tiny)
+    monkeypatch.setattr(models, "build", lambda name: _network())
+    monkeypatch.setattr(models, "image_size", lambda name: 32)
+    monkeypatch.setattr(benchmark.overhead, "CALLS", 2)
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda *_: {1 << 20: 1e10})
+    monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e11)
+    arguments = ["--layers", "--all", "--models", "mobilenet_v2", "--overhead", "--quick", "--device", "cpu"]
+    arguments += ["--kinds", "depthwise,pointwise", "--threads", "1", "--batch", "2", "--out", str(tmp_path)]
+    code = benchmark.main(arguments)
+    assert code == 0, capsys.readouterr().out
+    written = record.read(tmp_path)
+    assert len(written["layers"]) == 2 * 2 * 3 and len(written["models"]) == 2 * 2
+    assert len(written["overhead"]) == 2 * len(benchmark.overhead.CASES)
+    fixed = set(re.findall(r"`(\w+)`", README))
+    for part in ("layers", "models", "overhead"):
+        assert {field for line in written[part] for field in line} <= fixed
+    assert set(written) | set(written["machine"]) <= fixed
+    assert all(line["agrees"] and line["speedup"] > 0 for line in (*written["layers"], *written["models"]))
+    assert all(line["converted"] == 2 for line in written["models"])
+    files = {path.name for path in tmp_path.iterdir()}
+    always, plots = {"record.json", "summary.md"}, {"speedup.png", "floor.png", "models.png"}
+    assert always <= files <= always | plots
+    assert benchmark.main(["--read", str(tmp_path)]) == 0
+
+
+def _network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=4),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.Conv2d(8, 8, 3, groups=8),
+        torch.nn.Conv2d(8, 16, 1),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 1000),
+    )
+
+
+def test_a_slow_looking_layer_is_measured_again():
+    budgets = []
+
+    class Stub(timing.CpuClock):
+        def measure(self, contenders, sets=1, budget=0.0, rounds=1, graph=True):
+            budgets.append(budget)
+            ours = 2.0 if len(budgets) == 1 else 0.5
+            return timing.Timing({name: [ours if name.startswith("sepconv") else 1.0] for name in contenders})
+
+    plan = layer_runs.Plan(
+        layers=[LAYERS[0]], device=torch.device("cpu"), batch=1, dtypes=[torch.float32], clock=Stub(),
+        thread_counts=[1], bandwidth={1: {1: 1e9}}, rate={1: {"float32": 1e9}}, maps=("forward",), budget=1.0,
+    )  # fmt: skip
+    first, second = layer_runs.run(plan, lambda what: None)
+    assert (first["speedup"], first["measured_again"]) == (2.0, True)
+    assert (second["speedup"], second["measured_again"]) == (2.0, False)
+    assert budgets == [1.0, 4.0, 1.0]
