@@ -163,7 +163,7 @@ class Suite:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
