@@ -63,7 +63,7 @@ template <typename T, int kCount>
 __device__ __forceinline__ void load_row(const Args& a, acc_t<T> (&values)[kCount], const T* __restrict__ image,
                                          int row, int column) {
   const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(a.in_rows);
-  const T* p = image + row * a.in_h;
+  const T* p = image + (inside ? row : 0) * a.in_h;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const bool valid = inside && static_cast<unsigned>(column + i) < static_cast<unsigned>(a.in_columns);
@@ -114,9 +114,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKernel>)
   }
 }
 
-// grad_input of stride 2. With v = h + pad_h and u = w + pad_w, grad_y[p, q] * w[r, s] goes to grad_x[2 p + r, 2 q + s] in
-// padded coordinates (v, u). A thread owns the columns u and u + 1, u even; step p adds row p of grad_y to
-// ring[i], the rows v = 2 p + i, of which the first two are then complete.
+// grad_input of stride 2. With v = h + pad_h and u = w + pad_w, grad_y[p, q] * w[r, s] goes to grad_x[v = 2 p + r,
+// u = 2 q + s]. A thread owns the columns u and u + 1, u even; step p adds row p of grad_y to ring[i], the row
+// v = 2 p + i; the first two rows of the ring are then complete.
 template <typename T, int kKernel>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kKernel>)
     grad_input_stride2_kernel(const Args a, const T* __restrict__ grad_y, const T* __restrict__ w,
