@@ -36,7 +36,11 @@ struct Tile : TileShare<T, kAlongK, kOuter, kDepth, kThreads> {
     return kAlongK ? outer * kPitch + depth : depth * kPitch + outer;
   }
 
-  __device__ __forceinline__ void fill(T* tile, const Operand<T>& operand, uint32_t k0, uint32_t k_end) const {
+  // Elements of an operand without whole vectors are held in registers from begin() to finish(), so that they too are on
+  // their way while the tensor cores are at work.
+  T held[Share::kElements];
+
+  __device__ __forceinline__ void begin(T* tile, const Operand<T>& operand, uint32_t k0, uint32_t k_end) {
     if (operand.vectors) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
@@ -44,18 +48,26 @@ struct Tile : TileShare<T, kAlongK, kOuter, kDepth, kThreads> {
         cp_async16(tile + position(Share::outer(i), Share::depth(i)), from != nullptr ? from : operand.data,
                    from != nullptr);
       }
-    } else if constexpr (kAlongK) {
+    } else {
+#pragma unroll
+      for (int e = 0; e < Share::kElements; ++e) held[e] = this->element(operand, e, k0, k_end);
+    }
+  }
+
+  __device__ __forceinline__ void finish(T* tile, const Operand<T>& operand) const {
+    if (operand.vectors) return;
+    if constexpr (kAlongK) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         Vec<T, kVec> v;
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) v.v[j] = this->element(operand, i * kVec + j, k0, k_end);
+        for (int j = 0; j < kVec; ++j) v.v[j] = held[i * kVec + j];
         *reinterpret_cast<Vec<T, kVec>*>(tile + position(Share::outer(i), Share::depth(i))) = v;
       }
     } else {
 #pragma unroll
       for (int e = 0; e < Share::kElements; ++e) {
-        tile[position(Share::element_outer(e), Share::element_depth(e))] = this->element(operand, e, k0, k_end);
+        tile[position(Share::element_outer(e), Share::element_depth(e))] = held[e];
       }
     }
   }
@@ -74,28 +86,37 @@ __global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<
   const uint32_t k_begin = blockIdx.y * p.k_a_split;
   const uint32_t k_end = min(k_begin + p.k_a_split, p.a.k.size);
   const int steps = k_begin < k_end ? static_cast<int>(ceil_div<uint32_t>(k_end - k_begin, kDepth)) : 0;
-  const ATile a(p.a, m_tile * kRows);
-  const BTile b(p.b, n_tile * kColumns);
+  ATile a(p.a, m_tile * kRows);
+  BTile b(p.b, n_tile * kColumns);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int row = warp % (kRows / kWarpRows) * kWarpRows, column = warp / (kRows / kWarpRows) * kWarpColumns;
 
   // Every step commits one group, also where nothing is left to copy, so that the wait below counts steps.
-  const auto fill = [&](int step) {
+  const auto begin = [&](int step) {
     if (step < steps) {
       const uint32_t k0 = k_begin + step * kDepth;
-      a.fill(a_tiles + step % kStages * ATile::kTileElements, p.a, k0, k_end);
-      b.fill(b_tiles + step % kStages * BTile::kTileElements, p.b, k0, k_end);
+      a.begin(a_tiles + step % kStages * ATile::kTileElements, p.a, k0, k_end);
+      b.begin(b_tiles + step % kStages * BTile::kTileElements, p.b, k0, k_end);
     }
     cp_async_commit();
+  };
+  const auto finish = [&](int step) {
+    if (step < steps) {
+      a.finish(a_tiles + step % kStages * ATile::kTileElements, p.a);
+      b.finish(b_tiles + step % kStages * BTile::kTileElements, p.b);
+    }
   };
 
   float sums[2][4][4] = {};
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) fill(step);
+  for (int step = 0; step < kStages - 1; ++step) {
+    begin(step);
+    finish(step);
+  }
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // the step's tiles are there for all, and the stage that is filled next has no readers left
-    fill(step + kStages - 1);
+    begin(step + kStages - 1);
     const T* const a_tile = a_tiles + step % kStages * ATile::kTileElements;
     const T* const b_tile = b_tiles + step % kStages * BTile::kTileElements;
 #pragma unroll
@@ -128,6 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<
         }
       }
     }
+    finish(step + kStages - 1);
   }
 
   // The sums pass through the memory of the stages.
