@@ -28,41 +28,48 @@ void depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* 
 }  // namespace sepconv::cpu
 #else
 
-inline constexpr int kMaxTaps = 7;     // taps of a kernel row that share one pass over the input vectors
-inline constexpr int kGenericColumns = 4;
+inline constexpr int kMaxTaps = 7;  // taps of a kernel row that share one pass over the input vectors
+inline constexpr int kWide = 7;     // output columns of a block: 7 sums, 7 taps and a value fill 15 of 16 registers,
+inline constexpr int kNarrow = 4;   // and 7 divides the widths 7, 14, 28, 56, 112
+inline constexpr int kVectors = SEPCONV_ISA_LEVEL == 2 ? 2 : 1;  // channel vectors of a block; AVX-512 has the registers for two
+inline constexpr int64_t kRowGroup = 8;          // output rows that a block of columns goes down before the next block
+inline constexpr int64_t kL1Bytes = 32 * 1024;  // of input that a block keeps in use
 
 // y[p, q] = activation(bias + sum over r, s of w[r, s] * x[p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w])
-// for all channels. Pixels of y may lie apart (y_row, y_pixel, in elements); the pad may be negative.
+// for all channels. Pixels of y may lie apart (y_row, y_pixel, in elements); the pads may be negative.
 template <typename T>
 struct Correlation {
   using A = accumulate_t<T>;
-  const T* x;  // [H, W, C]
-  T* y;        // [P, Q, C]
-  const A* w;  // [R, S, C]
-  const A* bias = nullptr;
+  const T* x;     // [H, W, C]
+  T* y;           // [P, Q, C]
+  const A* w;     // [channel groups, R, S, group], see pack()
+  const A* bias;  // [channel groups, group]
   Activation activation = Activation::identity;
   int64_t C, H, W, P, Q, R, S;
   int64_t y_row, y_pixel;
   int64_t stride_h = 1, stride_w = 1, pad_h, pad_w, dilation_h = 1, dilation_w = 1;
 };
 
-// One block of output columns in one output row: what is left of the correlation once p and q are chosen.
-template <typename T>
+// The channels that a block function takes at a time: `width` of them, one or two vectors. The last group overlaps the one
+// before it, so that only C < kLanes needs partial vectors.
+struct ChannelGroups {
+  int64_t channels, width;
+  int64_t count() const { return (channels + width - 1) / width; }
+  int64_t padded() const { return count() * width; }
+  int64_t first(int64_t group) const { return std::max<int64_t>(std::min(group * width, channels - width), 0); }
+};
+
+// The part of a correlation that one call of a block function computes: output rows [p0, p1), columns from q (`count` of them
+// are stored), channel groups [v0, v1), and of the filter the taps from s0 on, as many as the function is made for. Where the
+// kernel row is longer than that, `partial` [p1 - p0, v1 - v0, columns, width] carries the sums from call to call.
+template <typename A>
 struct Block {
-  using A = accumulate_t<T>;
-  const T* x;               // the first kernel row in use, the first column of the image
-  int64_t x_row, x_pixel;   // from one kernel row, one column, to the next
-  int64_t column;           // where tap 0 of output column 0 falls; may be negative
-  int64_t columns;          // W
-  int64_t rows;             // kernel rows in use
-  const A* w;               // the first of them
-  int64_t S, C;
-  T* y;
-  int64_t y_pixel;
-  int count;                // output columns to store
-  const A* bias;
-  Activation activation;
-  int64_t stride, dilation;
+  int64_t p0, p1, q, v0, v1;
+  int count;
+  int64_t s0 = 0;
+  bool last = true;
+  A* partial = nullptr;
+  int64_t x_ahead = 0, y_ahead = 0;  // from this block's memory to the next block's, in elements
 };
 
 template <typename A>
@@ -70,179 +77,258 @@ __attribute__((noinline)) void activate_array(Activation activation, A* values, 
   for (int i = 0; i < count; i += kLanes<A>) store(values + i, activate_lanes<A>(activation, load(values + i)));
 }
 
-// The taps [0, kTaps) of one kernel row, for kQ sums; x is at the column of tap 0 of sum 0, columns [from, to) exist.
-template <typename T, int kTaps, int kStride, int kQ>
-SEPCONV_INLINE void add_row(Vector<accumulate_t<T>> (&sums)[kQ], const T* x, int64_t x_pixel, int64_t from, int64_t to,
-                            const accumulate_t<T>* w, int64_t C) {
-  using V = Vector<accumulate_t<T>>;
-  V taps[kTaps];
+// kTaps taps of one kernel row, for kQ sums. x is at the column of tap 0 of sum 0; only its columns [from, to) exist.
+template <typename T, int kTaps, int kStride, int kV, int kQ, bool kGuarded>
+SEPCONV_INLINE void add_row(Vector<accumulate_t<T>> (&sums)[kQ][kV], const T* x, int64_t x_pixel, int64_t from, int64_t to,
+                            const accumulate_t<T>* w) {
+  using A = accumulate_t<T>;
+  constexpr int L = kLanes<A>;
+  Vector<A> taps[kTaps][kV];
 #pragma GCC unroll 8
-  for (int s = 0; s < kTaps; ++s) taps[s] = load(w + s * C);
+  for (int s = 0; s < kTaps; ++s) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) taps[s][v] = load(w + (s * kV + v) * L);
+  }
 #pragma GCC unroll 32
   for (int j = 0; j < (kQ - 1) * kStride + kTaps; ++j) {
-    if (j >= from && j < to) {
-      const V value = load(x);
+    if (!kGuarded || (j >= from && j < to)) {
+      Vector<A> values[kV];
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v) values[v] = load(x + v * L);
 #pragma GCC unroll 8
       for (int q = 0; q < kQ; ++q) {
         const int s = j - q * kStride;
-        if (s >= 0 && s < kTaps) sums[q] += value * taps[s];
+        if (s >= 0 && s < kTaps) {
+#pragma GCC unroll 2
+          for (int v = 0; v < kV; ++v) sums[q][v] += values[v] * taps[s][v];
+        }
       }
     }
     x += x_pixel;
   }
 }
 
-template <typename T, int kQ>
-SEPCONV_INLINE void finish(Vector<accumulate_t<T>> (&sums)[kQ], const Block<T>& b, int64_t c) {
-  using A = accumulate_t<T>;
-  if (b.activation != Activation::identity) {
-    A values[kQ * kLanes<A>];
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) store(values + q * kLanes<A>, sums[q]);
-    activate_array(b.activation, values, kQ * kLanes<A>);
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) sums[q] = load(values + q * kLanes<A>);
-  }
-  T* y = b.y + c;
-#pragma GCC unroll 8
-  for (int q = 0; q < kQ; ++q) {
-    if (q < b.count) store(y, sums[q]);
-    y += b.y_pixel;
+// What the next block will read or write. A block is too short a run, and the next row too far away, for the processor to guess.
+template <typename T, int kV, int kPixels>
+SEPCONV_INLINE void prefetch(const T* pixel, int64_t step) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kPixels; ++i) {
+    __builtin_prefetch(pixel);
+    if (kV * kLanes<accumulate_t<T>> * sizeof(T) > 64) __builtin_prefetch(pixel + kV * kLanes<accumulate_t<T>> - 1);
+    pixel += step;
   }
 }
 
-// S = kMaxTaps * n + kTaps. Needs C >= kLanes and dilation 1.
-template <typename T, int kTaps, int kStride, int kQ>
-void block(const Block<T>& b) {
+// Needs C >= kV * kLanes and dilation_w 1. Without kGuarded: every input column exists, and every output column.
+template <typename T, int kTaps, int kStride, int kV, int kQ, bool kGuarded>
+void block(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
   using A = accumulate_t<T>;
-  constexpr int kColumns = (kQ - 1) * kStride + kMaxTaps;
-  for (int64_t c = 0; c < b.C; c += kLanes<A>) {
-    if (c + kLanes<A> > b.C) c = b.C - kLanes<A>;  // the last vector overlaps the one before it
-    Vector<A> sums[kQ];
-    const Vector<A> start = b.bias != nullptr ? load(b.bias + c) : Vector<A>{};
+  constexpr int L = kLanes<A>, kWidth = kV * L;
+  const int64_t C = k.C, R = k.R, S = k.S;
+  const int64_t x_pixel = C, x_row = k.dilation_h * k.W * C, y_pixel = k.y_pixel, w_row = S * kWidth;
+  const int64_t column = b.q * k.stride_w - k.pad_w + b.s0, from = -column, to = k.W - column;
+  const Activation activation = k.activation;
+  const int count = b.count;
+  const bool first_pass = b.s0 == 0, last_pass = b.last;
+  const int64_t v0 = b.v0, v1 = b.v1;
+  A* partial = b.partial;
+  for (int64_t p = b.p0; p < b.p1; ++p) {
+    const int64_t row = p * k.stride_h - k.pad_h;  // of kernel row 0
+    const int64_t first = row >= 0 ? 0 : (-row + k.dilation_h - 1) / k.dilation_h;
+    const int64_t end = std::min(R, row < k.H ? (k.H - row + k.dilation_h - 1) / k.dilation_h : 0);
+    const T* x_first = k.x + ((row + first * k.dilation_h) * k.W + column) * C;
+    T* y_first = k.y + p * k.y_row + b.q * y_pixel;
+    const T* x_ahead = k.x + ((row + (R - 1) * k.dilation_h) * k.W + column) * C + b.x_ahead;  // a row new to this p
+    const T* y_ahead = y_first + b.y_ahead;
+    const A* w_first = k.w + ((v0 * R + first) * S + b.s0) * kWidth;
+    const A* bias = k.bias + v0 * kWidth;
+    for (int64_t v = v0; v < v1; ++v) {
+      const int64_t c = std::min(v * kWidth, C - kWidth);
+      const T* x = x_first + c;
+      const A* w = w_first;
+      w_first += R * S * kWidth;
+      Vector<A> sums[kQ][kV];
 #pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) sums[q] = start;
-    const A* w = b.w + c;
-    for (int64_t r = 0; r < b.rows; ++r) {
-      int64_t column = b.column;
-      const T* x = b.x + r * b.x_row + column * b.x_pixel + c;
-      for (int64_t s = b.S; s > kTaps; s -= kMaxTaps) {
-        if (column + kColumns > 0 && column < b.columns) {
-          add_row<T, kMaxTaps, kStride, kQ>(sums, x, b.x_pixel, -column, b.columns - column, w, b.C);
-        }
-        column += kMaxTaps;
-        x += kMaxTaps * b.x_pixel;
-        w += kMaxTaps * b.C;
+      for (int q = 0; q < kQ; ++q) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kV; ++i) sums[q][i] = load(first_pass ? bias + i * L : partial + (q * kV + i) * L);
       }
-      add_row<T, kTaps, kStride, kQ>(sums, x, b.x_pixel, -column, b.columns - column, w, b.C);
-      w += kTaps * b.C;
+      bias += kWidth;
+      if (b.y_ahead != 0) {
+        prefetch<T, kV, kQ * kStride>(x_ahead + c, x_pixel);
+        prefetch<T, kV, kQ>(y_ahead + c, y_pixel);
+      }
+      for (int64_t r = first; r < end; ++r) {
+        add_row<T, kTaps, kStride, kV, kQ, kGuarded>(sums, x, x_pixel, from, to, w);
+        x += x_row;
+        w += w_row;
+      }
+      A values[kQ * kWidth];
+      if (!last_pass || activation != Activation::identity) {
+        A* to = last_pass ? values : partial;
+#pragma GCC unroll 8
+        for (int q = 0; q < kQ; ++q) {
+#pragma GCC unroll 2
+          for (int i = 0; i < kV; ++i) store(to + (q * kV + i) * L, sums[q][i]);
+        }
+        partial += kQ * kWidth;
+        if (!last_pass) continue;
+        activate_array(activation, values, kQ * kWidth);
+#pragma GCC unroll 8
+        for (int q = 0; q < kQ; ++q) {
+#pragma GCC unroll 2
+          for (int i = 0; i < kV; ++i) sums[q][i] = load(values + (q * kV + i) * L);
+        }
+      } else {
+        partial += kQ * kWidth;
+      }
+      T* y = y_first + c;
+#pragma GCC unroll 8
+      for (int q = 0; q < kQ; ++q) {
+        if (!kGuarded || q < count) {
+#pragma GCC unroll 2
+          for (int i = 0; i < kV; ++i) store(y + i * L, sums[q][i]);
+        }
+        y += y_pixel;
+      }
     }
-    finish<T, kQ>(sums, b, c);
   }
 }
 
 // Any stride, dilation and number of channels.
 template <typename T>
-void block_generic(const Block<T>& b) {
+void block_generic(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
   using A = accumulate_t<T>;
-  constexpr int kQ = kGenericColumns;
-  for (int64_t c = 0; c < b.C; c += kLanes<A>) {
-    const int lanes = static_cast<int>(std::min<int64_t>(b.C - c, kLanes<A>));
-    Vector<A> sums[kQ];
-    for (int q = 0; q < kQ; ++q) sums[q] = b.bias != nullptr ? load_first(b.bias + c, lanes) : Vector<A>{};
-    for (int64_t r = 0; r < b.rows; ++r) {
-      for (int64_t s = 0; s < b.S; ++s) {
-        const Vector<A> tap = load_first(b.w + (r * b.S + s) * b.C + c, lanes);
+  constexpr int L = kLanes<A>, kQ = kNarrow;
+  const int lanes = static_cast<int>(std::min<int64_t>(k.C, L));
+  for (int64_t p = b.p0; p < b.p1; ++p) {
+    for (int64_t v = b.v0; v < b.v1; ++v) {
+      const int64_t c = std::max<int64_t>(std::min<int64_t>(v * L, k.C - L), 0);
+      Vector<A> sums[kQ];
+      for (int q = 0; q < kQ; ++q) sums[q] = load(k.bias + v * L);
+      for (int64_t r = 0; r < k.R; ++r) {
+        const int64_t row = p * k.stride_h - k.pad_h + r * k.dilation_h;
+        if (row < 0 || row >= k.H) continue;
+        for (int64_t s = 0; s < k.S; ++s) {
+          const Vector<A> tap = load(k.w + ((v * k.R + r) * k.S + s) * L);
 #pragma GCC unroll 8
-        for (int q = 0; q < kQ; ++q) {
-          const int64_t column = b.column + q * b.stride + s * b.dilation;
-          if (q < b.count && column >= 0 && column < b.columns) {
-            sums[q] += tap * load_first(b.x + r * b.x_row + column * b.x_pixel + c, lanes);
+          for (int q = 0; q < kQ; ++q) {
+            const int64_t column = (b.q + q) * k.stride_w - k.pad_w + s * k.dilation_w;
+            if (q < b.count && column >= 0 && column < k.W) {
+              sums[q] += tap * load_first(k.x + (row * k.W + column) * k.C + c, lanes);
+            }
           }
         }
       }
+      A values[kQ * L];
+      for (int q = 0; q < kQ; ++q) store(values + q * L, sums[q]);
+      activate_array(k.activation, values, kQ * L);
+      for (int q = 0; q < b.count; ++q) {
+        store_first(k.y + p * k.y_row + (b.q + q) * k.y_pixel + c, load(values + q * L), lanes);
+      }
     }
-    if (b.activation != Activation::identity) {
-      A values[kQ * kLanes<A>];
-      for (int q = 0; q < kQ; ++q) store(values + q * kLanes<A>, sums[q]);
-      activate_array(b.activation, values, kQ * kLanes<A>);
-      for (int q = 0; q < kQ; ++q) sums[q] = load(values + q * kLanes<A>);
-    }
-    for (int q = 0; q < b.count; ++q) store_first(b.y + q * b.y_pixel + c, sums[q], lanes);
   }
 }
 
-// The block function for a correlation, and how many output columns a call computes.
+// The block functions for a correlation. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
 template <typename T>
 struct Kernel {
-  using Function = void (*)(const Block<T>&);
-  Function wide = block_generic<T>, narrow = block_generic<T>;
-  int wide_columns = kGenericColumns, narrow_columns = kGenericColumns;
+  using Function = void (*)(const Correlation<T>&, const Block<accumulate_t<T>>&);
+  struct Functions {
+    Function wide = nullptr, wide_guarded = nullptr, narrow = nullptr;
+  };
+  static constexpr int64_t kWidth = kVectors * kLanes<accumulate_t<T>>;
+  Functions longer, shorter;  // for passes of `taps`, and of one tap less
+  int64_t passes = 1, taps = 0;
+  ChannelGroups groups;
 
-  explicit Kernel(const Correlation<T>& k) { choose(k); }
-
-  void choose(const Correlation<T>& k) {
-    if (k.C < kLanes<accumulate_t<T>> || (k.dilation_w != 1 && k.S > 1) || k.R == 0) return;
-    const int taps = static_cast<int>((k.S - 1) % kMaxTaps) + 1;
-    if (k.stride_w == 1) {
-      switch (taps) {
-        case 1: return use<1, 1>();
-        case 2: return use<2, 1>();
-        case 3: return use<3, 1>();
-        case 4: return use<4, 1>();
-        case 5: return use<5, 1>();
-        case 6: return use<6, 1>();
-        case 7: return use<7, 1>();
-      }
-    } else if (k.stride_w == 2) {
-      switch (taps) {
-        case 3: return use<3, 2>();
-        case 5: return use<5, 2>();
-        case 7: return use<7, 2>();
-      }
+  Kernel(int64_t C, int64_t S, int64_t stride, int64_t dilation)
+      : groups{C, C >= kWidth ? kWidth : kLanes<accumulate_t<T>>} {
+    if (C >= groups.width && (dilation == 1 || S == 1) && S > 0 && stride <= 2) {
+      passes = (S + kMaxTaps - 1) / kMaxTaps;
+      taps = (S + passes - 1) / passes;
+      longer = functions(taps, stride), shorter = functions(taps - 1, stride);
+      if (taps * passes != S && shorter.wide == nullptr) longer = {};
     }
+    if (generic()) groups.width = kLanes<accumulate_t<T>>, passes = 1, taps = 0;
   }
+  bool generic() const { return longer.wide == nullptr; }
 
+ private:
   template <int kTaps, int kStride>
-  void use() {
-    wide = block<T, kTaps, kStride, 7>, wide_columns = 7;
-    narrow = block<T, kTaps, kStride, 4>, narrow_columns = 4;
+  Functions make() const {
+    if (groups.width == kWidth) {
+      return {block<T, kTaps, kStride, kVectors, kWide, false>, block<T, kTaps, kStride, kVectors, kWide, true>,
+              block<T, kTaps, kStride, kVectors, kNarrow, true>};
+    }
+    return {block<T, kTaps, kStride, 1, kWide, true>, block<T, kTaps, kStride, 1, kWide, true>,
+            block<T, kTaps, kStride, 1, kNarrow, true>};
+  }
+  Functions functions(int64_t taps, int64_t stride) const {
+    switch (taps * 2 + stride) {
+      case 3: return make<1, 1>();
+      case 5: return make<2, 1>();
+      case 7: return make<3, 1>();
+      case 9: return make<4, 1>();
+      case 11: return make<5, 1>();
+      case 13: return make<6, 1>();
+      case 15: return make<7, 1>();
+      case 8: return make<3, 2>();
+      case 12: return make<5, 2>();
+      case 16: return make<7, 2>();
+      default: return {};
+    }
   }
 };
 
-// Output row p.
+// Output rows [p0, p1).
 template <typename T>
-void correlate_row(const Correlation<T>& k, const Kernel<T>& kernel, int64_t p) {
-  const int64_t row = p * k.stride_h - k.pad_h;  // of kernel row 0
-  const int64_t first = row >= 0 ? 0 : (-row + k.dilation_h - 1) / k.dilation_h;
-  const int64_t end = std::min(k.R, row < k.H ? (k.H - row + k.dilation_h - 1) / k.dilation_h : 0);
-  Block<T> b;
-  b.rows = std::max<int64_t>(end - first, 0);
-  b.x = k.x + (b.rows > 0 ? (row + first * k.dilation_h) * k.W * k.C : 0);
-  b.x_row = k.dilation_h * k.W * k.C;
-  b.x_pixel = k.C;
-  b.columns = k.W;
-  b.w = k.w + (b.rows > 0 ? first * k.S * k.C : 0);
-  b.S = k.S;
-  b.C = k.C;
-  b.y_pixel = k.y_pixel;
-  b.bias = k.bias;
-  b.activation = k.activation;
-  b.stride = k.stride_w;
-  b.dilation = k.dilation_w;
-  for (int64_t q = 0; q < k.Q;) {
-    const int64_t left = k.Q - q;
-    // Wide blocks while they fit; the rest in narrow ones where that wastes less.
-    const int wide = kernel.wide_columns, narrow = kernel.narrow_columns;
-    const bool use_wide = left >= wide ? (left % wide == 0 || left >= wide + narrow * 3 || left < 2 * narrow)
-                                       : left > narrow && 2 * narrow > wide;
-    const int columns = use_wide ? wide : narrow;
-    if (left < columns && k.Q >= columns) q = k.Q - columns;  // overlaps the block before it
-    b.column = q * k.stride_w - k.pad_w;
-    b.y = k.y + p * k.y_row + q * k.y_pixel;
-    b.count = static_cast<int>(std::min<int64_t>(columns, k.Q - q));
-    (use_wide ? kernel.wide : kernel.narrow)(b);
-    q += columns;
+void correlate(const Correlation<T>& k, const Kernel<T>& kernel, int64_t p0, int64_t p1) {
+  using A = accumulate_t<T>;
+  const int64_t groups = kernel.groups.count(), width = kernel.groups.width;
+  const int64_t bytes = k.R * ((kWide - 1) * k.stride_w + kernel.taps) * sizeof(T) + k.R * kernel.taps * sizeof(A);
+  const int64_t chunk = std::clamp<int64_t>(kL1Bytes / (bytes * width + 1), 1, groups);
+  std::vector<A> partial(kernel.passes > 1 ? kRowGroup * chunk * kWide * width : 0);
+  Block<A> b;
+  b.partial = partial.data();
+  for (b.p0 = p0; b.p0 < p1; b.p0 = b.p1) {
+    b.p1 = std::min(b.p0 + kRowGroup, p1);
+    for (b.q = 0; b.q < k.Q;) {
+      const int64_t left = k.Q - b.q;
+      // Wide blocks while they fit; the rest in narrow ones where that wastes less.
+      const bool wide =
+          !kernel.generic() &&
+          (left >= kWide ? left % kWide == 0 || left >= 3 * kNarrow + kWide || left < 2 * kNarrow : left > kNarrow);
+      const int columns = wide ? kWide : kNarrow;
+      if (left < columns && k.Q >= columns) b.q = k.Q - columns;  // overlaps the block before it
+      b.count = static_cast<int>(std::min<int64_t>(columns, k.Q - b.q));
+      const int64_t column = b.q * k.stride_w - k.pad_w;
+      const bool inside = column >= 0 && column + (columns - 1) * k.stride_w + k.S <= k.W && b.count == columns;
+      for (b.v0 = 0; b.v0 < groups; b.v0 = b.v1) {
+        b.v1 = std::min(b.v0 + chunk, groups);
+        if (b.v1 < groups) {
+          b.x_ahead = b.y_ahead = (b.v1 - b.v0) * width;
+        } else if (left > columns) {
+          b.x_ahead = (columns * k.stride_w + k.S - 1) * k.C - b.v0 * width;
+          b.y_ahead = columns * k.y_pixel - b.v0 * width;
+        } else {
+          b.y_ahead = 0;
+        }
+        if (kernel.generic()) {
+          block_generic(k, b);
+          continue;
+        }
+        b.s0 = 0;
+        for (int64_t pass = 0; pass < kernel.passes; ++pass) {
+          const int64_t s1 = k.S * (pass + 1) / kernel.passes;
+          b.last = s1 == k.S;
+          const auto& functions = s1 - b.s0 == kernel.taps ? kernel.longer : kernel.shorter;
+          (wide ? (inside ? functions.wide : functions.wide_guarded) : functions.narrow)(k, b);
+          b.s0 = s1;
+        }
+      }
+      b.q += columns;
+    }
   }
 }
 
@@ -253,17 +339,19 @@ inline int64_t strips_per_image(int64_t images, int64_t rows) {
   return std::min(wanted, rows);
 }
 
-// The weight's element (c, r, s) at packed[(r * S + s) * C + c], for the taps r = r0, r0 + r_step, ... (rows of them) and s alike.
+// Element (c, r, s) of the weight, for the taps r = r0, r0 + r_step, ... (`rows` of them) and s alike, as
+// [channel groups, rows, columns, group]; zero where there is no such channel.
 template <typename T>
-void pack(const ConvShape& shape, const T* w, int64_t r0, int64_t r_step, int64_t rows, int64_t s0, int64_t s_step,
-          int64_t columns, accumulate_t<T>* packed) {
-  for (int64_t c0 = 0; c0 < shape.C; c0 += 16) {
-    const int64_t c1 = std::min(c0 + 16, shape.C);
+void pack(const ConvShape& shape, const T* w, const ChannelGroups& groups, int64_t r0, int64_t r_step, int64_t rows, int64_t s0,
+          int64_t s_step, int64_t columns, accumulate_t<T>* packed) {
+  const int64_t lanes = std::min(shape.C, groups.width);
+  for (int64_t group = 0; group < groups.count(); ++group) {
+    const T* from = w + groups.first(group) * shape.w.n;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t s = 0; s < columns; ++s) {
-        const T* from = w + (r0 + r * r_step) * shape.w.h + (s0 + s * s_step) * shape.w.w;
-        accumulate_t<T>* to = packed + (r * columns + s) * shape.C;
-        for (int64_t c = c0; c < c1; ++c) to[c] = load_one(from + c * shape.w.n);
+        const int64_t tap = (r0 + r * r_step) * shape.w.h + (s0 + s * s_step) * shape.w.w;
+        for (int64_t i = 0; i < lanes; ++i) packed[i] = load_one(from + i * shape.w.n + tap);
+        packed += groups.width;
       }
     }
   }
@@ -279,28 +367,31 @@ struct ForwardTask {
     Correlation<T> k = image0;
     k.x += n * k.H * k.W * k.C;
     k.y += n * k.P * k.Q * k.C;
-    for (int64_t p = k.P * strip / strips; p < k.P * (strip + 1) / strips; ++p) correlate_row(k, kernel, p);
+    correlate(k, kernel, k.P * strip / strips, k.P * (strip + 1) / strips);
   }
 };
 
 template <typename T>
 void forward_typed(const ConvShape& shape, const T* x, const T* w, const Epilogue& epilogue, T* y) {
   using A = accumulate_t<T>;
-  std::vector<A> scratch(shape.C * (shape.R * shape.S + 1));
-  A* bias = scratch.data() + shape.C * shape.R * shape.S;
-  pack(shape, w, 0, 1, shape.R, 0, 1, shape.S, scratch.data());
+  const Kernel<T> kernel(shape.C, shape.S, shape.stride_w, shape.dilation_w);
+  const ChannelGroups& groups = kernel.groups;
+  std::vector<A> packed(groups.padded() * shape.R * shape.S), bias(groups.padded());
+  pack(shape, w, groups, 0, 1, shape.R, 0, 1, shape.S, packed.data());
   if (epilogue.bias != nullptr) {
-    for (int64_t c = 0; c < shape.C; ++c) bias[c] = load_one(static_cast<const T*>(epilogue.bias) + c);
+    for (int64_t i = 0; i < groups.padded(); ++i) {
+      const int64_t c = groups.first(i / groups.width) + i % groups.width;
+      if (c < shape.C) bias[i] = load_one(static_cast<const T*>(epilogue.bias) + c);
+    }
   }
   Correlation<T> k;
-  k.x = x, k.y = y, k.w = scratch.data();
-  k.bias = epilogue.bias != nullptr ? bias : nullptr, k.activation = epilogue.activation;
+  k.x = x, k.y = y, k.w = packed.data(), k.bias = bias.data(), k.activation = epilogue.activation;
   k.C = shape.C, k.H = shape.H, k.W = shape.W, k.P = shape.P, k.Q = shape.Q, k.R = shape.R, k.S = shape.S;
   k.y_row = shape.Q * shape.C, k.y_pixel = shape.C;
   k.stride_h = shape.stride_h, k.stride_w = shape.stride_w, k.pad_h = shape.pad_h, k.pad_w = shape.pad_w;
   k.dilation_h = shape.dilation_h, k.dilation_w = shape.dilation_w;
   const int64_t strips = strips_per_image(shape.N, shape.P);
-  parallel(shape.N * strips, ForwardTask<T>{k, Kernel<T>(k), strips});
+  parallel(shape.N * strips, ForwardTask<T>{k, kernel, strips});
 }
 
 // Phase f of one dimension of grad_x: pixels f, f + stride, ... They see the taps `last`, `last` - step, ... (`count` of them,
@@ -329,13 +420,17 @@ struct GradInputTask {
   int64_t strips;
   void operator()(int64_t task) const {
     const int64_t n = task / strips, strip = task % strips;
-    for (int64_t h = shape.H * strip / strips; h < shape.H * (strip + 1) / strips; ++h) {
-      for (int64_t f = 0; f < shape.stride_w; ++f) {
-        const int64_t phase = h % shape.stride_h * shape.stride_w + f;
+    const int64_t h0 = shape.H * strip / strips, h1 = shape.H * (strip + 1) / strips, group = kRowGroup * shape.stride_h;
+    for (int64_t h = h0; h < h1; h += group) {
+      for (size_t phase = 0; phase < phases.size(); ++phase) {
         Correlation<T> k = phases[phase];
         k.x += n * shape.P * shape.Q * shape.C;
         k.y += n * shape.H * shape.W * shape.C;
-        correlate_row(k, kernels[phase], h / shape.stride_h);
+        // Rows i of the phase: those with h <= i * stride_h + f < the group's end.
+        const int64_t f = static_cast<int64_t>(phase) / shape.stride_w;
+        const int64_t end = std::min(h + group, h1);
+        correlate(k, kernels[phase], (h - f + shape.stride_h - 1) / shape.stride_h,
+                  (end - f + shape.stride_h - 1) / shape.stride_h);
       }
     }
   }
@@ -345,7 +440,8 @@ template <typename T>
 void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* grad_x) {
   using A = accumulate_t<T>;
   const int64_t C = shape.C;
-  std::vector<A> packed(C * shape.R * shape.S);
+  const int64_t padded = C + 2 * kVectors * kLanes<A>;  // no less than ChannelGroups::padded()
+  std::vector<A> packed(padded * shape.R * shape.S), zeros(padded);
   A* next = packed.data();
   std::vector<Correlation<T>> phases;
   std::vector<Kernel<T>> kernels;
@@ -354,15 +450,15 @@ void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* gr
     for (int64_t fw = 0; fw < shape.stride_w; ++fw) {
       const Phase v(fw, shape.W, shape.S, shape.stride_w, shape.pad_w, shape.dilation_w);
       Correlation<T> k;
-      k.x = grad_y, k.y = grad_x + (fh * shape.W + fw) * C, k.w = next;
+      k.x = grad_y, k.y = grad_x + (fh * shape.W + fw) * C, k.w = next, k.bias = zeros.data();
       k.C = C, k.H = shape.P, k.W = shape.Q, k.P = h.size, k.Q = v.size;
       k.R = v.count > 0 ? h.count : 0, k.S = v.count;  // without taps, all zeros
       k.y_row = shape.stride_h * shape.W * C, k.y_pixel = shape.stride_w * C;
       k.pad_h = h.pad, k.pad_w = v.pad, k.dilation_h = h.dilation, k.dilation_w = v.dilation;
-      pack(shape, w, h.last, -h.step, k.R, v.last, -v.step, k.S, next);
-      next += k.R * k.S * C;
       phases.push_back(k);
-      kernels.emplace_back(k);
+      const Kernel<T>& kernel = kernels.emplace_back(C, k.R == 0 ? 0 : k.S, 1, k.dilation_w);
+      pack(shape, w, kernel.groups, h.last, -h.step, k.R, v.last, -v.step, k.S, next);
+      next += k.R * k.S * kernel.groups.padded();
     }
   }
   const int64_t strips = strips_per_image(shape.N, shape.H);
