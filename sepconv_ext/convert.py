@@ -1,9 +1,9 @@
 """convert_ and revert_: a model's own convolutions on the kernels of this package, and back.
 
 A module is converted by giving it another class, not by putting another module in its place: `nn.Conv2d` becomes
-`sepconv_ext.nn.Conv2d`, which has the same attributes and differs in one method. So the Parameter objects, buffers, hooks,
-training and requires_grad flags, device, names, and every reference that anyone holds to the module (optimisers, a module
-registered under two names, the model itself where it is a single Conv2d) stay exactly what they were.
+`sepconv_ext.nn.Conv2d`, which has the same attributes and differs in one method. So the Parameter objects, buffers,
+hooks, training and requires_grad flags, device, names, and every reference that anyone holds to the module (optimisers,
+a module registered under two names, the model itself where it is a single Conv2d) stay exactly what they were.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Entry:
 
 @dataclass(repr=False)
 class Report:
-    """What convert_ did. Iterates over the replaced entries and counts them (so it is false where nothing was replaced);
-    prints as a table."""
+    """What convert_ did; prints as a table.
+
+    Iterates over the replaced entries and counts them, so it is false where nothing was replaced.
+    """
 
     replaced: list[Entry] = field(default_factory=list)
     skipped: list[Entry] = field(default_factory=list)
@@ -62,10 +64,7 @@ class Report:
         for entry in self.replaced + self.skipped:
             outcome = f"skipped: {entry.reason}" if entry.reason else "replaced"
             groups.setdefault((outcome, entry.family), []).append(entry.name or "(the model itself)")
-        return [
-            (outcome, family, str(len(names)), _abridged(names))
-            for (outcome, family), names in groups.items()
-        ]
+        return [(outcome, family, str(len(names)), _abridged(names)) for (outcome, family), names in groups.items()]
 
     def __rich__(self):
         from rich.table import Table
@@ -103,16 +102,19 @@ def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | Non
 
     Args:
         model: any module. It may itself be an nn.Conv2d: then it is converted in place like any other.
-        filter_fn: called with (name, module) for each convolution that could be replaced; False keeps it as it is. A module
-            that is registered under several names is asked about once, under its first name. Default: all are replaced.
+        filter_fn: called with (name, module) for each convolution that could be replaced; False keeps it as it is. A
+            module that is registered under several names is asked about once, under its first name. Default: all are
+            replaced.
 
     Returns:
         A Report: which convolutions were replaced, and which were skipped and why. Skipped are dense convolutions
-        (groups = 1 with a kernel larger than 1x1, or with padding), subclasses of nn.Conv2d, lazy, quantised and scripted modules, modules
-        whose forward was replaced on the instance, and weights that are tensor subclasses, integer or complex.
+        (groups = 1 with a kernel larger than 1x1, or with padding), subclasses of nn.Conv2d, lazy, quantised and scripted
+        modules, modules whose forward was replaced on the instance, and weights that are tensor subclasses, integer or
+        complex.
 
-    Modules are changed, not exchanged: parameters, buffers, hooks, flags and references to the modules stay as they are.
-    Copies and pickles of a converted model work; reading a pickle needs sepconv_ext installed. A state_dict does not change.
+    Modules are changed, not exchanged: parameters, buffers, hooks, flags and references to the modules stay as they
+    are. Copies and pickles of a converted model work; reading a pickle needs sepconv_ext installed. A state_dict does
+    not change.
     """
     report = Report()
     for name, module in model.named_modules():
@@ -211,4 +213,3 @@ def _rebased(cls: type, base: type) -> type:
     """
     attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls.__name__, (base,), attributes)
-

@@ -20,7 +20,8 @@ def _pair(name: str, value: IntOrPair) -> Sequence[int]:
     """One value stands for both dimensions, as torch reads it."""
     if not isinstance(value, Sequence):
         return (value, value)
-    torch._check(len(value) in (1, 2), lambda: f"{name} must be one value or 2 (height, width), but is {value}")
+    if len(value) not in (1, 2):
+        raise RuntimeError(f"{name} must be one value or 2 (height, width), but is {value}")
     return (value[0], value[-1])
 
 
@@ -29,12 +30,13 @@ def _padding(padding: IntOrPair | str, weight: Tensor, stride: Sequence[int], di
     if padding == "valid":
         return (0, 0)
     if padding != "same":
-        torch._check(not isinstance(padding, str), lambda: f"padding must be 'same' or 'valid', but is {padding!r}")
+        if isinstance(padding, str):
+            raise RuntimeError(f"padding must be 'same' or 'valid', but is {padding!r}")
         return _pair("padding", padding)
-    torch._check(
-        all(s == 1 for s in stride), lambda: f"padding='same' needs a stride of 1, but stride is {tuple(stride)}"
-    )
-    torch._check(weight.dim() == 4, lambda: f"weight must have 4 dimensions, but has {weight.dim()}")
+    if not all(s == 1 for s in stride):
+        raise RuntimeError(f"padding='same' needs a stride of 1, but stride is {tuple(stride)}")
+    if weight.dim() != 4:
+        raise RuntimeError(f"weight must have 4 dimensions, but has {weight.dim()}")
     rows, columns = (dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1))
     return (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)
 
@@ -127,9 +129,8 @@ def pointwise_conv2d(
     Raises:
         ValueError: an unknown activation. RuntimeError: as :func:`conv2d`, and for a kernel that is not 1x1.
     """
-    torch._check(
-        tuple(weight.shape[2:]) == (1, 1), lambda: f"weight must be [K, C, 1, 1], but has size {list(weight.shape)}"
-    )
+    if tuple(weight.shape[2:]) != (1, 1):
+        raise RuntimeError(f"weight must be [K, C, 1, 1], but has size {list(weight.shape)}")
     return _conv2d(input, weight, bias, 1, 0, 1, 1, activation)
 
 

@@ -47,7 +47,8 @@ class DepthwiseConv2d(_FusedConv2d):
         channels: C of the input; the output has C * multiplier channels.
         kernel_size, stride, padding, dilation, bias, padding_mode, device, dtype: as for torch.nn.Conv2d.
         multiplier: filters a channel. Default: 1.
-        activation: "identity" (default), "relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "sigmoid" or "tanh".
+        activation: "identity" (default), "relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "sigmoid" or
+            "tanh".
 
     The weight is [C * multiplier, 1, R, S]: the state_dict of torch.nn.Conv2d(C, C * multiplier, ..., groups=C) loads.
     """

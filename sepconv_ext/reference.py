@@ -3,7 +3,8 @@
 Everything is computed in float64 with one plain loop over the taps of the kernel; no convolution routine of torch is
 called, so an oracle shares no code with what it judges. The three functions are written out one by one from
 
-    y[n, k, p, q] = sum over c, r, s of  x[n, c, p*stride_h + r*dilation_h - top, q*stride_w + s*dilation_w - left] * w[k, c', r, s]
+    y[n, k, p, q] = sum over c, r, s of  x[n, c, h, w] * weight[k, c', r, s]
+        where h = p*stride_h + r*dilation_h - top,  w = q*stride_w + s*dilation_w - left
 
 and not derived from each other.
 """
@@ -125,9 +126,7 @@ def forward(
     padded = taps.padded_zeros(input.device)
     taps.image(padded).copy_(input)
     filters = weight.double().unflatten(0, (groups, taps.K // groups))
-    output = torch.zeros(
-        taps.N, groups, taps.K // groups, taps.P, taps.Q, dtype=torch.float64, device=input.device
-    )
+    output = torch.zeros(taps.N, groups, taps.K // groups, taps.P, taps.Q, dtype=torch.float64, device=input.device)
     for r, s, window in taps.windows(padded):
         output += torch.einsum("ngcpq,gkc->ngkpq", window, filters[..., r, s])
     output = output.flatten(1, 2)

@@ -36,9 +36,7 @@ class Case:
 
     @property
     def output_size(self) -> tuple[int, int, int, int]:
-        return reference.output_size(
-            self.input_size, self.weight_size, self.stride, self.padding, self.dilation
-        )
+        return reference.output_size(self.input_size, self.weight_size, self.stride, self.padding, self.dilation)
 
     @property
     def four_paddings(self) -> tuple[int, int, int, int]:

