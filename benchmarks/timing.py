@@ -1,8 +1,9 @@
 """How a time is taken: contenders run interleaved, over rotating buffers, and the median counts.
 
 A contender is a function of one index: it runs once on the operand set of that number. Every call takes the next set,
-so that its operands left the L2 cache long ago. On a CPU a sample is a wall-clock time of enough calls to fill 0.2 ms;
-on a GPU it is the time between two events around the replay of a CUDA graph that holds one call per set, so no host
+so that its operands left the L2 cache long ago. On a CPU a sample is the time of enough calls to fill 0.2 ms: the
+thread's own CPU time where one thread works, which other processes cannot lengthen, and wall-clock time where several
+do. On a GPU it is the time between two events around the replay of a CUDA graph that holds one call per set, so no host
 time is in it.
 """
 
@@ -55,15 +56,16 @@ class CpuClock:
         graph: bool = True,
     ) -> Timing:
         """At least ``rounds`` samples of each contender, more as ``budget`` seconds allow. ``graph`` is for GPUs."""
+        now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         timing = Timing()
         turn = _Turn(sets)
         calls: dict[str, int] = {}
         cost = 0.0
         for name, run in contenders.items():
             try:
-                once = self._once(run, turn)
+                once = self._once(run, turn, now)
                 if once < 0.05:  # a first call may be slow for reasons of its own; a long one says enough
-                    once = self._once(run, turn)
+                    once = self._once(run, turn, now)
             except Exception as error:  # a peer that cannot run is a line in the record, not the end of the run
                 timing.errors[name] = _one_line(error)
                 continue
@@ -74,18 +76,18 @@ class CpuClock:
         for _ in range(_rounds(budget, cost, rounds)):
             for name in order:
                 run = contenders[name]
-                start = time.perf_counter()
+                start = now()
                 for _ in range(calls[name]):
                     run(turn.next())
-                timing.samples[name].append((time.perf_counter() - start) / calls[name])
+                timing.samples[name].append((now() - start) / calls[name])
             order.reverse()  # nobody always runs after the same neighbour
         return timing
 
     @staticmethod
-    def _once(run: Contender, turn: _Turn) -> float:
-        start = time.perf_counter()
+    def _once(run: Contender, turn: _Turn, now: Callable[[], float]) -> float:
+        start = now()
         run(turn.next())
-        return time.perf_counter() - start
+        return max(now() - start, 1e-9)
 
 
 class CudaClock:

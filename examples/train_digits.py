@@ -1,4 +1,4 @@
-"""Learns scikit-learn's handwritten digits with a small separable network: with torch's layers, then with sepconv_ext's.
+"""Learns scikit-learn's handwritten digits with a small separable network: with torch's layers, then with ours.
 
 Both start from the same weights and see the same batches. What must hold, or the exit code is 1: both name at least 97%
 of the held-out digits, and their loss curves agree. Run it with ``make train-digits``.
