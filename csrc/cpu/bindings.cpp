@@ -40,14 +40,16 @@ Tensor pixels(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape(
 Tensor planes(const Tensor& image) { return image.reshape({image.size(0), image.size(1), -1}); }
 Tensor matrix(const Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
 
-void forward(const ConvShape& shape, const Tensor& input, const Tensor& weight, Tensor& output) {
+// The bias is the product's addend, so that a half type is rounded once.
+void forward(const ConvShape& shape, const Tensor& input, const Tensor& weight, const Tensor& bias, Tensor& output) {
   const Tensor w = matrix(weight);
   if (by_planes(shape)) {
     Tensor y = planes(output);
-    at::bmm_out(y, w.unsqueeze(0).expand({shape.N, -1, -1}), planes(input));
+    const Tensor ws = w.unsqueeze(0).expand({shape.N, -1, -1});
+    bias.defined() ? at::baddbmm_out(y, bias.view({1, -1, 1}), ws, planes(input)) : at::bmm_out(y, ws, planes(input));
   } else {
     Tensor y = pixels(output);
-    at::mm_out(y, pixels(input), w.t());
+    bias.defined() ? at::addmm_out(y, bias, pixels(input), w.t()) : at::mm_out(y, pixels(input), w.t());
   }
 }
 
@@ -69,12 +71,6 @@ void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor
   } else {
     grad_weight.copy_(at::mm(pixels(grad_output).t(), pixels(input)).view(grad_weight.sizes()));
   }
-}
-
-// The epilogue that a matrix product does not do, in place.
-void finish(Tensor& output, const std::optional<Tensor>& bias, Activation activation) {
-  if (bias && bias->defined()) output.add_(bias->view({1, -1, 1, 1}));
-  if (activation != Activation::identity) output.copy_(aten::activate(output, activation));
 }
 
 }  // namespace matmul
@@ -112,8 +108,8 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
     case Kernel::depthwise_nhwc: depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y); break;
     case Kernel::pointwise: pointwise_forward(shape, dtype, x, w, epilogue, y); break;
     default:
-      matmul::forward(shape, input, weight, output);
-      matmul::finish(output, bias, activation);
+      matmul::forward(shape, input, weight, dense_bias, output);
+      if (activation != Activation::identity) output.copy_(aten::activate(output, activation));
   }
   return output;
 }
