@@ -33,7 +33,8 @@ Device device_facts(int index) {
   return {multiprocessors, major * 10 + minor};
 }
 
-// The largest power of two, up to kBestAlignment, that divides every address.
+// The largest power of two, up to kBestAlignment, that divides every address. Results come from the caching allocator,
+// which aligns better than that, so only the tensors that came with the call are asked.
 int64_t common_alignment(std::initializer_list<const void*> addresses) {
   uintptr_t bits = kBestAlignment;
   for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
@@ -55,9 +56,11 @@ void launch(const Plan& chosen, Map map, const ConvShape& shape, DType dtype, co
   }
 }
 
-// What ATen returned, with the strides that the check promised.
-Tensor with_strides_of(const Tensor& promised, const Tensor& computed) {
-  return promised.strides() == computed.strides() ? computed : promised.copy_(computed);
+// What ATen returned, where its strides are the promised ones; else a copy that has them.
+template <typename Allocate>
+Tensor with_strides(const Strides& s, const Tensor& computed, const Allocate& allocate) {
+  if (computed.strides() == IntArrayRef({s.n, s.c, s.h, s.w})) return computed;
+  return allocate().copy_(computed);
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
@@ -71,17 +74,17 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
   const c10::cuda::CUDAGuard guard(input.device());
   const DType dtype = dtype_of(input);
-  Tensor output = empty_output(shape, input);
   const Tensor dense_bias = bias && bias->defined() ? bias->contiguous() : Tensor();
   const Epilogue epilogue{dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr, activation};
-  const int64_t alignment =
-      common_alignment({input.const_data_ptr(), weight.const_data_ptr(), epilogue.bias, output.const_data_ptr()});
+  const int64_t alignment = common_alignment({input.const_data_ptr(), weight.const_data_ptr(), epilogue.bias});
   const Plan chosen = plan(Map::forward, shape, dtype, device_facts(input.get_device()), alignment, strict());
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    return with_strides_of(output, aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
-                                                aten::sym(dilation), groups, activation));
+    const Tensor computed = aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
+                                         aten::sym(dilation), groups, activation);
+    return with_strides(shape.y, computed, [&] { return empty_output(shape, input); });
   }
+  Tensor output = empty_output(shape, input);
   if (output.numel() == 0) return output;
   launch(chosen, Map::forward, shape, dtype, input, weight, epilogue, output);
   return output;
@@ -94,16 +97,15 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArr
       check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups});
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const DType dtype = dtype_of(grad_output);
-  Tensor grad_input = empty_grad_input(shape, grad_output);
-  const int64_t alignment =
-      common_alignment({grad_output.const_data_ptr(), weight.const_data_ptr(), grad_input.const_data_ptr()});
+  const int64_t alignment = common_alignment({grad_output.const_data_ptr(), weight.const_data_ptr()});
   const Plan chosen = plan(Map::grad_input, shape, dtype, device_facts(grad_output.get_device()), alignment, strict());
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    return with_strides_of(grad_input,
-                           aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
-                                                   aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
+    const Tensor computed = aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
+                                                    aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
+    return with_strides(shape.x, computed, [&] { return empty_grad_input(shape, grad_output); });
   }
+  Tensor grad_input = empty_grad_input(shape, grad_output);
   if (grad_input.numel() == 0) return grad_input;
   launch(chosen, Map::grad_input, shape, dtype, grad_output, weight, Epilogue{}, grad_input);
   return grad_input;
@@ -116,17 +118,17 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
       check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups});
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const DType dtype = dtype_of(grad_output);
-  Tensor grad_weight = empty_grad_weight(shape, grad_output);
-  if (grad_output.numel() == 0) return grad_weight.zero_();
-  const int64_t alignment =
-      common_alignment({grad_output.const_data_ptr(), input.const_data_ptr(), grad_weight.const_data_ptr()});
+  if (grad_output.numel() == 0) return empty_grad_weight(shape, grad_output).zero_();
+  const int64_t alignment = common_alignment({grad_output.const_data_ptr(), input.const_data_ptr()});
   const Plan chosen = plan(Map::grad_weight, shape, dtype, device_facts(grad_output.get_device()), alignment, strict());
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    return with_strides_of(
-        grad_weight, aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
-                                              aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
+    const Tensor computed =
+        aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
+                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
+    return with_strides(shape.w, computed, [&] { return empty_grad_weight(shape, grad_output); });
   }
+  Tensor grad_weight = empty_grad_weight(shape, grad_output);
   launch(chosen, Map::grad_weight, shape, dtype, grad_output, input, Epilogue{}, grad_weight);
   return grad_weight;
 }
