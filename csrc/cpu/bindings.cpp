@@ -46,10 +46,18 @@ void forward(const ConvShape& shape, const Tensor& input, const Tensor& weight, 
   if (by_planes(shape)) {
     Tensor y = planes(output);
     const Tensor ws = w.unsqueeze(0).expand({shape.N, -1, -1});
-    bias.defined() ? at::baddbmm_out(y, bias.view({1, -1, 1}), ws, planes(input)) : at::bmm_out(y, ws, planes(input));
+    if (bias.defined()) {
+      at::baddbmm_out(y, bias.view({1, -1, 1}), ws, planes(input));
+    } else {
+      at::bmm_out(y, ws, planes(input));
+    }
   } else {
     Tensor y = pixels(output);
-    bias.defined() ? at::addmm_out(y, bias, pixels(input), w.t()) : at::mm_out(y, pixels(input), w.t());
+    if (bias.defined()) {
+      at::addmm_out(y, bias, pixels(input), w.t());
+    } else {
+      at::mm_out(y, pixels(input), w.t());
+    }
   }
 }
 
@@ -124,10 +132,9 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArr
   Tensor grad_input = empty_grad_input(shape, grad_output);
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    return with_strides_of(
-        grad_input,
-        aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride), aten::sym(stride),
-                                aten::sym(padding), aten::sym(dilation), groups));
+    return with_strides_of(grad_input,
+                           aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
+                                                   aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
   }
   if (grad_input.numel() == 0) return grad_input;
   count_kernel(chosen.name);
@@ -154,9 +161,8 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
     return with_strides_of(
-        grad_weight,
-        aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
-                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
+        grad_weight, aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
+                                              aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
   }
   count_kernel(chosen.name);
   const void *gy = grad_output.const_data_ptr(), *x = input.const_data_ptr();
