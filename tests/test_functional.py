@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -100,24 +98,29 @@ def test_maps(which: str, case: Case, dtype: torch.dtype, layout: str, device: s
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_maps_on_every_instruction_set(isa: str) -> None:
-    """SEPCONV_CPU_ISA is read once a process: the same tests again, in a process of their own."""
-    if isa not in sepconv_ext._C.build_info()["cpu_isas"]:
-        pytest.skip(f"this binary holds no {isa} kernels")
-    if isa == sepconv_ext._C.build_info()["cpu_isa"]:
-        pytest.skip(f"{isa} is in use: test_maps itself runs it")
-    environment = {**os.environ, "SEPCONV_CPU_ISA": isa}
-    probe = "import sepconv_ext; print(sepconv_ext._C.build_info()['cpu_isa'])"
-    found = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
-    if found.returncode != 0 and "the best of this processor" in found.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert found.stdout.strip() == isa, found.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "cpu and (test_maps or activation) and not instruction_set"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:]
-    assert "passed" in run.stdout
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One of the CPU's instruction sets, for one test; the best one is what every other test runs."""
+    if request.param not in sepconv_ext._C.build_info()["cpu_isas"]:
+        pytest.skip(f"this binary holds no {request.param} kernels")
+    try:
+        best = sepconv_ext._C.set_cpu_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    sepconv_ext._C.set_cpu_isa(best)
+
+
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_maps_on_every_instruction_set(case: Case, dtype: torch.dtype, layout: str, isa: str) -> None:
+    assert sepconv_ext._C.build_info()["cpu_isa"] == isa
+    theirs, truth = peer(case, dtype, "cpu", layout), expected(case, dtype)
+    for which in MAPS:
+        with only_our_kernels(at_least=0 if case.N == 0 else 1):
+            actual = run_map(which, case, dtype, "cpu", layout)
+        assert_as_accurate(actual, getattr(theirs, which), getattr(truth, which), f"{which} of {case} with {isa}")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
