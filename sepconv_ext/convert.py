@@ -109,8 +109,8 @@ def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | Non
     Returns:
         A Report: which convolutions were replaced, and which were skipped and why. Skipped are dense convolutions
         (groups = 1 with a kernel larger than 1x1, or with padding), subclasses of nn.Conv2d, lazy, quantised and
-        scripted modules, modules whose forward was replaced on the instance, and weights that are tensor subclasses, integer or
-        complex.
+        scripted modules, modules whose forward was replaced on the instance, and weights that are tensor subclasses,
+        integer or complex.
 
     Modules are changed, not exchanged: parameters, buffers, hooks, flags and references to the modules stay as they
     are. Copies and pickles of a converted model work; reading a pickle needs sepconv_ext installed. A state_dict does
