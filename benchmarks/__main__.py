@@ -89,8 +89,9 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.model_batch = options.batch or (64 if cuda else 4)
     options.batch = options.batch or (64 if cuda else 8)
     options.threads = options.threads or machine.default_threads(options.device)
+    options.compiled_models = cuda and "compile" in (options.peers or ())  # minutes each: only when asked for
     options.peers = options.peers or list(peers.DEFAULT_PEERS["cpu" if options.quick else options.device.type])
-    options.budget = options.budget or (0.06 if options.quick else 0.2)
+    options.budget = options.budget or (0.06 if options.quick else 0.1 if cuda else 0.2)
     return options
 
 
@@ -132,8 +133,8 @@ def measure(options: argparse.Namespace, record: dict) -> None:
             dtypes=dtypes,
             clock=clock,
             thread_counts=options.threads[-1:],
-            compile="compile" in options.peers and device.type == "cuda",
-            budget=20 * options.budget,
+            compile=options.compiled_models,
+            budget=(10 if device.type == "cuda" else 20) * options.budget,
         )
         with console.progress("models", len(plan)) as advance:
             for row in models.run(plan, advance, record["skipped"]):

@@ -31,7 +31,7 @@ class Plan:
     peers: tuple[str, ...] = ("torch",)
     budget: float = 0.25  # seconds a contest, at least `rounds` samples of everyone
     rounds: int = 5
-    compile_seconds: float = 90.0  # for all torch.compile peers together; later layers go without, and say so
+    compile_seconds: float = 60.0  # for all torch.compile peers together; later layers go without, and say so
     compile_spent: float = field(default=0.0, init=False)
 
     @property

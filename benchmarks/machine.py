@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+import sepconv_ext
+
 from .timing import Clock, threads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +126,5 @@ def _git(*arguments: str) -> str | None:
 
 
 def _build_info() -> dict:
-    import sepconv_ext
-
     info = dict(sepconv_ext._C.build_info())
     return {key: value if isinstance(value, (bool, list, type(None))) else str(value) for key, value in info.items()}

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sepconv_ext
+
 from .peers import LAYOUTS, OURS
 from .timing import Clock, threads
 
@@ -138,8 +140,6 @@ class Plan:
 
 def run(plan: Plan, advance: Callable[[str], None], skipped: list[str]) -> Iterator[dict]:
     """Yields the record's model rows. Networks whose package is missing are named in ``skipped``."""
-    import sepconv_ext
-
     for name in plan.names:
         advance_left = len(plan) // len(plan.names)
         try:
@@ -191,9 +191,7 @@ def _contest(plan: Plan, facts: dict, variants: dict, images: Tensor, dtype: tor
         placed = images.contiguous(memory_format=LAYOUTS[layout])
         entrants[name] = make(model, placed, labels, dtype)
         if plan.compile and name.startswith("torch") and not training:
-            entrants[f"compile {layout}"] = make(
-                torch.compile(model, mode="max-autotune-no-cudagraphs"), placed, labels, dtype
-            )
+            entrants[f"compile {layout}"] = make(torch.compile(model), placed, labels, dtype)
     for layout in layouts:
         mine, theirs = variants[f"{OURS} {layout}"][0], variants[f"torch {layout}"][0]
         placed = images.contiguous(memory_format=LAYOUTS[layout])

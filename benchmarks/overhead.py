@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from sepconv_ext import functional
+
 from .timing import threads
 
 CASES = {
@@ -21,8 +23,6 @@ CALLS = 200
 
 def run(device: torch.device, advance: Callable[[str], None], seconds: float = 2.0) -> Iterator[dict]:
     """Yields the record's overhead rows; ``seconds`` for each of the len(CASES) * 2."""
-    from sepconv_ext import functional
-
     for name, (input_size, weight_size, padding, groups) in CASES.items():
         for training in (False, True):
             advance(name)

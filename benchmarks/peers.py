@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import sepconv_ext
+
 from .layers import Layer
 from .timing import Contender
 
@@ -176,8 +178,6 @@ NEEDS_COMPILER = ("compile", "shift-and-add")
 
 def explain(layer: Layer, map: str, operands: Operands) -> dict:
     """Which kernel our call takes, and why, in the plan's own words."""
-    import sepconv_ext
-
     said = sepconv_ext.explain(
         operands.x,
         operands.w,
