@@ -76,9 +76,7 @@ def headline(record: dict) -> list[str]:
     ]
     load = (machine["load_average"] or [0.0])[0]
     if machine["device_type"] == "cpu" and load > 0.7:
-        lines.append(
-            f"The machine was busy with other work (load average {load:.1f} at the start): wall-clock times are unreliable."
-        )
+        lines.append(f"The machine was busy (load average {load:.1f} at the start): wall-clock times are unreliable.")
     return lines
 
 
