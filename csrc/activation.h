@@ -26,6 +26,12 @@ constexpr bool derivative_from_output(Activation a) {
          a == Activation::sigmoid || a == Activation::tanh;
 }
 
+// What happens to an accumulated output before it is stored.
+struct Epilogue {
+  const void* bias = nullptr;  // [K], dense, in the tensors' dtype; or null
+  Activation activation = Activation::identity;
+};
+
 // T is the accumulation type, float or double. NaN passes through every activation, as in torch.
 template <typename T>
 SEPCONV_HOST_DEVICE inline T activate(Activation a, T v) {

@@ -37,6 +37,13 @@ at::Tensor empty_output(const ConvShape&, const at::Tensor& like);
 at::Tensor empty_grad_input(const ConvShape&, const at::Tensor& like);
 at::Tensor empty_grad_weight(const ConvShape&, const at::Tensor& like);
 
+// What ATen returned where its strides are the promised ones; else a copy into allocate(), which has them.
+template <typename Allocate>
+at::Tensor with_strides(const Strides& promised, const at::Tensor& computed, const Allocate& allocate) {
+  if (computed.strides() == at::IntArrayRef({promised.n, promised.c, promised.h, promised.w})) return computed;
+  return allocate().copy_(computed);
+}
+
 Activation parse_activation(std::string_view name);
 
 // True for the four types that kernels are written for; everything else (complex, integers, quantised) goes to ATen.

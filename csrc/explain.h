@@ -21,6 +21,8 @@ Explanation explain(Map, const ConvShape&, DType);
 }
 namespace cuda {
 Explanation explain(Map, const ConvShape&, DType, int device);
-}
+// The same for a device that need not be there: its number of multiprocessors, and 90 for compute capability 9.0.
+Explanation explain(Map, const ConvShape&, DType, int multiprocessors, int compute_capability);
+}  // namespace cuda
 
 }  // namespace sepconv

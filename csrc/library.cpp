@@ -99,20 +99,25 @@ Map parse_map(const std::string& name) {
   TORCH_CHECK_VALUE(false, "map must be 'forward', 'grad_input' or 'grad_weight', but is '", name, "'");
 }
 
+// A device to plan for that need not be in the machine: multiprocessors, and 90 for compute capability 9.0.
+using DeviceFacts = std::optional<std::tuple<int, int>>;
+
 // The plan of the call that `map` would make for these tensors; nothing is run. The output (or its gradient) is taken to
 // have the layout that the forward call gives it.
 Explanation explain(const std::string& map_name, const at::Tensor& input, const at::Tensor& weight,
                     const std::optional<at::Tensor>& bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                    std::vector<int64_t> dilation, int64_t groups) {
+                    std::vector<int64_t> dilation, int64_t groups, const DeviceFacts& cuda_device) {
   const Map map = parse_map(map_name);
   const auto aten = [](const char* reason) { return Explanation{"aten", reason, true, "", 0}; };
   if (!has_kernel_dtype(input)) return aten("no kernel for this dtype");
   const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
   const DType dtype = dtype_of(input);
-  if (input.is_cpu()) return cpu::explain(map, shape, dtype);
 #ifdef SEPCONV_WITH_CUDA
+  if (cuda_device) return cuda::explain(map, shape, dtype, std::get<0>(*cuda_device), std::get<1>(*cuda_device));
   if (input.is_cuda()) return cuda::explain(map, shape, dtype, input.get_device());
 #endif
+  TORCH_CHECK(!cuda_device, "cuda_device was given, but this build has no CUDA part");
+  if (input.is_cpu()) return cpu::explain(map, shape, dtype);
   return aten("no kernel for this device");
 }
 
@@ -125,11 +130,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("reset_kernel_counts", reset_kernel_counts);
   m.def("strict", strict);
   m.def("set_strict", set_strict);
-  m.def("set_cpu_isa", [](const std::string& name) {
-    const std::string former = cpu::isa_name(cpu::isa());
-    cpu::set_isa(name);
-    return former;
-  }, "Returns the former value.");
+  m.def(
+      "set_cpu_isa",
+      [](const std::string& name) {
+        const std::string former = cpu::isa_name(cpu::isa());
+        cpu::set_isa(name);
+        return former;
+      },
+      "Returns the former value.");
   m.def("activations", [] { return std::vector<std::string>(kActivationNames, kActivationNames + kActivationCount); });
 
   py::class_<Explanation>(m, "Explanation")
@@ -144,7 +152,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         if (e.workspace_bytes > 0) text += "; workspace " + std::to_string(e.workspace_bytes) + " bytes";
         return text;
       });
-  m.def("explain", explain);
+  m.def("explain", explain, py::arg("map"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none());
 }
 
 }  // namespace sepconv

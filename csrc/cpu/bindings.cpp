@@ -83,11 +83,6 @@ void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor
 
 }  // namespace matmul
 
-// What ATen returned, with the strides that the check promised.
-Tensor with_strides_of(const Tensor& promised, const Tensor& computed) {
-  return promised.strides() == computed.strides() ? computed : promised.copy_(computed);
-}
-
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
               IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation_name) {
   const Activation activation = parse_activation(activation_name);
@@ -99,12 +94,13 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
   const DType dtype = dtype_of(input);
   const Plan chosen = plan(Map::forward, shape, dtype, strict());
-  Tensor output = empty_output(shape, input);
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    return with_strides_of(output, aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
-                                                aten::sym(dilation), groups, activation));
+    const Tensor computed = aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
+                                         aten::sym(dilation), groups, activation);
+    return with_strides(shape.y, computed, [&] { return empty_output(shape, input); });
   }
+  Tensor output = empty_output(shape, input);
   if (output.numel() == 0) return output;
   count_kernel(chosen.name);
   const Tensor dense_bias = bias && bias->defined() ? bias->contiguous() : Tensor();
@@ -129,13 +125,13 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArr
       check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups});
   const DType dtype = dtype_of(grad_output);
   const Plan chosen = plan(Map::grad_input, shape, dtype, strict());
-  Tensor grad_input = empty_grad_input(shape, grad_output);
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    return with_strides_of(grad_input,
-                           aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
-                                                   aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
+    const Tensor computed = aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
+                                                    aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
+    return with_strides(shape.x, computed, [&] { return empty_grad_input(shape, grad_output); });
   }
+  Tensor grad_input = empty_grad_input(shape, grad_output);
   if (grad_input.numel() == 0) return grad_input;
   count_kernel(chosen.name);
   const void *gy = grad_output.const_data_ptr(), *w = weight.const_data_ptr();
@@ -156,14 +152,15 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
       check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups});
   const DType dtype = dtype_of(grad_output);
   const Plan chosen = plan(Map::grad_weight, shape, dtype, strict());
-  Tensor grad_weight = empty_grad_weight(shape, grad_output);
-  if (grad_output.numel() == 0) return grad_weight.zero_();
+  if (grad_output.numel() == 0) return empty_grad_weight(shape, grad_output).zero_();
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    return with_strides_of(
-        grad_weight, aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
-                                              aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups));
+    const Tensor computed =
+        aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
+                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
+    return with_strides(shape.w, computed, [&] { return empty_grad_weight(shape, grad_output); });
   }
+  Tensor grad_weight = empty_grad_weight(shape, grad_output);
   count_kernel(chosen.name);
   const void *gy = grad_output.const_data_ptr(), *x = input.const_data_ptr();
   void* gw = grad_weight.mutable_data_ptr();

@@ -12,12 +12,6 @@
 
 namespace sepconv::cpu {
 
-// What happens to an accumulated output before it is stored.
-struct Epilogue {
-  const void* bias = nullptr;  // [K], dense, in the tensors' dtype; or null
-  Activation activation = Activation::identity;
-};
-
 // planes.cpp: any groups, any strides, any dtype. Works on zero-padded planes of one channel at a time.
 void planes_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);

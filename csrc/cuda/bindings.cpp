@@ -56,13 +56,6 @@ void launch(const Plan& chosen, Map map, const ConvShape& shape, DType dtype, co
   }
 }
 
-// What ATen returned, where its strides are the promised ones; else a copy that has them.
-template <typename Allocate>
-Tensor with_strides(const Strides& s, const Tensor& computed, const Allocate& allocate) {
-  if (computed.strides() == IntArrayRef({s.n, s.c, s.h, s.w})) return computed;
-  return allocate().copy_(computed);
-}
-
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
               IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation_name) {
   const Activation activation = parse_activation(activation_name);
@@ -137,6 +130,10 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int device) {
   return explain(plan(map, shape, dtype, device_facts(device), kBestAlignment, strict()));
+}
+
+Explanation explain(Map map, const ConvShape& shape, DType dtype, int multiprocessors, int compute_capability) {
+  return explain(plan(map, shape, dtype, {multiprocessors, compute_capability}, kBestAlignment, strict()));
 }
 
 }  // namespace sepconv::cuda

@@ -13,12 +13,6 @@
 
 namespace sepconv::cuda {
 
-// What happens to an accumulated output before it is stored.
-struct Epilogue {
-  const void* bias = nullptr;  // [K], dense, in the tensors' dtype; or null
-  Activation activation = Activation::identity;
-};
-
 // How a plan cuts the work; each kernel file says what it makes of it.
 struct Tile {
   int vec = 1;          // channels that a thread moves with one load
