@@ -7,7 +7,7 @@
 //   grad_input  tap r = r0, r0 + step, ...  reads row (h + pad - r * dilation) / stride, where step = stride / gcd(stride,
 //               dilation) and r0 is the first tap for which the stride divides; the taps between do not reach row h.
 //
-// The weight is first packed to [groups, R, S, channels read, channels written] in the accumulation type, the last dimension
+// The weight is first packed to [R, S, channels read, groups, channels written] in the accumulation type, the last dimension
 // padded to whole tiles, so that the gather reads it as vectors whatever strides the weight has.
 //
 // Threads to data: a thread owns kColumns pixels of one row times kChannels channels of one group, so that each value it
@@ -25,6 +25,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kColumns = 4;
+// Blocks on a multiprocessor that the compiler has to leave registers for. Left to itself it spills some to fit one more.
+template <typename T, typename Index>
+constexpr int kLeastBlocks = sizeof(Index) == 4 && sizeof(acc_t<T>) == 4 ? 4 : 2;
 
 // One spatial dimension. read, written: sizes of the tensor that is read and of the one that is written.
 template <typename I>
@@ -38,9 +41,10 @@ struct GatherArgs {
   using I = std::make_signed_t<Index>;
   Axis<I> rows, columns;
   I column_tiles, phases;  // written column = phase + phases * (column tile + i * column_tiles); one phase in forward
-  I channels_read, channels_written, channel_tiles, packed_channels;  // of one group
-  Index items;                                                        // threads with work
-  bool channels_fastest;                                              // neighbouring threads own neighbouring channels
+  I channels_read, channels_written, channel_tiles;  // of one group
+  I packed_channels;                                 // of all groups: whole tiles
+  Index items;                                       // threads with work
+  bool channels_fastest;                             // neighbouring threads own neighbouring channels
   Divider<Index> by_column, by_row, by_tile, by_group_tile, by_phase;
   Offsets<Index> from, to;
 };
@@ -63,7 +67,7 @@ __device__ __forceinline__ FirstTap<I> first_tap(const Axis<I>& a, I written) {
 }
 
 template <typename T, typename Index, int kChannels, bool kGradInput>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<T, Index>)
     gather_kernel(const GatherArgs<Index> a, const T* __restrict__ from, const acc_t<T>* __restrict__ packed,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ to) {
   using I = std::make_signed_t<Index>;
@@ -83,6 +87,7 @@ __global__ void __launch_bounds__(kThreads)
     tile = a.by_row.split(row);
     n = a.by_tile.split(tile);
   }
+  const Index all_tiles = tile;  // over all groups
   group = a.by_group_tile.split(tile);
   const Index phase = a.by_phase.split(column);
   const I first_column = static_cast<I>(phase) + a.phases * static_cast<I>(column);
@@ -106,9 +111,7 @@ __global__ void __launch_bounds__(kThreads)
         at[i] = image + static_cast<Index>(read_row) * a.from.h +
                 (inside[i] ? static_cast<Index>(read_column) : 0) * a.from.w;
       }
-      const A* filter = packed +
-                        ((group * a.rows.taps + r) * a.columns.taps + s) * a.channels_read * a.packed_channels +
-                        tile * kChannels;
+      const A* filter = packed + (r * a.columns.taps + s) * a.channels_read * a.packed_channels + all_tiles * kChannels;
 #pragma unroll 2
       for (I c = 0; c < a.channels_read; ++c, filter += a.packed_channels) {
         A value[kColumns], weight[kChannels];
@@ -162,11 +165,11 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Index>
 struct PackArgs {
   Index elements, channels_read, channels_written, channel_tiles;
-  Divider<Index> by_lane, by_tile, by_read, by_s, by_r;
+  Divider<Index> by_lane, by_tile, by_group, by_read, by_s;
   Offsets<Index> w;
 };
 
-// A thread packs one element: packed[group, r, s, read, tile * lanes + lane] is the weight of written channel
+// A thread packs one element: packed[r, s, read, group, tile * lanes + lane] is the weight of written channel
 // tile + lane * channel_tiles, or zero where the tiles reach beyond the group.
 template <typename T, typename Index, bool kGradInput>
 __global__ void __launch_bounds__(kThreads)
@@ -175,10 +178,10 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= a.elements) return;
   Index lane = i;
   Index tile = a.by_lane.split(lane);
-  Index read = a.by_tile.split(tile);
+  Index group = a.by_tile.split(tile);
+  Index read = a.by_group.split(group);
   Index s = a.by_read.split(read);
-  Index r = a.by_s.split(s);
-  const Index group = a.by_r.split(r);
+  const Index r = a.by_s.split(s);
   const Index written = tile + lane * a.channel_tiles;
   acc_t<T> value = 0;
   if (written < a.channels_written) {
@@ -217,9 +220,9 @@ cudaError_t start(const ConvShape& s, const void* from, const void* w, const Epi
                              static_cast<Index>(tiles),
                              Divider<Index>(kChannels),
                              Divider<Index>(tiles),
+                             Divider<Index>(s.groups),
                              Divider<Index>(read),
                              Divider<Index>(s.S),
-                             Divider<Index>(s.R),
                              Offsets<Index>(s.w)};
   const cudaError_t error = launch(pack_weight_kernel<T, Index, kGradInput>, one_thread_each(packed_elements, stream),
                                    pack, static_cast<const T*>(w), static_cast<A*>(workspace));
@@ -236,7 +239,7 @@ cudaError_t start(const ConvShape& s, const void* from, const void* w, const Epi
                                static_cast<I>(read),
                                static_cast<I>(written),
                                static_cast<I>(tiles),
-                               static_cast<I>(tiles * kChannels),
+                               static_cast<I>(s.groups * tiles * kChannels),
                                static_cast<Index>(items),
                                (kGradInput ? input_layout(s) : output_layout(s)) == Layout::nhwc,
                                Divider<Index>(phases * column_tiles),

@@ -12,7 +12,7 @@ namespace sepconv::cuda {
 inline constexpr int kGroupedChannels = 4;
 inline int grouped_channel_tile(int64_t channels_per_group) { return channels_per_group == 1 ? 1 : kGroupedChannels; }
 
-// Elements of the weight after packing: [groups, R, S, channels read, channels written, padded to whole tiles].
+// Elements of the weight after packing: [R, S, channels read, groups, channels written, padded to whole tiles].
 inline int64_t grouped_packed_elements(const ConvShape& s, bool grad_input) {
   const int64_t read = grad_input ? s.outputs_per_group() : s.channels_per_group();
   const int64_t written = grad_input ? s.channels_per_group() : s.outputs_per_group();
