@@ -150,9 +150,9 @@ class Suite:
             arguments = [*run.arguments(), f"seeds=0:{seeds}"]
             done = emulate.run(self.runners[build], arguments, timeout=120 + 30 * seeds)
             if done.returncode != 0:
-                seed = (re.findall(r"^seed (\d+)$", done.stdout, re.MULTILINE) or ["0"])[-1]
+                seed = (re.findall(r"^case \d+ seed (\d+)$", done.stdout, re.MULTILINE) or ["0"])[-1]
                 again = [*run.arguments(), f"seeds={seed}:{int(seed) + 1}"]
-                text = re.sub(r"^seed \d+\n", "", done.stdout, flags=re.MULTILINE)
+                text = re.sub(r"^case \d+ seed \d+\n", "", done.stdout, flags=re.MULTILINE)
                 lines = text.splitlines()
                 shown = "\n".join(lines if len(lines) <= 60 else [*lines[:40], "...", *lines[-20:]])
                 return Outcome(f"{shown}\nrepeat with: {emulate.command(build, again)}", launches)

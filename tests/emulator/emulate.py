@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -129,35 +129,46 @@ def _closure(source: Path, text: str, folders: Sequence[Path]) -> dict[Path, byt
     return found
 
 
-def compile_object(source: Path, build: str, text: str | None = None, extra: Sequence[str] = ()) -> Path:
-    """The object file of one source; `text` replaces what stands in it (for planted faults)."""
+def compile_object(
+    source: Path, build: str, text: str | None = None, headers: Mapping[str, str] | None = None, check: bool = False
+) -> Path:
+    """The object file of one source. `text` replaces what stands in it and `headers` what stands in headers of its folder
+    (for planted faults); `check` looks for errors only and returns no file."""
     content = source.read_text() if text is None else text
     kernel = source.suffix == ".cu"
-    flags = [*COMMON, BUILDS[build]["define"], *extra]
+    flags = [*COMMON, BUILDS[build]["define"]]
     if kernel:
         flags += [*BUILDS[build]["kernel"], "-include", str(HERE / "emulator.h")]
-    folders = (HERE, KERNELS)
+    folders = [HERE, KERNELS]
     digest = hashlib.sha256()
-    for part in (compiler_version(), *flags, source.name, str(cuda_include()), content):
+    for part in (compiler_version(), *flags, source.name, str(cuda_include()), content, *(headers or {}).values()):
         digest.update(part.encode() + b"\0")
     closure = _closure(source, content + ('\n#include "emulator.h"' if kernel else ""), folders)
     for path in sorted(closure):
         digest.update(closure[path] + b"\0")
-    target = CACHE / build / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+    key = digest.hexdigest()[:20]
+    target = CACHE / build / f"{source.stem}-{key}.o"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
+    if headers:
+        folder = CACHE / "headers" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, header in headers.items():
+            (folder / name).write_text(header)
+        folders.insert(0, folder)
     command = [compiler(), "-x", "c++", *flags, *(f"-I{f}" for f in folders), f"-I{cuda_include()}"]
+    command += ["-fsyntax-only", "-w", "-Werror=vla"] if check else ["-c", "-o", str(part)]
     if text is None:
-        command += ["-c", str(source), "-o", str(part)]
-        done = subprocess.run(command, text=True, capture_output=True)
-    else:  # from standard input, under the source's own name and folder
-        command += [f"-I{source.parent}", "-c", "-", "-o", str(part)]
+        done = subprocess.run([*command, str(source)], text=True, capture_output=True)
+    else:  # from standard input, under the source's own name
+        command += ["-w", "-"]
         done = subprocess.run(command, input=f'#line 1 "{source}"\n{text}', text=True, capture_output=True)
     if done.returncode:
         raise CompileError(f"{source.name} ({build}):\n{done.stderr}")
-    part.replace(target)
+    if not check:
+        part.replace(target)
     return target
 
 
@@ -202,9 +213,11 @@ def planned_kernels(cases: Sequence[Sequence[str]]) -> list[str]:
     return subprocess.run([str(planner)], input=lines, text=True, capture_output=True, check=True).stdout.splitlines()
 
 
-def run(runner: Path, arguments: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(
+    runner: Path, arguments: Sequence[str], timeout: float = 300, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """One case in a process of its own, standard error merged into the output."""
-    environment = os.environ | {
+    environment = os.environ | dict(variables or {}) | {
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_segv=1:exitcode=99:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=0",
     }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <numeric>
 #if defined(EMULATOR_ASAN)
 #include <sanitizer/common_interface_defs.h>
@@ -137,6 +138,8 @@ const bool kDeathCallback = (__sanitizer_set_death_callback(name_the_thread), tr
 }  // namespace
 
 bool a_kernel_runs() { return machine.running != nullptr; }
+int planted_fault = getenv("EMULATOR_MUTANT") ? atoi(getenv("EMULATOR_MUTANT")) : -1;
+
 Thread& current() { return *machine.running; }
 Thread& thread(int linear) { return machine.threads[linear]; }
 Block& block() { return machine.block; }

@@ -95,6 +95,10 @@ void wake(Thread&);
 void wake_all(const void* what);
 void give_way();  // lets another thread run first, perhaps
 
+// Planted faults (mutate.py): 1 where fault number k is the one that this process has switched on, else 0.
+extern int planted_fault;
+inline int mutant(int k) { return planted_fault == k; }
+
 // Statistics of this process, so that a test can prove that a kernel really ran here.
 struct Counters {
   uint64_t launches = 0, blocks = 0, threads = 0;

@@ -5,8 +5,8 @@
 //          stride=1,1 padding=1,1,1,1 dilation=1,1 bias=1 activation=relu seeds=0:8
 //
 // The plan chooses the kernel; kernel=, vec=, rows=, lanes=, splits=, window= and wide= overrule it, sm= and
-// multiprocessors= are the GPU that it plans for. Exit status 0: right for every seed. Otherwise the last lines say what
-// was wrong, where, and in which CUDA thread.
+// multiprocessors= are the GPU that it plans for. "--" stands between several cases. Exit status 0: all are right for every
+// seed. Otherwise the last lines say what was wrong, where, and in which CUDA thread.
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -105,15 +105,25 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
 int main(int count, char** values) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
   try {
-    const Arguments arguments(std::vector<std::string>(values + 1, values + count));
-    const Case c = read_case(arguments);
-    const auto seeds = arguments.numbers("seeds", "0:1", ':');  // first and one past the last
-    for (int64_t seed = seeds.at(0); seed < seeds.at(1); ++seed) {
-      fprintf(stderr, "seed %lld\n", (long long)seed);  // what a sanitizer's report belongs to
-      const std::string wrong = run(c, arguments, seed);
-      if (wrong.empty()) continue;
-      printf("FAULT with seed %lld: %s\n", (long long)seed, wrong.c_str());
-      return 1;
+    std::vector<std::vector<std::string>> cases(1);
+    for (int i = 1; i < count; ++i) {
+      if (std::string(values[i]) == "--") {
+        cases.emplace_back();
+      } else {
+        cases.back().push_back(values[i]);
+      }
+    }
+    for (size_t i = 0; i < cases.size(); ++i) {
+      const Arguments arguments(cases[i]);
+      const Case c = read_case(arguments);
+      const auto seeds = arguments.numbers("seeds", "0:1", ':');  // first and one past the last
+      for (int64_t seed = seeds.at(0); seed < seeds.at(1); ++seed) {
+        fprintf(stderr, "case %zu seed %lld\n", i, (long long)seed);  // what a sanitizer's report belongs to
+        const std::string wrong = run(c, arguments, seed);
+        if (wrong.empty()) continue;
+        printf("FAULT with seed %lld: %s\n", (long long)seed, wrong.c_str());
+        return 1;
+      }
     }
     for (const Trace& trace : traces()) {  // emulate.py finds the names
       printf("launch:");

@@ -1,0 +1,161 @@
+"""Proof that the emulated tests see: faults are planted in copies of the real kernels, and at least 95% must be caught.
+
+tests/emulator/mutate.py plants them (dropped barriers and waits, bounds and indices off by one, forgotten writes, wrong
+shuffles). By default a fair sample is run: all dropped synchronisations and every SAMPLE-th of the rest; MUTANTS=all (that is
+`make test-mutations`) runs every one. Survivors must stand in tests/emulator/survivors.txt with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import test_emulated
+from test_emulated import RUNS, Run, emulate
+
+import mutate  # of tests/emulator, which test_emulated has put on the path
+
+pytestmark = [*test_emulated.pytestmark, pytest.mark.slow]
+
+ALL = os.environ.get("MUTANTS") == "all"
+SAMPLE = 8
+SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
+# Headers whose device code is mutated together with a kernel that uses it.
+HEADERS = {"depthwise_nhwc.cu": ("common.cuh",), "pointwise.cu": ("pointwise.cuh",)}
+
+
+def known_survivors() -> dict[str, str]:
+    """Fault -> why no test can or need see it."""
+    lines = SURVIVORS.read_text().splitlines() if SURVIVORS.exists() else []
+    pairs = (line.split(" # ", 1) for line in lines if line.strip() and not line.startswith("#"))
+    return {fault.strip(): reason.strip() for fault, reason in pairs}
+
+
+def _limited(run: Run) -> Run:
+    """The copies hold float32 and float16 only."""
+    return dataclasses.replace(run, dtype="float16" if run.half else "float32")
+
+
+def runs_of(source: Path) -> list[Run]:
+    """The cheapest test of each kind (map, layout, dtype, kernel, stride, overruled plan) that runs this file's kernels."""
+    candidates = [_limited(run) for run in RUNS]
+    planned = emulate.planned_kernels([run.arguments() for run in candidates])
+    chosen: dict[tuple, Run] = {}
+    for run, name in zip(candidates, planned, strict=True):
+        kernel = str(run.extra.get("kernel", name.removeprefix("cuda_")))
+        stem = "grouped_grad_weight" if (kernel, run.map) == ("grouped", "grad_weight") else kernel
+        files = {stem, "sum_partials"} if run.map == "grad_weight" else {stem}
+        if source.stem not in files:
+            continue
+        c = run.case
+        odd = c.C % 8 != 0 or (c.C // c.groups) % 4 != 0
+        key = (run.map, run.layout, run.dtype, c.R, c.stride != (1, 1), c.dilation != (1, 1), odd, *sorted(run.extra))
+        if source.stem == "sum_partials":
+            key = (run.layout, run.dtype, *sorted(run.extra))
+        if key not in chosen or _cost(run) < _cost(chosen[key]):
+            chosen[key] = run
+    return sorted(chosen.values(), key=_cost)
+
+
+def _cost(run: Run) -> int:
+    c = run.case
+    n, k, p, q = c.output_size
+    return n * k * p * q * c.C // c.groups * c.R * c.S + 200 * n * k * p * q
+
+
+@dataclasses.dataclass
+class Copy:
+    """A kernel file with its faults, compiled in both builds."""
+
+    mutants: list[mutate.Mutant]
+    runners: dict[str, Path]
+
+
+def _texts(source: Path, planted: list[mutate.Mutant]) -> tuple[str, dict[str, str]]:
+    files = (source, *(source.parent / name for name in HEADERS.get(source.name, ())))
+    texts = {}
+    for path in {*files, source.parent / "common.cuh"}:
+        numbers = [i for i, m in enumerate(planted) if m.file == path]
+        text = mutate.plant(path.read_text(), [planted[i] for i in numbers], numbers)
+        texts[path.name] = mutate.limit_dtypes(text)
+    return texts.pop(source.name), texts
+
+
+def compile_copy(source: Path) -> Copy:
+    files = (source, *(source.parent / name for name in HEADERS.get(source.name, ())))
+    planted = [m for path in files for m in mutate.find(path, path.read_text())]
+    while True:  # faults that no compiler accepts (a switch in a constant expression) are not faults
+        try:
+            emulate.compile_object(source, "race", *_texts(source, planted), check=True)
+            break
+        except emulate.CompileError as error:
+            places = {(Path(f).name, int(line)) for f, line in re.findall(r"^(\S+?):(\d+):\d+: error", str(error), re.M)}
+            spans = [range(m.line, m.line + m.what.count("\n") + 1) for m in planted]
+            kept = [m for m, span in zip(planted, spans, strict=True) if not any((m.file.name, at) in places for at in span)]
+            if len(kept) == len(planted):
+                raise
+            planted = kept
+    runners = {}
+    for build in emulate.BUILDS:
+        objects = [emulate.compile_object(s, build) for s in emulate.sources() if s != source]
+        runners[build] = emulate.link([*objects, emulate.compile_object(source, build, *_texts(source, planted))], build)
+    return Copy(planted, runners)
+
+
+def _arguments(runs: Iterable[Run], seeds: int) -> list[str]:
+    cases = [[*run.arguments(), f"seeds=0:{seeds}"] for run in runs]
+    return [word for i, case in enumerate(cases) for word in (["--"] if i else []) + case]
+
+
+def caught_by(copy: Copy, runs: list[Run], number: int, timeout: float) -> str | None:
+    """How the fault shows: the kind of the first report; None if it does not."""
+    for build in emulate.BUILDS:
+        seeds = 4 if copy.mutants[number].kind == "drop" else 1
+        try:
+            done = emulate.run(copy.runners[build], _arguments(runs, seeds), timeout, {"EMULATOR_MUTANT": str(number)})
+        except subprocess.TimeoutExpired:
+            return "never ends"
+        if done.returncode != 0:
+            report = re.search(
+                r"AddressSanitizer: [\w-]+|runtime error: [\w -]+|FAULT with seed \d+: (?:\d+ of \d+ elements are wrong|[^\n]*)",
+                done.stdout,
+            )
+            text = report.group() if report else f"exit status {done.returncode}"
+            return re.sub(r"FAULT with seed \d+: (\d+ of \d+ )?", "", text)[:70]
+    return None
+
+
+SOURCES = emulate.kernel_sources()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
+def test_planted_faults_are_caught(source: Path, record_property) -> None:
+    copy = compile_copy(source)
+    runs = runs_of(source)
+    assert runs, f"no test in test_emulated.py runs {source.name}"
+    sound = {build: emulate.run(runner, _arguments(runs, 1), 600) for build, runner in copy.runners.items()}
+    for build, done in sound.items():
+        assert done.returncode == 0, f"the copy without a fault fails in the {build} build:\n{done.stdout[-3000:]}"
+    chosen = [i for i, m in enumerate(copy.mutants) if ALL or m.kind in ("drop", "shuffle") or i % SAMPLE == 0]
+    with ThreadPoolExecutor(emulate.JOBS) as pool:
+        verdicts = list(pool.map(lambda i: caught_by(copy, runs, i, 120), chosen))
+    known = known_survivors()
+    survivors = [copy.mutants[i] for i, verdict in zip(chosen, verdicts, strict=True) if verdict is None]
+    caught = len(chosen) - len(survivors)
+    reports = Counter(re.sub(r"\d+", "N", v) for v in verdicts if v)
+    text = [f"{source.name}: {caught} of {len(chosen)} planted faults caught, with {len(runs)} cases"]
+    text += [f"  {count:4} {report}" for report, count in reports.most_common()]
+    text += [f"  survives: {m}" + (f"   # {known[m.key]}" if m.key in known else "") for m in survivors]
+    print("\n".join(text))
+    record_property("mutants", {"caught": caught, "planted": len(chosen)})
+    unexplained = [m.key for m in survivors if m.key not in known]
+    detectable = len(chosen) - (len(survivors) - len(unexplained))
+    assert caught >= 0.95 * detectable, "\n".join(text)
