@@ -134,7 +134,7 @@ def measure(options: argparse.Namespace, record: dict) -> None:
             clock=clock,
             thread_counts=options.threads[-1:],
             compile=options.compiled_models,
-            budget=(10 if device.type == "cuda" else 20) * options.budget,
+            budget=10 * options.budget,
         )
         with console.progress("models", len(plan)) as advance:
             for row in models.run(plan, advance, record["skipped"]):

@@ -37,7 +37,7 @@ def table(title: str, columns: Row, rows: Sequence[Row]) -> None:
         shown.add_row(*row)
     console = rich.console.Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width to fit in
-        console = rich.console.Console(highlight=False, width=160)
+        console = rich.console.Console(highlight=False, width=190)
     console.print(shown)
 
 
