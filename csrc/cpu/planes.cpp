@@ -81,114 +81,7 @@ void planes_grad_input(const ConvShape& s, DType dtype, const void* grad_y, cons
 
 #include "planes_simd.h"
 
-inline constexpr int kMaxRows = 8;
-
-// Steps in numbers of scratch and weight memory.
-struct RunSteps {
-  int64_t in, w;
-  int count;
-};
-struct ColumnSteps {
-  int64_t in, w;
-};
-
-template <typename A>
-struct Block {
-  int64_t channels, in_channel, w_channel;
-  const RunSteps* runs;
-  int run_count;
-  int64_t in_row, w_row;  // from one output row, and from one tap of a run, to the next
-  const ColumnSteps* taps;
-  int tap_count;
-  int64_t out_row, columns;
-  bool add;  // to what stands in out, instead of starting from the bias
-  A bias;
-  Activation activation;
-};
-
-// A load that stays one: for three uses GCC would rather load three times, and loads are what these loops have least of.
-template <typename A>
-SEPCONV_INLINE Vector<A> load_once(const A* p) {
-  return *reinterpret_cast<const volatile typename VectorOf<A, kLanes<A>>::unaligned*>(p);
-}
-
-template <typename A, int kRows, int kTaps>
-SEPCONV_INLINE void add_run(Vector<A> (&sums)[kRows], const A* in, const A* w, const Block<A>& b) {
-  for (int s = 0; s < b.tap_count; ++s) {
-    const A* x = in + b.taps[s].in;
-    const A* taps = w + b.taps[s].w;
-    Vector<A> weights[kTaps];
-#pragma GCC unroll 8
-    for (int t = 0; t < kTaps; ++t, taps += b.w_row) weights[t] = broadcast<A>(*taps);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows + kTaps - 1; ++i, x += b.in_row) {
-      const Vector<A> v = load_once(x);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTaps; ++t) {
-        if (i >= t && i - t < kRows) sums[i - t] += v * weights[t];
-      }
-    }
-  }
-}
-
-// kRows output rows.
-template <typename A, int kRows>
-void row_block(const Block<A>& b, const A* in_rows, const A* w_filter, A* out_rows) {
-  constexpr int kCount = kLanes<A>;
-  const int64_t columns = b.columns, out_row = b.out_row;
-  for (int64_t q = 0; q < columns; q += kCount) {
-    Vector<A> sums[kRows];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) sums[i] = b.add ? load(out_rows + i * out_row + q) : broadcast<A>(b.bias);
-    for (int64_t c = 0; c < b.channels; ++c) {
-      const A* in = in_rows + q + c * b.in_channel;
-      const A* w = w_filter + c * b.w_channel;
-      for (int r = 0; r < b.run_count; ++r) {
-        const RunSteps& run = b.runs[r];
-        switch (run.count) {
-          case 1: add_run<A, kRows, 1>(sums, in + run.in, w + run.w, b); break;
-          case 2: add_run<A, kRows, 2>(sums, in + run.in, w + run.w, b); break;
-          case 3: add_run<A, kRows, 3>(sums, in + run.in, w + run.w, b); break;
-          case 4: add_run<A, kRows, 4>(sums, in + run.in, w + run.w, b); break;
-          case 5: add_run<A, kRows, 5>(sums, in + run.in, w + run.w, b); break;
-        }
-      }
-    }
-    if (b.activation != Activation::identity) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) sums[i] = activate_lanes<A>(b.activation, sums[i]);
-    }
-    A* out = out_rows + q;
-    if (columns - q >= kCount) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) store(out + i * out_row, sums[i]);
-    } else {
-      const int left = static_cast<int>(columns - q);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) store_first(out + i * out_row, sums[i], left);
-    }
-  }
-}
-
-template <typename A>
-void row_blocks(const Block<A>& b, const A* in, const A* w, A* out, int64_t rows) {
-  for (int64_t blocks = ceil_div(rows, kMaxRows); blocks > 0; --blocks) {
-    const int64_t count = ceil_div(rows, blocks);
-    switch (count) {
-      case 1: row_block<A, 1>(b, in, w, out); break;
-      case 2: row_block<A, 2>(b, in, w, out); break;
-      case 3: row_block<A, 3>(b, in, w, out); break;
-      case 4: row_block<A, 4>(b, in, w, out); break;
-      case 5: row_block<A, 5>(b, in, w, out); break;
-      case 6: row_block<A, 6>(b, in, w, out); break;
-      case 7: row_block<A, 7>(b, in, w, out); break;
-      case 8: row_block<A, 8>(b, in, w, out); break;
-    }
-    rows -= count;
-    in += count * b.in_row;
-    out += count * b.out_row;
-  }
-}
+#include "planes_rows.h"
 
 template <typename T>
 class Planes {
@@ -205,27 +98,36 @@ class Planes {
   explicit Planes(const PlanesJob& job) : job_(job), layout_(job.columns, kLanes<A>) {
     const Axis &rows = job.rows, &columns = job.columns;
     const int64_t row_bytes = layout_.row() * static_cast<int64_t>(sizeof(A) * rows.phases.size());
+    tile_pitch_ = round_up(columns.count, kLanes<A>);
+    tile_row_ = tile_pitch_ * columns.classes.size();
+    const int64_t planes = job.images * job.groups;
+    in_place_ = kMasks && kSameType && job.ins == 1 && job.in.w == 1 && rows.in_step == 1 && columns.in_step == 1 &&
+                rows.run_step == 1;
     // Strips: of whole blocks of rows, not much shorter than what they share with their neighbours.
     const int64_t keep = job.ins == 1 ? kKeep : kKeepGroup;
-    const int64_t fitting = keep / (row_bytes * job.ins) - rows.reach;
+    int64_t fitting = keep / (row_bytes * job.ins) - rows.reach;
+    if (in_place_) {
+      const bool tiled = job.out.w != 1 || columns.out_step != 1;
+      const int64_t tile_row_bytes = tile_row_ * rows.classes.size() * sizeof(A);
+      fitting = std::min(tiled ? kKeep / tile_row_bytes : rows.count, ceil_div(rows.count * planes, kTasks / 2));
+    }
     strip_ = rows.count;
     if (fitting < rows.count) {
-      const int64_t least = std::max(rows.reach, kMaxRows * rows.run_step);
+      const int64_t least = in_place_ ? kMaxRows : std::max(rows.reach, kMaxRows * rows.run_step);
       strip_ = std::min(rows.count, round_up(std::max(fitting - kMaxRows, least), kMaxRows * rows.run_step));
     }
     strips_ = ceil_div(rows.count, strip_);
     scratch_rows_ = strip_ + rows.reach;
-    slot_ = scratch_rows_ * layout_.row() * rows.phases.size();
+    slot_ = in_place_ ? 0 : scratch_rows_ * layout_.row() * rows.phases.size();
     const int64_t slot_bytes = slot_ * sizeof(A);
-    in_block_ = std::clamp<int64_t>(kMaxScratch / slot_bytes, 1, job.ins);
+    in_block_ = in_place_ ? job.ins : std::clamp<int64_t>(kMaxScratch / slot_bytes, 1, job.ins);
     direct_ = kSameType && job.out.w == 1 && columns.out_step == 1 && in_block_ == job.ins;
-    batch_ = job.ins == 1 && job.outs == 1 && strips_ == 1 ? std::clamp<int64_t>(kKeep / slot_bytes, 1, 8) : 1;
-
-    tile_pitch_ = round_up(columns.count, kLanes<A>);
-    tile_row_ = tile_pitch_ * columns.classes.size();
+    batch_ = 1;
+    if (!in_place_ && job.ins == 1 && job.outs == 1 && strips_ == 1)
+      batch_ = std::clamp<int64_t>(kKeep / slot_bytes, 1, 8);
     tile_ = direct_ ? 0 : strip_ * tile_row_ * rows.classes.size();
     taps_ = rows.taps * columns.taps;
-    const int64_t units = job.images * job.groups * strips_;
+    const int64_t units = planes * strips_;
     parts_ = std::clamp<int64_t>(kTasks / 2 / units, 1, job.outs);
     const int64_t bytes_of_one = std::max<int64_t>(1, sizeof(A) * std::max(tile_, kSameType ? 0 : in_block_ * taps_));
     out_block_ =
@@ -241,21 +143,26 @@ class Planes {
     for (const AxisClass& c : rows.classes) {
       runs_.emplace_back();
       for (const Run& run : runs_of(c)) {
-        runs_.back().push_back({(run.first.phase * scratch_rows_ + run.first.offset) * layout_.row(),
-                                run.first.index * w_row_, run.count});
+        const int64_t in = (run.first.phase * scratch_rows_ + run.first.offset) * layout_.row();
+        runs_.back().push_back({in, run.first.index * w_row_, run.first.offset, run.count});
       }
     }
     for (const AxisClass& c : columns.classes) {
       column_steps_.emplace_back();
       for (const Tap& tap : c.taps) {
-        column_steps_.back().push_back({tap.phase * layout_.pitch + tap.offset, tap.index * w_column_});
+        const int64_t in = in_place_ ? columns.phases[0] : tap.phase * layout_.pitch;
+        column_steps_.back().push_back({in + tap.offset, tap.index * w_column_});
       }
+      masks_.push_back(in_place_ ? column_masks(columns, c, kLanes<A>) : std::vector<uint32_t>());
     }
   }
 
   int64_t tasks() const { return tasks_; }
 
   void operator()(int64_t task) const {
+    if constexpr (kSameType) {
+      if (in_place_) return compute_in_place(units_ * task / tasks_, units_ * (task + 1) / tasks_);
+    }
     const int64_t in_size = layout_.shift + slot_ * batch_ * in_block_ + layout_.tail + 2 * kLanes<A>;
     const int64_t tile_count = tile_ == 0 ? 0 : (in_block_ < job_.ins ? out_block_ : 1);
     const int64_t w_size = kSameType ? 0 : out_block_ * in_block_ * taps_;
@@ -313,6 +220,38 @@ class Planes {
     ++at.n;
   }
 
+  // The units [begin, end) without scratch memory: sums and tensors are of one type, and groups of one input.
+  void compute_in_place(int64_t begin, int64_t end) const {
+    const Axis& rows = job_.rows;
+    const std::vector<A> zeros(job_.columns.in_size + kLanes<A>);
+    std::vector<A> tile(tile_);
+    std::vector<const A*> in_rows(scratch_rows_);
+    Block<A> b{};
+    b.channels = 1;
+    b.w_row = w_row_ * rows.index_step;
+    b.activation = direct_ ? job_.activation : Activation::identity;
+    Place at = place(begin);
+    for (int64_t unit = begin; unit < end; ++unit, advance(at)) {
+      const int64_t top = rows.phases[0] + at.strip * strip_;
+      b.first_row = std::clamp<int64_t>(-top, 0, scratch_rows_);
+      b.last_row = std::clamp(rows.in_size - top, b.first_row, scratch_rows_);
+      const A* image = static_cast<const A*>(job_.in_data) + at.n * job_.in.n + at.group * job_.in.c;
+      for (int64_t i = 0; i < b.first_row; ++i) in_rows[i] = zeros.data();
+      for (int64_t i = b.first_row; i < b.last_row; ++i) in_rows[i] = image + (top + i) * job_.in.h;
+      for (int64_t i = b.last_row; i < scratch_rows_; ++i) in_rows[i] = zeros.data();
+      const int64_t k1 = job_.outs * (at.part + 1) / parts_;
+      for (int64_t k = job_.outs * at.part / parts_; k < k1; ++k) {
+        const int64_t channel = at.group * job_.outs + k;
+        const A bias = job_.bias == nullptr ? A(0) : static_cast<const A*>(job_.bias)[channel];
+        const A* w = static_cast<const A*>(job_.w_data) + at.group * job_.w_group + k * job_.w_out;
+        T* out = static_cast<T*>(job_.out_data) + at.n * job_.out.n + channel * job_.out.c;
+        b.bias = direct_ ? bias : A(0);
+        compute_plane(b, nullptr, in_rows.data(), w, out, tile.data(), at.strip);
+        if (!direct_) copy_out(out, tile.data(), at.strip, bias);
+      }
+    }
+  }
+
   void copy_in(A* scratch, const Place& at, int64_t c0, int64_t c1) const {
     const T* image = static_cast<const T*>(job_.in_data) + at.n * job_.in.n + at.group * job_.ins * job_.in.c;
     for (int64_t c = c0; c < c1; ++c, scratch += slot_) {
@@ -356,12 +295,13 @@ class Planes {
       A* tile = in_block_ < job_.ins ? tiles + (k - k0) * tile_ : tiles;
       b.bias = direct_ ? bias : A(0);
       b.activation = direct_ ? job_.activation : Activation::identity;
-      compute_plane(b, scratch, w_sums + (k - k0) * w_out_, out, tile, at.strip);
+      compute_plane(b, scratch, nullptr, w_sums + (k - k0) * w_out_, out, tile, at.strip);
       if (!direct_ && c1 == job_.ins) copy_out(out, tile, at.strip, bias);
     }
   }
 
-  void compute_plane(Block<A>& b, const A* scratch, const A* w, T* out, A* tile, int64_t strip) const {
+  void compute_plane(Block<A>& b, const A* in, const A* const* in_rows, const A* w, T* out, A* tile,
+                     int64_t strip) const {
     const Axis &rows = job_.rows, &columns = job_.columns;
     for (size_t rc = 0; rc < rows.classes.size(); ++rc) {
       const int64_t row_count = std::min(strip_, rows.classes[rc].count - strip * strip_);
@@ -370,6 +310,7 @@ class Planes {
       for (size_t cc = 0; cc < columns.classes.size(); ++cc) {
         b.taps = column_steps_[cc].data();
         b.tap_count = static_cast<int>(column_steps_[cc].size());
+        b.masks = masks_[cc].data();
         int64_t out_row = tile_row_;
         A* to = tile + rc * strip_ * tile_row_ + cc * tile_pitch_;
         b.columns = tile_pitch_;
@@ -381,10 +322,14 @@ class Planes {
           }
         }
         b.out_row = out_row * rows.run_step;
+        if (in_place_) {
+          row_blocks<A, true>(b, nullptr, in_rows, w, to, row_count);
+          continue;
+        }
         // Rows that share inputs are run_step apart.
         for (int64_t first = 0; first < std::min(rows.run_step, row_count); ++first) {
-          row_blocks(b, scratch + first * layout_.row(), w, to + first * out_row,
-                     rows.run_step == 1 ? row_count : ceil_div(row_count - first, rows.run_step));
+          row_blocks<A, false>(b, in + first * layout_.row(), nullptr, w, to + first * out_row,
+                               rows.run_step == 1 ? row_count : ceil_div(row_count - first, rows.run_step));
         }
       }
     }
@@ -421,9 +366,11 @@ class Planes {
   int64_t taps_;
   int64_t w_out_, w_in_, w_row_, w_column_;
   int64_t parts_, units_, tasks_;
-  bool direct_;
+  bool in_place_;                                       // reads the input where it is, without scratch memory
+  bool direct_;                                         // stores sums where they belong, without a tile
   std::vector<std::vector<RunSteps>> runs_;             // by row class
   std::vector<std::vector<ColumnSteps>> column_steps_;  // by column class
+  std::vector<std::vector<uint32_t>> masks_;            // by column class
 };
 
 inline void run_planes(const PlanesJob& job, DType dtype) {

@@ -24,13 +24,6 @@ void planes_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, con
 
 #include "planes_simd.h"
 
-inline constexpr int kMaxRows = 8;
-
-template <typename A>
-SEPCONV_INLINE Vector<A> load_once(const A* p) {
-  return *reinterpret_cast<const volatile typename VectorOf<A, kLanes<A>>::unaligned*>(p);
-}
-
 // Sums of kSize lanes of a, then of b, alternating: where vectors a and b hold sums of kSize vectors each, those of all.
 template <typename A, int kSize>
 SEPCONV_INLINE Vector<A> merge_sums(Vector<A> a, Vector<A> b) {

@@ -148,3 +148,50 @@ SEPCONV_INLINE void copy_out_row(T* image, int64_t step, const accumulate_t<T>* 
     }
   }
 }
+
+// ---- inner loops ----
+
+inline constexpr int kMaxRows = 8;
+
+// A load that stays one: for three uses GCC would rather load three times, and loads are what these loops have least of.
+template <typename A>
+SEPCONV_INLINE Vector<A> load_once(const A* p) {
+  return *reinterpret_cast<const volatile typename VectorOf<A, kLanes<A>>::unaligned*>(p);
+}
+
+// Whether there is load_masked.
+inline constexpr bool kMasks = SEPCONV_ISA_LEVEL == 2;
+
+// The lanes of a mask; zero in the others, which are not read and may be anywhere.
+template <typename A>
+SEPCONV_INLINE Vector<A> load_masked(const A* p, uint32_t mask) {
+#if SEPCONV_ISA_LEVEL == 2
+  if constexpr (std::is_same_v<A, float>) {
+    return (Vector<A>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  } else {
+    return (Vector<A>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+  }
+#else
+  Vector<A> v{};
+  for (int i = 0; i < kLanes<A>; ++i) {
+    if ((mask >> i & 1) != 0) v[i] = p[i];
+  }
+  return v;
+#endif
+}
+
+// [vector of columns, tap]: the lanes whose tap lies inside the image, for one class of an axis of one phase.
+inline std::vector<uint32_t> column_masks(const Axis& axis, const AxisClass& positions, int lanes) {
+  std::vector<uint32_t> masks;
+  for (int64_t q = 0; q < axis.count; q += lanes) {
+    for (const Tap& tap : positions.taps) {
+      uint32_t mask = 0;
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t column = q + i + tap.offset + axis.phases[0];
+        if (column >= 0 && column < axis.in_size) mask |= 1u << i;
+      }
+      masks.push_back(mask);
+    }
+  }
+  return masks;
+}
