@@ -1,0 +1,121 @@
+// Every wrapper of csrc/cuda/ptx.cuh once, on fixed inputs, its result printed bit by bit. nvcc compiles this file for a GPU
+// and g++ for the emulator; tests/test_golden_ptx.py compares the two outputs. So a misreading of a fragment layout that the
+// wrappers' author and the emulator's share is found the first time that a GPU is at hand.
+//
+// Inputs are small whole numbers: all sums are exact in fp32, in any order, so results can be equal to the last bit.
+#include <cstdio>
+#include <vector>
+
+#include "../../csrc/cuda/ptx.cuh"
+
+namespace sepconv::cuda {
+namespace {
+
+constexpr int kLanes = 32;
+
+__host__ __device__ inline int small_number(uint32_t i) { return static_cast<int>((i * 2654435761u) >> 28) - 8; }  // -8 .. 7
+
+template <typename T>
+__device__ uint32_t two(uint32_t i) {
+  const T pair[2] = {from_acc<T>(static_cast<float>(small_number(2 * i))),
+                     from_acc<T>(static_cast<float>(small_number(2 * i + 1)))};
+  return *reinterpret_cast<const uint32_t*>(pair);
+}
+
+// out: [lane][4 floats]. Every register of every lane is different, so a swapped pair shows.
+template <typename T>
+__global__ void mma_golden(uint32_t* out) {
+  const uint32_t lane = threadIdx.x;
+  uint32_t a[4], b[2];
+  float d[4];
+  for (uint32_t i = 0; i < 4; ++i) a[i] = two<T>(lane * 4 + i);
+  for (uint32_t i = 0; i < 2; ++i) b[i] = two<T>(1000 + lane * 2 + i);
+  for (uint32_t i = 0; i < 4; ++i) d[i] = static_cast<float>(small_number(5000 + lane * 4 + i));
+  mma_m16n8k16<T>(d, a, b);
+  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = __float_as_uint(d[i]);
+}
+
+// out: [lane][4 registers]. Every 16-bit element of the four matrices is its own number; rows lie 16 bytes apart from dense.
+template <bool kTransposed>
+__global__ void ldmatrix_golden(uint32_t* out) {
+  SMEM_ARRAY(uint16_t, rows, [32][16]);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 16; ++i) rows[lane][i] = static_cast<uint16_t>(lane * 256 + i);
+  __syncwarp();
+  uint32_t r[4];
+  if constexpr (kTransposed) {
+    ldmatrix_x4_trans(r, rows[lane ^ 5]);
+  } else {
+    ldmatrix_x4(r, rows[lane ^ 5]);
+  }
+  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = r[i];
+}
+
+// out: [lane][4 words]. Two groups in flight; every third copy is not valid, and must fill with zeros.
+__global__ void copy_golden(const uint32_t* from, uint32_t* out) {
+  SMEM_ARRAY(uint32_t, to, [2][kLanes][4]);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 8; ++i) to[i / 4][lane][i % 4] = 0xDEADBEEFu;
+  for (int group = 0; group < 2; ++group) {
+    cp_async16(to[group][lane], from + (lane + group) % kLanes * 4, (lane + group) % 3 != 0);
+    cp_async_commit();
+  }
+  cp_async_wait<1>();  // the first group is there
+  uint32_t first[4];
+  for (int i = 0; i < 4; ++i) first[i] = to[0][lane][i];
+  cp_async_wait<0>();
+  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = first[i] * 31 + to[1][lane][i];
+}
+
+struct Memory {  // on the GPU, or plain memory in the emulator
+  uint32_t* data = nullptr;
+  explicit Memory(const std::vector<uint32_t>& values) {
+#ifdef CUDA_ON_CPU
+    data = new uint32_t[values.size()];
+    std::copy(values.begin(), values.end(), data);
+#else
+    cudaMalloc(&data, values.size() * 4);
+    cudaMemcpy(data, values.data(), values.size() * 4, cudaMemcpyHostToDevice);
+#endif
+  }
+  std::vector<uint32_t> read(size_t count) const {
+    std::vector<uint32_t> values(count);
+#ifdef CUDA_ON_CPU
+    std::copy(data, data + count, values.begin());
+#else
+    cudaMemcpy(values.data(), data, count * 4, cudaMemcpyDeviceToHost);
+#endif
+    return values;
+  }
+};
+
+template <typename... Params, typename... Args>
+bool show(const char* name, void (*kernel)(Params...), Args... args) {
+  const Memory out(std::vector<uint32_t>(kLanes * 4, 0xFFFFFFFFu));
+  const cudaError_t error = launch(kernel, LaunchConfig{dim3(1), dim3(kLanes)}, args..., out.data);
+  if (error != cudaSuccess) {
+    printf("%s: CUDA error %d\n", name, static_cast<int>(error));
+    return false;
+  }
+  printf("%s:", name);
+  for (const uint32_t word : out.read(kLanes * 4)) printf(" %08x", word);
+  printf("\n");
+  return true;
+}
+
+bool show_all() {
+  std::vector<uint32_t> values(kLanes * 4);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint32_t>(i * 2654435761u);
+  const Memory from(values);
+  bool fine = show("mma_m16n8k16 float16", mma_golden<__half>);
+  fine &= show("mma_m16n8k16 bfloat16", mma_golden<__nv_bfloat16>);
+  fine &= show("ldmatrix_x4", ldmatrix_golden<false>);
+  fine &= show("ldmatrix_x4_trans", ldmatrix_golden<true>);
+  fine &= show("cp_async16 cp_async_commit cp_async_wait", copy_golden, static_cast<const uint32_t*>(from.data));
+  return fine;
+}
+
+}  // namespace
+}  // namespace sepconv::cuda
+
+int main() { return sepconv::cuda::show_all() ? 0 : 1; }

@@ -1,0 +1,95 @@
+"""The warp instructions as a real GPU executes them, compared bit for bit with the emulator (tests/emulator/golden.cu).
+
+The emulator and the wrappers of csrc/cuda/ptx.cuh were written from one reading of the PTX manual; only a GPU can say that
+the reading is right. The comparison needs one (mark `cuda`); that the emulator's half runs, and that no wrapper is left
+out, is checked everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from test_emulated import emulate, pytestmark as emulator_marks
+
+GOLDEN = emulate.HERE / "golden.cu"
+
+
+def emulated_output(build: str) -> dict[str, str]:
+    sources = [GOLDEN, *(emulate.HERE / f"{name}.cpp" for name in emulate.RUNTIME_CORE)]
+    program = emulate.link([emulate.compile_object(source, build) for source in sources], build, "golden")
+    done = emulate.run(program, [])
+    assert done.returncode == 0, done.stdout
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+
+
+def wrappers() -> list[str]:
+    """The functions of ptx.cuh that kernels call."""
+    text = without_comments((emulate.KERNELS / "ptx.cuh").read_text())
+    names = re.findall(r"__device__ (?:__forceinline__ )?[\w<>]+ (\w+)(?:<[\w]+>)?\(", text)
+    return sorted(set(names) - {"shared_address"})  # a helper of the wrappers
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r"//[^\n]*", "", text)
+
+
+def test_every_wrapper_has_a_golden_test() -> None:
+    golden = without_comments(GOLDEN.read_text())
+    emulated = (emulate.HERE / "ptx_emulated.h").read_text()
+    for name in wrappers():
+        assert re.search(rf"\b{name}\b", golden), f"{name} of csrc/cuda/ptx.cuh is missing in tests/emulator/golden.cu"
+        assert re.search(rf"\b{name}\b", emulated), f"{name} of csrc/cuda/ptx.cuh has no body in the emulator"
+
+
+@pytest.mark.parametrize("build", emulate.BUILDS)
+@pytest.mark.emulated
+@emulator_marks[1]
+def test_the_emulator_runs_every_wrapper(build: str) -> None:
+    """With the two layouts spelt out once more, in another way than matrix.cpp does."""
+    output = emulated_output(build)
+    words = {name: [int(word, 16) for word in line.split()] for name, line in output.items()}
+    for lane in range(32):
+        for matrix in range(4):  # row r of matrix m is shared row (8 m + r) ^ 5, whose element i is row * 256 + i
+            row = (8 * matrix + lane // 4) ^ 5
+            low = row * 256 + 2 * (lane % 4)
+            assert words["ldmatrix_x4"][lane * 4 + matrix] == low | (low + 1) << 16
+            rows = [(8 * matrix + 2 * (lane % 4) + i) ^ 5 for i in (0, 1)]
+            low, high = (row * 256 + lane // 4 for row in rows)
+            assert words["ldmatrix_x4_trans"][lane * 4 + matrix] == low | high << 16
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = ([str(Path(home) / "bin" / "nvcc")] if home else []) + ["/usr/local/cuda/bin/nvcc"]
+    return next((path for path in candidates if os.access(path, os.X_OK)), None) or shutil.which("nvcc")
+
+
+@pytest.mark.cuda
+@emulator_marks[1]
+def test_a_gpu_agrees_bit_for_bit(tmp_path: Path) -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("mma.sync m16n8k16 and cp.async need compute capability 8.0")
+    nvcc = _nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc to compile tests/emulator/golden.cu with")
+    major, minor = torch.cuda.get_device_capability()
+    program = tmp_path / "golden"
+    architecture = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
+    command = [nvcc, "-std=c++20", architecture, "-o", str(program), str(GOLDEN)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    gpu = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    emulated = emulated_output("asan")
+    assert gpu.keys() == emulated.keys()
+    wrong = [name for name in gpu if gpu[name] != emulated[name]]
+    detail = "\n".join(f"{name}\n  GPU      {gpu[name]}\n  emulator {emulated[name]}" for name in wrong)
+    assert not wrong, f"the GPU and the emulator disagree:\n{detail}"
