@@ -23,9 +23,9 @@ PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) \
 INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-emulator bench train-digits lint format clean
+.PHONY: help build test test-emulator test-mutations bench train-digits lint format clean
 help:
-	@echo "make test | bench | train-digits | test-emulator | build | lint | format | clean"
+	@echo "make test | bench | train-digits | test-emulator | test-mutations | build | lint | format | clean"
 	@echo "make gpu (= gpu-build gpu-test gpu-sanitize gpu-bench): on a machine with a GPU, with its own python3"
 
 $(VENV)/bin/python:
@@ -49,6 +49,10 @@ test: build
 
 test-emulator: build
 	$(PY) -m pytest -m emulated $(ARGS)
+
+# Plants every fault of tests/emulator/mutate.py in the CUDA kernels; `make test` takes a sample of them.
+test-mutations: build
+	MUTANTS=all $(PY) -m pytest -s tests/test_mutations.py $(ARGS)
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)
