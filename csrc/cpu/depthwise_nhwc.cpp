@@ -1,336 +1,44 @@
 // Depthwise convolution (multiplier 1) of channels_last images: forward and gradient by the input.
 //
-// Loop-to-data map. A vector holds neighbouring channels of one pixel. A task is a strip of output rows of one image; inside
-// it the loops go: output row p, block of kQ neighbouring output columns, channel vector. The kQ sums of a block stay in
-// registers while the R x S taps pass; an input vector is loaded once for each kernel row and feeds every sum that sees it.
-// With the channel loop innermost, each of the rows in use is read in long contiguous runs. Columns outside the image are skipped by
-// comparing with a range, uniformly for the block; rows outside are not visited: nothing is padded or copied.
+// Loop-to-data map. A vector holds neighbouring channels of one pixel. A task is a strip of output rows of one image;
+// inside it the loops go: a group of kRowGroup output rows, block of neighbouring output columns, chunk of channels
+// that fits the first-level cache, output row, channel group (one or two vectors). The sums of a block stay in
+// registers while the R x S taps pass; an input vector is loaded once for each kernel row and feeds every sum that
+// sees it. Going down the rows of a group, a block finds all but the newest input row in the first-level cache, and
+// it prefetches what the next block needs. Columns outside the image are skipped by comparing with a range, uniformly
+// for the block; rows outside are not visited: nothing is padded or copied.
 //
-// The gradient by the input is the same correlation with the filter turned round. With a stride, the pixels of grad_x split into
-// stride_h x stride_w phases; each is a correlation of stride 1 over grad_y with every stride-th tap of the filter.
+// The gradient by the input is the same correlation with the filter turned round. With a stride, the pixels of grad_x
+// split into stride_h x stride_w phases; each is a correlation of stride 1 over grad_y with every stride-th tap of
+// the filter.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "depthwise_nhwc.cpp"
 #include <numeric>
 
 #include "foreach_isa.h"
+#include "huge_pages.h"
 
 namespace sepconv::cpu {
 
+static size_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
 void depthwise_nhwc_forward(const ConvShape& shape, DType dtype, const void* x, const void* w, const Epilogue& epilogue,
                             void* y) {
+  if (shape.output_elements() == 0) return;
+  advise_huge_pages(y, shape.output_elements() * element_size(dtype));
   SEPCONV_BEST_ISA(forward)(shape, dtype, x, w, epilogue, y);
 }
 
 void depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w, void* grad_x) {
+  if (shape.input_elements() == 0) return;
+  advise_huge_pages(grad_x, shape.input_elements() * element_size(dtype));
   SEPCONV_BEST_ISA(grad_input)(shape, dtype, grad_y, w, grad_x);
 }
 
 }  // namespace sepconv::cpu
 #else
 
-inline constexpr int kMaxTaps = 7;  // taps of a kernel row that share one pass over the input vectors
-inline constexpr int kWide = 7;     // output columns of a block: 7 sums, 7 taps and a value fill 15 of 16 registers,
-inline constexpr int kNarrow = 4;   // and 7 divides the widths 7, 14, 28, 56, 112
-inline constexpr int kVectors = SEPCONV_ISA_LEVEL == 2 ? 2 : 1;  // channel vectors of a block; AVX-512 has the registers for two
-inline constexpr int64_t kRowGroup = 8;          // output rows that a block of columns goes down before the next block
-inline constexpr int64_t kL1Bytes = 32 * 1024;  // of input that a block keeps in use
-
-// y[p, q] = activation(bias + sum over r, s of w[r, s] * x[p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w])
-// for all channels. Pixels of y may lie apart (y_row, y_pixel, in elements); the pads may be negative.
-template <typename T>
-struct Correlation {
-  using A = accumulate_t<T>;
-  const T* x;     // [H, W, C]
-  T* y;           // [P, Q, C]
-  const A* w;     // [channel groups, R, S, group], see pack()
-  const A* bias;  // [channel groups, group]
-  Activation activation = Activation::identity;
-  int64_t C, H, W, P, Q, R, S;
-  int64_t y_row, y_pixel;
-  int64_t stride_h = 1, stride_w = 1, pad_h, pad_w, dilation_h = 1, dilation_w = 1;
-};
-
-// The channels that a block function takes at a time: `width` of them, one or two vectors. The last group overlaps the one
-// before it, so that only C < kLanes needs partial vectors.
-struct ChannelGroups {
-  int64_t channels, width;
-  int64_t count() const { return (channels + width - 1) / width; }
-  int64_t padded() const { return count() * width; }
-  int64_t first(int64_t group) const { return std::max<int64_t>(std::min(group * width, channels - width), 0); }
-};
-
-// The part of a correlation that one call of a block function computes: output rows [p0, p1), columns from q (`count` of them
-// are stored), channel groups [v0, v1), and of the filter the taps from s0 on, as many as the function is made for. Where the
-// kernel row is longer than that, `partial` [p1 - p0, v1 - v0, columns, width] carries the sums from call to call.
-template <typename A>
-struct Block {
-  int64_t p0, p1, q, v0, v1;
-  int count;
-  int64_t s0 = 0;
-  bool last = true;
-  A* partial = nullptr;
-  int64_t x_ahead = 0, y_ahead = 0;  // from this block's memory to the next block's, in elements
-};
-
-template <typename A>
-__attribute__((noinline)) void activate_array(Activation activation, A* values, int count) {
-  for (int i = 0; i < count; i += kLanes<A>) store(values + i, activate_lanes<A>(activation, load(values + i)));
-}
-
-// kTaps taps of one kernel row, for kQ sums. x is at the column of tap 0 of sum 0; only its columns [from, to) exist.
-template <typename T, int kTaps, int kStride, int kV, int kQ, bool kGuarded>
-SEPCONV_INLINE void add_row(Vector<accumulate_t<T>> (&sums)[kQ][kV], const T* x, int64_t x_pixel, int64_t from, int64_t to,
-                            const accumulate_t<T>* w) {
-  using A = accumulate_t<T>;
-  constexpr int L = kLanes<A>;
-  Vector<A> taps[kTaps][kV];
-#pragma GCC unroll 8
-  for (int s = 0; s < kTaps; ++s) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kV; ++v) taps[s][v] = load(w + (s * kV + v) * L);
-  }
-#pragma GCC unroll 32
-  for (int j = 0; j < (kQ - 1) * kStride + kTaps; ++j) {
-    if (!kGuarded || (j >= from && j < to)) {
-      Vector<A> values[kV];
-#pragma GCC unroll 2
-      for (int v = 0; v < kV; ++v) values[v] = load(x + v * L);
-#pragma GCC unroll 8
-      for (int q = 0; q < kQ; ++q) {
-        const int s = j - q * kStride;
-        if (s >= 0 && s < kTaps) {
-#pragma GCC unroll 2
-          for (int v = 0; v < kV; ++v) sums[q][v] += values[v] * taps[s][v];
-        }
-      }
-    }
-    x += x_pixel;
-  }
-}
-
-// What the next block will read or write. A block is too short a run, and the next row too far away, for the processor to guess.
-template <typename T, int kV, int kPixels>
-SEPCONV_INLINE void prefetch(const T* pixel, int64_t step) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kPixels; ++i) {
-    __builtin_prefetch(pixel);
-    if (kV * kLanes<accumulate_t<T>> * sizeof(T) > 64) __builtin_prefetch(pixel + kV * kLanes<accumulate_t<T>> - 1);
-    pixel += step;
-  }
-}
-
-// Needs C >= kV * kLanes and dilation_w 1. Without kGuarded: every input column exists, and every output column.
-template <typename T, int kTaps, int kStride, int kV, int kQ, bool kGuarded>
-void block(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
-  using A = accumulate_t<T>;
-  constexpr int L = kLanes<A>, kWidth = kV * L;
-  const int64_t C = k.C, R = k.R, S = k.S;
-  const int64_t x_pixel = C, x_row = k.dilation_h * k.W * C, y_pixel = k.y_pixel, w_row = S * kWidth;
-  const int64_t column = b.q * k.stride_w - k.pad_w + b.s0, from = -column, to = k.W - column;
-  const Activation activation = k.activation;
-  const int count = b.count;
-  const bool first_pass = b.s0 == 0, last_pass = b.last;
-  const int64_t v0 = b.v0, v1 = b.v1;
-  A* partial = b.partial;
-  for (int64_t p = b.p0; p < b.p1; ++p) {
-    const int64_t row = p * k.stride_h - k.pad_h;  // of kernel row 0
-    const int64_t first = row >= 0 ? 0 : (-row + k.dilation_h - 1) / k.dilation_h;
-    const int64_t end = std::min(R, row < k.H ? (k.H - row + k.dilation_h - 1) / k.dilation_h : 0);
-    const T* x_first = k.x + ((row + first * k.dilation_h) * k.W + column) * C;
-    T* y_first = k.y + p * k.y_row + b.q * y_pixel;
-    const T* x_ahead = k.x + ((row + (R - 1) * k.dilation_h) * k.W + column) * C + b.x_ahead;  // a row new to this p
-    const T* y_ahead = y_first + b.y_ahead;
-    const A* w_first = k.w + ((v0 * R + first) * S + b.s0) * kWidth;
-    const A* bias = k.bias + v0 * kWidth;
-    for (int64_t v = v0; v < v1; ++v) {
-      const int64_t c = std::min(v * kWidth, C - kWidth);
-      const T* x = x_first + c;
-      const A* w = w_first;
-      w_first += R * S * kWidth;
-      Vector<A> sums[kQ][kV];
-#pragma GCC unroll 8
-      for (int q = 0; q < kQ; ++q) {
-#pragma GCC unroll 2
-        for (int i = 0; i < kV; ++i) sums[q][i] = load(first_pass ? bias + i * L : partial + (q * kV + i) * L);
-      }
-      bias += kWidth;
-      if (b.y_ahead != 0) {
-        prefetch<T, kV, kQ * kStride>(x_ahead + c, x_pixel);
-        prefetch<T, kV, kQ>(y_ahead + c, y_pixel);
-      }
-      for (int64_t r = first; r < end; ++r) {
-        add_row<T, kTaps, kStride, kV, kQ, kGuarded>(sums, x, x_pixel, from, to, w);
-        x += x_row;
-        w += w_row;
-      }
-      A values[kQ * kWidth];
-      if (!last_pass || activation != Activation::identity) {
-        A* to = last_pass ? values : partial;
-#pragma GCC unroll 8
-        for (int q = 0; q < kQ; ++q) {
-#pragma GCC unroll 2
-          for (int i = 0; i < kV; ++i) store(to + (q * kV + i) * L, sums[q][i]);
-        }
-        partial += kQ * kWidth;
-        if (!last_pass) continue;
-        activate_array(activation, values, kQ * kWidth);
-#pragma GCC unroll 8
-        for (int q = 0; q < kQ; ++q) {
-#pragma GCC unroll 2
-          for (int i = 0; i < kV; ++i) sums[q][i] = load(values + (q * kV + i) * L);
-        }
-      } else {
-        partial += kQ * kWidth;
-      }
-      T* y = y_first + c;
-#pragma GCC unroll 8
-      for (int q = 0; q < kQ; ++q) {
-        if (!kGuarded || q < count) {
-#pragma GCC unroll 2
-          for (int i = 0; i < kV; ++i) store(y + i * L, sums[q][i]);
-        }
-        y += y_pixel;
-      }
-    }
-  }
-}
-
-// Any stride, dilation and number of channels.
-template <typename T>
-void block_generic(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
-  using A = accumulate_t<T>;
-  constexpr int L = kLanes<A>, kQ = kNarrow;
-  const int lanes = static_cast<int>(std::min<int64_t>(k.C, L));
-  for (int64_t p = b.p0; p < b.p1; ++p) {
-    for (int64_t v = b.v0; v < b.v1; ++v) {
-      const int64_t c = std::max<int64_t>(std::min<int64_t>(v * L, k.C - L), 0);
-      Vector<A> sums[kQ];
-      for (int q = 0; q < kQ; ++q) sums[q] = load(k.bias + v * L);
-      for (int64_t r = 0; r < k.R; ++r) {
-        const int64_t row = p * k.stride_h - k.pad_h + r * k.dilation_h;
-        if (row < 0 || row >= k.H) continue;
-        for (int64_t s = 0; s < k.S; ++s) {
-          const Vector<A> tap = load(k.w + ((v * k.R + r) * k.S + s) * L);
-#pragma GCC unroll 8
-          for (int q = 0; q < kQ; ++q) {
-            const int64_t column = (b.q + q) * k.stride_w - k.pad_w + s * k.dilation_w;
-            if (q < b.count && column >= 0 && column < k.W) {
-              sums[q] += tap * load_first(k.x + (row * k.W + column) * k.C + c, lanes);
-            }
-          }
-        }
-      }
-      A values[kQ * L];
-      for (int q = 0; q < kQ; ++q) store(values + q * L, sums[q]);
-      activate_array(k.activation, values, kQ * L);
-      for (int q = 0; q < b.count; ++q) {
-        store_first(k.y + p * k.y_row + (b.q + q) * k.y_pixel + c, load(values + q * L), lanes);
-      }
-    }
-  }
-}
-
-// The block functions for a correlation. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
-template <typename T>
-struct Kernel {
-  using Function = void (*)(const Correlation<T>&, const Block<accumulate_t<T>>&);
-  struct Functions {
-    Function wide = nullptr, wide_guarded = nullptr, narrow = nullptr;
-  };
-  static constexpr int64_t kWidth = kVectors * kLanes<accumulate_t<T>>;
-  Functions longer, shorter;  // for passes of `taps`, and of one tap less
-  int64_t passes = 1, taps = 0;
-  ChannelGroups groups;
-
-  Kernel(int64_t C, int64_t S, int64_t stride, int64_t dilation)
-      : groups{C, C >= kWidth ? kWidth : kLanes<accumulate_t<T>>} {
-    if (C >= groups.width && (dilation == 1 || S == 1) && S > 0 && stride <= 2) {
-      passes = (S + kMaxTaps - 1) / kMaxTaps;
-      taps = (S + passes - 1) / passes;
-      longer = functions(taps, stride), shorter = functions(taps - 1, stride);
-      if (taps * passes != S && shorter.wide == nullptr) longer = {};
-    }
-    if (generic()) groups.width = kLanes<accumulate_t<T>>, passes = 1, taps = 0;
-  }
-  bool generic() const { return longer.wide == nullptr; }
-
- private:
-  template <int kTaps, int kStride>
-  Functions make() const {
-    if (groups.width == kWidth) {
-      return {block<T, kTaps, kStride, kVectors, kWide, false>, block<T, kTaps, kStride, kVectors, kWide, true>,
-              block<T, kTaps, kStride, kVectors, kNarrow, true>};
-    }
-    return {block<T, kTaps, kStride, 1, kWide, true>, block<T, kTaps, kStride, 1, kWide, true>,
-            block<T, kTaps, kStride, 1, kNarrow, true>};
-  }
-  Functions functions(int64_t taps, int64_t stride) const {
-    switch (taps * 2 + stride) {
-      case 3: return make<1, 1>();
-      case 5: return make<2, 1>();
-      case 7: return make<3, 1>();
-      case 9: return make<4, 1>();
-      case 11: return make<5, 1>();
-      case 13: return make<6, 1>();
-      case 15: return make<7, 1>();
-      case 8: return make<3, 2>();
-      case 12: return make<5, 2>();
-      case 16: return make<7, 2>();
-      default: return {};
-    }
-  }
-};
-
-// Output rows [p0, p1).
-template <typename T>
-void correlate(const Correlation<T>& k, const Kernel<T>& kernel, int64_t p0, int64_t p1) {
-  using A = accumulate_t<T>;
-  const int64_t groups = kernel.groups.count(), width = kernel.groups.width;
-  const int64_t bytes = k.R * ((kWide - 1) * k.stride_w + kernel.taps) * sizeof(T) + k.R * kernel.taps * sizeof(A);
-  const int64_t chunk = std::clamp<int64_t>(kL1Bytes / (bytes * width + 1), 1, groups);
-  std::vector<A> partial(kernel.passes > 1 ? kRowGroup * chunk * kWide * width : 0);
-  Block<A> b;
-  b.partial = partial.data();
-  for (b.p0 = p0; b.p0 < p1; b.p0 = b.p1) {
-    b.p1 = std::min(b.p0 + kRowGroup, p1);
-    for (b.q = 0; b.q < k.Q;) {
-      const int64_t left = k.Q - b.q;
-      // Wide blocks while they fit; the rest in narrow ones where that wastes less.
-      const bool wide =
-          !kernel.generic() &&
-          (left >= kWide ? left % kWide == 0 || left >= 3 * kNarrow + kWide || left < 2 * kNarrow : left > kNarrow);
-      const int columns = wide ? kWide : kNarrow;
-      if (left < columns && k.Q >= columns) b.q = k.Q - columns;  // overlaps the block before it
-      b.count = static_cast<int>(std::min<int64_t>(columns, k.Q - b.q));
-      const int64_t column = b.q * k.stride_w - k.pad_w;
-      const bool inside = column >= 0 && column + (columns - 1) * k.stride_w + k.S <= k.W && b.count == columns;
-      for (b.v0 = 0; b.v0 < groups; b.v0 = b.v1) {
-        b.v1 = std::min(b.v0 + chunk, groups);
-        if (b.v1 < groups) {
-          b.x_ahead = b.y_ahead = (b.v1 - b.v0) * width;
-        } else if (left > columns) {
-          b.x_ahead = (columns * k.stride_w + k.S - 1) * k.C - b.v0 * width;
-          b.y_ahead = columns * k.y_pixel - b.v0 * width;
-        } else {
-          b.y_ahead = 0;
-        }
-        if (kernel.generic()) {
-          block_generic(k, b);
-          continue;
-        }
-        b.s0 = 0;
-        for (int64_t pass = 0; pass < kernel.passes; ++pass) {
-          const int64_t s1 = k.S * (pass + 1) / kernel.passes;
-          b.last = s1 == k.S;
-          const auto& functions = s1 - b.s0 == kernel.taps ? kernel.longer : kernel.shorter;
-          (wide ? (inside ? functions.wide : functions.wide_guarded) : functions.narrow)(k, b);
-          b.s0 = s1;
-        }
-      }
-      b.q += columns;
-    }
-  }
-}
+#include "depthwise_nhwc_correlate.h"
 
 // How many strips of rows to cut each image into, so that there is work for every thread.
 inline int64_t strips_per_image(int64_t images, int64_t rows) {
@@ -342,8 +50,8 @@ inline int64_t strips_per_image(int64_t images, int64_t rows) {
 // Element (c, r, s) of the weight, for the taps r = r0, r0 + r_step, ... (`rows` of them) and s alike, as
 // [channel groups, rows, columns, group]; zero where there is no such channel.
 template <typename T>
-void pack(const ConvShape& shape, const T* w, const ChannelGroups& groups, int64_t r0, int64_t r_step, int64_t rows, int64_t s0,
-          int64_t s_step, int64_t columns, accumulate_t<T>* packed) {
+void pack(const ConvShape& shape, const T* w, const ChannelGroups& groups, int64_t r0, int64_t r_step, int64_t rows,
+          int64_t s0, int64_t s_step, int64_t columns, accumulate_t<T>* packed) {
   const int64_t lanes = std::min(shape.C, groups.width);
   for (int64_t group = 0; group < groups.count(); ++group) {
     const T* from = w + groups.first(group) * shape.w.n;
@@ -394,8 +102,9 @@ void forward_typed(const ConvShape& shape, const T* x, const T* w, const Epilogu
   parallel(shape.N * strips, ForwardTask<T>{k, kernel, strips});
 }
 
-// Phase f of one dimension of grad_x: pixels f, f + stride, ... They see the taps `last`, `last` - step, ... (`count` of them,
-// in the order in which they meet the rows of grad_y), and tap t of pixel i meets grad_y's i - pad + t * dilation.
+// Phase f of one dimension of grad_x: pixels f, f + stride, ... They see the taps `last`, `last` - step, ... (`count`
+// of them, in the order in which they meet the rows of grad_y), and tap t of pixel i meets grad_y's i - pad + t *
+// dilation.
 struct Phase {
   int64_t size, last = 0, step = 1, count = 0, pad = 0, dilation = 1;
   Phase(int64_t f, int64_t pixels, int64_t taps, int64_t stride, int64_t padding, int64_t tap_distance) {
@@ -420,7 +129,8 @@ struct GradInputTask {
   int64_t strips;
   void operator()(int64_t task) const {
     const int64_t n = task / strips, strip = task % strips;
-    const int64_t h0 = shape.H * strip / strips, h1 = shape.H * (strip + 1) / strips, group = kRowGroup * shape.stride_h;
+    const int64_t h0 = shape.H * strip / strips, h1 = shape.H * (strip + 1) / strips,
+                  group = kRowGroup * shape.stride_h;
     for (int64_t h = h0; h < h1; h += group) {
       for (size_t phase = 0; phase < phases.size(); ++phase) {
         Correlation<T> k = phases[phase];

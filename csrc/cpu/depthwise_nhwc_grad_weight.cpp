@@ -1,13 +1,16 @@
 // Depthwise convolution (multiplier 1) of channels_last images: gradient by the weight.
 //
-//   grad_w[c, r, s] = sum over n, p, q of grad_y[n, p, q, c] * x[n, p * stride_h - pad_h + r * dilation_h, q * stride_w - ..., c]
+//   grad_w[c, r, s] = sum over n, p, q of
+//       grad_y[n, p, q, c] * x[n, p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w, c]
 //
-// Loop-to-data map. A vector holds neighbouring channels. A task is a part of the N * P output rows and a chunk of the channels
-// whose sums fit the first-level cache; inside it the loops go: a group of output rows, a block of kColumns output columns,
-// channel vector, up to three kernel rows. The sums of those kernel rows stay in registers while the group of rows goes by;
-// then they are added to the task's sums. So grad_y and x come from memory once, and a long sum is a sum of short ones.
+// Loop-to-data map. A vector holds neighbouring channels. A task is a part of the N * P output rows and a chunk of
+// the channels whose sums fit the first-level cache; inside it the loops go: a group of output rows, a block of
+// kColumns output columns, channel vector, up to three kernel rows. The sums of those kernel rows stay in registers
+// while the group of rows goes by; then they are added to the task's sums. So grad_y and x come from memory once, and
+// a long sum is a sum of short ones.
 //
-// The parts depend on the shape alone, and are added in order by a second pass: the result does not depend on the number of threads.
+// The parts depend on the shape alone, and are added in order by a second pass: the result does not depend on the
+// number of threads.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "depthwise_nhwc_grad_weight.cpp"
 #include "foreach_isa.h"
@@ -15,33 +18,37 @@
 namespace sepconv::cpu {
 
 void depthwise_nhwc_grad_weight(const ConvShape& shape, DType dtype, const void* grad_y, const void* x, void* grad_w) {
+  if (shape.weight_elements() == 0) return;
   SEPCONV_BEST_ISA(grad_weight)(shape, dtype, grad_y, x, grad_w);
 }
 
 }  // namespace sepconv::cpu
 #else
 
-inline constexpr int kMaxTaps = 7;         // taps of a kernel row whose sums share registers
-inline constexpr int kColumns = 7;         // output columns of a block; divides the widths 7, 14, 28, 56, 112
-inline constexpr int64_t kRowGroup = 8;    // output rows that go by before sums leave their registers
-inline constexpr int64_t kTasks = 32;      // parts x chunks aimed at
+inline constexpr int kMaxTaps = 7;               // taps of a kernel row whose sums share registers
+inline constexpr int kColumns = 7;               // output columns of a block; divides the widths 7, 14, 28, 56, 112
+inline constexpr int64_t kRowGroup = 8;          // output rows that go by before sums leave their registers
+inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at
+inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
 // Kernel rows whose sums are kept in registers together: the more of them, the more additions are independent.
 constexpr int max_rows(int taps) { return SEPCONV_ISA_LEVEL == 2 ? 3 : std::clamp(12 / taps, 1, 3); }
 
-// What one call of a block function sees: one channel vector, output rows [p0, p1), columns from q (`count` of them), kernel rows from r0
-// on and taps from s0 on, as many as the function is made for. All the input rows meant here exist.
+// What one call of a block function sees: one channel vector, output rows [p0, p1), columns from q (`count` of them),
+// kernel rows from r0 on and taps from s0 on, as many as the function is made for. All the input rows meant here
+// exist.
 template <typename T>
 struct Block {
-  const T* x;       // [H, W, C] of the image, at the vector's first channel
-  const T* grad_y;  // [P, Q, C], likewise
+  const T* x;             // [H, W, C] of the image, at the vector's first channel
+  const T* grad_y;        // [P, Q, C], likewise
   accumulate_t<T>* sums;  // [R, S, kLanes]
   int64_t p0, p1, q, r0 = 0, s0 = 0;
   int count;
-  int64_t rows = 0;    // for the generic function: kernel rows from r0 on
-  const T* x_ahead = nullptr;  // if not null: a pixel of x and one of grad_y, that the next block starts with; what output row p
-  const T* grad_y_ahead;       // fetches lies p steps below
+  int64_t rows = 0;  // for the generic function: kernel rows from r0 on
+  const T* x_ahead =
+      nullptr;  // if not null: a pixel of x and one of grad_y, that the next block starts with; what output row p
+  const T* grad_y_ahead;  // fetches lies p steps below
 };
 
 // Needs C >= kLanes and dilation_w 1.
@@ -123,7 +130,8 @@ void block_generic(const ConvShape& k, const Block<T>& b) {
         for (int64_t q = b.q; q < b.q + b.count; ++q) {
           const int64_t column = q * k.stride_w - k.pad_w + s * k.dilation_w;
           if (column < 0 || column >= k.W) continue;
-          sum += load_first(b.grad_y + (p * k.Q + q) * k.C, lanes) * load_first(b.x + (row * k.W + column) * k.C, lanes);
+          sum +=
+              load_first(b.grad_y + (p * k.Q + q) * k.C, lanes) * load_first(b.x + (row * k.W + column) * k.C, lanes);
         }
       }
       A* to = b.sums + (r * k.S + s) * L;
@@ -132,7 +140,8 @@ void block_generic(const ConvShape& k, const Block<T>& b) {
   }
 }
 
-// The block functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
+// The block functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps -
+// 1 taps.
 template <typename T>
 struct Kernel {
   using Function = void (*)(const ConvShape&, const Block<T>&);
@@ -182,13 +191,15 @@ struct Partition {
   int64_t vectors, chunk, chunks;  // of channels
   int64_t images, strips, parts;   // `images` groups of images, each image in `strips` strips of rows
   Partition(const ConvShape& k, int64_t lanes, int64_t sum_bytes) {
+    // A part costs R * S sums a channel to clear and to add: no more of them than the work is worth.
+    const int64_t worth = k.N * k.P * k.Q / (16 * k.R * k.S) + 1;
     vectors = (k.C + lanes - 1) / lanes;
-    chunk = std::clamp<int64_t>(kSumBytes / (k.R * k.S * lanes * sum_bytes + 1), 1, vectors);
+    const int64_t fit = kSumBytes / (k.R * k.S * lanes * sum_bytes + 1);
+    const int64_t wide = vectors / std::max<int64_t>(kTasks / worth, 1);  // as wide as leaves enough tasks
+    chunk = std::clamp<int64_t>(std::min(fit, std::max(wide, kMinChunk)), 1, vectors);
     chunks = (vectors + chunk - 1) / chunk;
     chunk = (vectors + chunks - 1) / chunks;
     chunks = (vectors + chunk - 1) / chunk;
-    // A part costs R * S sums a channel to clear and to add: no more of them than the work is worth.
-    const int64_t worth = k.N * k.P * k.Q / (4 * k.R * k.S) + 1;
     const int64_t wanted = std::min((kTasks + chunks - 1) / chunks, worth);
     images = std::clamp<int64_t>(k.N, 1, wanted);
     strips = std::clamp<int64_t>(wanted / images, 1, k.P / kRowGroup + 1);
@@ -207,15 +218,17 @@ struct SumTask {
   A* sums;  // [parts, vectors, R, S, kLanes]
 
   void operator()(int64_t task) const {
-    const int64_t part = task / cut.chunks, v0 = task % cut.chunks * cut.chunk, v1 = std::min(v0 + cut.chunk, cut.vectors);
+    const int64_t part = task / cut.chunks, v0 = task % cut.chunks * cut.chunk,
+                  v1 = std::min(v0 + cut.chunk, cut.vectors);
     const int64_t size = k.R * k.S * kLanes<A>;
     A* own = sums + part * cut.vectors * size;
     std::fill(own + v0 * size, own + v1 * size, A(0));
     const int64_t group = part / cut.strips, strip = part % cut.strips;
     for (int64_t n = k.N * group / cut.images; n < k.N * (group + 1) / cut.images; ++n) {
-      const int64_t end = k.P * (strip + 1) / cut.strips;
-      for (int64_t p = k.P * strip / cut.strips; p < end; p += kRowGroup) {
-        add_group(n, p, std::min(p + kRowGroup, end), v0, v1, own);
+      const int64_t p0 = k.P * strip / cut.strips, p1 = k.P * (strip + 1) / cut.strips;
+      const int64_t groups = (p1 - p0 + kRowGroup - 1) / kRowGroup;
+      for (int64_t i = 0; i < groups; ++i) {
+        add_group(n, p0 + (p1 - p0) * i / groups, p0 + (p1 - p0) * (i + 1) / groups, v0, v1, own);
       }
     }
   }
@@ -243,7 +256,9 @@ struct SumTask {
     }
   }
 
-  int64_t first_channel(int64_t v) const { return std::max<int64_t>(std::min<int64_t>(v * kLanes<A>, k.C - kLanes<A>), 0); }
+  int64_t first_channel(int64_t v) const {
+    return std::max<int64_t>(std::min<int64_t>(v * kLanes<A>, k.C - kLanes<A>), 0);
+  }
   // Kernel rows whose input row exists for output row p: [first, end).
   int64_t first_row(int64_t p) const {
     const int64_t row = p * k.stride_h - k.pad_h;
@@ -273,7 +288,8 @@ struct SumTask {
         for (b.r0 = first; b.r0 < last;) {
           const int64_t left = last - b.r0;
           // Rather 2 + 2 rows than 3 + 1.
-          const int64_t rows = left == 4 ? std::min(2, functions.max_rows) : std::min<int64_t>(left, functions.max_rows);
+          const int64_t rows =
+              left == 4 ? std::min(2, functions.max_rows) : std::min<int64_t>(left, functions.max_rows);
           b.x_ahead = b.r0 + rows == last && s1 == k.S ? x_ahead : nullptr;
           functions.by_rows[rows](k, b);
           b.r0 += rows;

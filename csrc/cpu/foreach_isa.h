@@ -1,7 +1,8 @@
 // One kernel file, compiled once for each instruction set, in one binary (the idea is Highway's foreach_target.h).
 //
-// A kernel file has two halves. The compiler reads the first one once; it includes this header, which reads the second one
-// again for every instruction set, inside a namespace of that name and under a pragma that lets the compiler use it:
+// A kernel file has two halves. The compiler reads the first one once; it includes this header, which reads the
+// second one again for every instruction set, inside a namespace of that name and under a pragma that lets the
+// compiler use it:
 //
 //   #ifndef SEPCONV_KERNELS
 //   #define SEPCONV_KERNELS "this_file.cpp"
@@ -16,7 +17,8 @@
 // Rules for the second half, all because the pragma marks functions, not text:
 // - Hot code is in functions, functors and templates, never in a lambda: GCC compiles a lambda for the baseline.
 // - Helpers that take or return a Vector are SEPCONV_INLINE (always inlined): no vector crosses a call.
-// - Headers are included in the first half only, or an inline function of theirs could be compiled for AVX-512 and be
+// - Other headers are included in the first half only (a fragment like simd.h, without includes, may be read in the
+//   second), or an inline function of theirs could be compiled for AVX-512 and be
 //   the copy that the linker keeps for everyone.
 #pragma once
 
@@ -130,7 +132,7 @@ inline constexpr int kVectorBytes = 64;
 #undef SEPCONV_ISA_LEVEL
 
 // The function of that name that was compiled for the instruction set in use.
-#define SEPCONV_BEST_ISA(function)                                \
+#define SEPCONV_BEST_ISA(function)                                                         \
   (::sepconv::cpu::isa() == ::sepconv::cpu::Isa::avx512 ? ::sepconv::cpu::avx512::function \
    : ::sepconv::cpu::isa() == ::sepconv::cpu::Isa::avx2 ? ::sepconv::cpu::avx2::function   \
                                                         : ::sepconv::cpu::baseline::function)

@@ -12,7 +12,7 @@ constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
 
 bool processor_has(Isa isa) {
 #if defined(__x86_64__)
-  // Every processor with AVX2 converts float16 (F16C) too; the builtins also ask whether the system saves the registers.
+  // Every processor with AVX2 converts float16 too (F16C). The builtins also ask if the system saves the registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   switch (isa) {
     case Isa::baseline: return true;

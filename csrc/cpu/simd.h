@@ -1,9 +1,9 @@
 // Vectors of one instruction set. Read by foreach_isa.h once for each, inside its namespace, where kVectorBytes and
 // SEPCONV_ISA_LEVEL (0 baseline, 1 avx2, 2 avx512) are set: hence no include guard and no include.
 //
-// Vector<A> holds kLanes<A> sums of type A (float or double). +, -, *, /, < and ?: work lane by lane (the compiler's vector
-// extensions), and a * b + c becomes a fused multiply-add where there is one. Memory may hold another type T (float16 or
-// bfloat16 for A = float): load and store convert. No address needs alignment.
+// Vector<A> holds kLanes<A> sums of type A (float or double). +, -, *, /, < and ?: work lane by lane (the compiler's
+// vector extensions), and a * b + c becomes a fused multiply-add where there is one. Memory may hold another type T
+// (float16 or bfloat16 for A = float): load and store convert. No address needs alignment.
 
 template <typename A>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
@@ -46,7 +46,9 @@ SEPCONV_INLINE Halves narrow(Floats v, float16) {
 }
 #elif SEPCONV_ISA_LEVEL == 1
 SEPCONV_INLINE Floats widen(Halves h, float16) { return (Floats)_mm256_cvtph_ps((__m128i)h); }
-SEPCONV_INLINE Halves narrow(Floats v, float16) { return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+SEPCONV_INLINE Halves narrow(Floats v, float16) {
+  return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
 #else
 SEPCONV_INLINE Floats widen(Halves h, float16) {
   const Bits wide = __builtin_convertvector(h, Bits);
