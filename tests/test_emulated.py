@@ -1,8 +1,9 @@
 """Every CUDA kernel, run on the CPU: the .cu files compiled by g++ against tests/emulator, on the shared cases.
 
 One test is one kernel on one case: several seeds (SEEDS, default 8: data, block order and thread order) under
-AddressSanitizer and UndefinedBehaviorSanitizer, then one under the race detector, each compared with a float64 reference.
-A failure prints the command that repeats it. tests/emulator/README.md explains how it works and what it cannot see.
+AddressSanitizer and UndefinedBehaviorSanitizer, then one under the race detector, each compared with a float64
+reference. A failure prints the command that repeats it. tests/emulator/README.md explains how it works and what it
+cannot see.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The warp instructions as a real GPU executes them, compared bit for bit with the emulator (tests/emulator/golden.cu).
 
-The emulator and the wrappers of csrc/cuda/ptx.cuh were written from one reading of the PTX manual; only a GPU can say that
-the reading is right. The comparison needs one (mark `cuda`); that the emulator's half runs, and that no wrapper is left
-out, is checked everywhere.
+The emulator and the wrappers of csrc/cuda/ptx.cuh were written from one reading of the PTX manual; only a GPU can say
+that the reading is right. The comparison needs one (mark `cuda`); that the emulator's half runs, and that no wrapper
+is left out, is checked everywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_emulated import emulate, pytestmark as emulator_marks
+from test_emulated import emulate
+from test_emulated import pytestmark as emulator_marks
 
 GOLDEN = emulate.HERE / "golden.cu"
 

@@ -1,8 +1,8 @@
 """Proof that the emulated tests see: faults are planted in copies of the real kernels, and at least 95% must be caught.
 
 tests/emulator/mutate.py plants them (dropped barriers and waits, bounds and indices off by one, forgotten writes, wrong
-shuffles). By default a fair sample is run: all dropped synchronisations and every SAMPLE-th of the rest; MUTANTS=all (that is
-`make test-mutations`) runs every one. Survivors must stand in tests/emulator/survivors.txt with the reason.
+shuffles). By default a fair sample is run: all dropped synchronisations and every SAMPLE-th of the rest; MUTANTS=all
+(that is `make test-mutations`) runs every one. tests/emulator/survivors.txt lists who survives, and why.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mutate  # of tests/emulator, which test_emulated has put on the path
 import pytest
 
 import test_emulated
 from test_emulated import RUNS, Run, emulate
-
-import mutate  # of tests/emulator, which test_emulated has put on the path
 
 pytestmark = [*test_emulated.pytestmark, pytest.mark.slow]
 
@@ -45,7 +44,7 @@ def _limited(run: Run) -> Run:
 
 
 def runs_of(source: Path) -> list[Run]:
-    """The cheapest test of each kind (map, layout, dtype, kernel, stride, overruled plan) that runs this file's kernels."""
+    """The cheapest test of each kind (map, layout, dtype, kernel size, stride, ...) that runs this file's kernels."""
     candidates = [_limited(run) for run in RUNS]
     planned = emulate.planned_kernels([run.arguments() for run in candidates])
     chosen: dict[tuple, Run] = {}
@@ -97,16 +96,22 @@ def compile_copy(source: Path) -> Copy:
             emulate.compile_object(source, "race", *_texts(source, planted), check=True)
             break
         except emulate.CompileError as error:
-            places = {(Path(f).name, int(line)) for f, line in re.findall(r"^(\S+?):(\d+):\d+: error", str(error), re.M)}
+            places = {
+                (Path(f).name, int(line)) for f, line in re.findall(r"^(\S+?):(\d+):\d+: error", str(error), re.M)
+            }
             spans = [range(m.line, m.line + m.what.count("\n") + 1) for m in planted]
-            kept = [m for m, span in zip(planted, spans, strict=True) if not any((m.file.name, at) in places for at in span)]
+            kept = [
+                m for m, span in zip(planted, spans, strict=True) if not any((m.file.name, at) in places for at in span)
+            ]
             if len(kept) == len(planted):
                 raise
             planted = kept
     runners = {}
     for build in emulate.BUILDS:
         objects = [emulate.compile_object(s, build) for s in emulate.sources() if s != source]
-        runners[build] = emulate.link([*objects, emulate.compile_object(source, build, *_texts(source, planted))], build)
+        runners[build] = emulate.link(
+            [*objects, emulate.compile_object(source, build, *_texts(source, planted))], build
+        )
     return Copy(planted, runners)
 
 
@@ -125,11 +130,10 @@ def caught_by(copy: Copy, runs: list[Run], number: int, timeout: float) -> str |
             return "never ends"
         if done.returncode != 0:
             report = re.search(
-                r"AddressSanitizer: [\w-]+|runtime error: [\w -]+|FAULT with seed \d+: (?:\d+ of \d+ elements are wrong|[^\n]*)",
-                done.stdout,
+                r"AddressSanitizer: [\w-]+|runtime error: [\w -]+|FAULT with seed \d+: [^\n;]*", done.stdout
             )
             text = report.group() if report else f"exit status {done.returncode}"
-            return re.sub(r"FAULT with seed \d+: (\d+ of \d+ )?", "", text)[:70]
+            return re.sub(r"FAULT with seed \d+: (\d+ of \d+ )?| at byte.*", "", text)[:70]
     return None
 
 

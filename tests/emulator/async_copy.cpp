@@ -25,7 +25,8 @@ void finish(const AsyncCopy& copy) {
 }  // namespace
 
 void check_global_read(const void* p, uint32_t bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) die("a global address is not a multiple of the " + std::to_string(bytes) + " bytes read");
+  if (reinterpret_cast<uintptr_t>(p) % bytes)
+    die("a global address is not a multiple of the " + std::to_string(bytes) + " bytes read");
 #if defined(EMULATOR_ASAN)
   if (__asan_region_is_poisoned(const_cast<void*>(p), bytes)) die("reads global memory outside of its buffer");
 #endif

@@ -3,9 +3,9 @@
     python tests/emulator/emulate.py                                   compile everything, print the runners' paths
     python tests/emulator/emulate.py run [--race] map=... dtype=... N=...   compile what is stale, then run one case
 
-Two builds of the same sources: `asan` (AddressSanitizer, UndefinedBehaviorSanitizer, uninitialised registers filled with a
-pattern) and `race` (every memory access calls the race detector). Objects are kept in .emulator-cache/ under the hash
-of everything that went into them, so nothing is compiled twice and nothing stale is ever run.
+Two builds of the same sources: `asan` (AddressSanitizer, UndefinedBehaviorSanitizer, uninitialised registers filled
+with a pattern) and `race` (every memory access calls the race detector). Objects are kept in .emulator-cache/ under
+the hash of everything that went into them, so nothing is compiled twice and nothing stale is ever run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def cuda_include() -> Path | None:
     if nvcc := shutil.which("nvcc"):
         candidates.append(Path(nvcc).resolve().parent.parent / "include")
     for folder in map(Path, sys.path):
-        candidates += sorted(folder.glob("nvidia/cu*/include")) + [folder / "nvidia/cuda_runtime/include"]
+        candidates += [*sorted(folder.glob("nvidia/cu*/include")), folder / "nvidia/cuda_runtime/include"]
     for path in candidates:
         if (path / "cuda_fp16.h").is_file() and (path / "crt" / "host_defines.h").is_file():
             return path
@@ -78,7 +78,11 @@ def why_not() -> str | None:
     gxx = compiler()
     if shutil.which(gxx) is None:
         return f"no C++ compiler ({gxx})"
-    probe = "#include <sanitizer/asan_interface.h>\n#include <version>\n#ifndef __cpp_lib_bit_cast\n#error\n#endif\nint main() {}\n"
+    probe = """
+        #include <sanitizer/asan_interface.h>
+        #include <bit>
+        int main() { return std::bit_cast<int>(0.0f); }
+    """
     command = [gxx, "-x", "c++", "-std=c++20", "-fsanitize=address,undefined", "-ftrivial-auto-var-init=pattern"]
     done = subprocess.run([*command, "-", "-o", os.devnull], input=probe, text=True, capture_output=True)
     return None if done.returncode == 0 else f"{gxx} cannot build C++20 with AddressSanitizer (g++ 12 can)"
@@ -132,8 +136,8 @@ def _closure(source: Path, text: str, folders: Sequence[Path]) -> dict[Path, byt
 def compile_object(
     source: Path, build: str, text: str | None = None, headers: Mapping[str, str] | None = None, check: bool = False
 ) -> Path:
-    """The object file of one source. `text` replaces what stands in it and `headers` what stands in headers of its folder
-    (for planted faults); `check` looks for errors only and returns no file."""
+    """The object file of one source. `text` replaces what stands in it and `headers` what stands in headers of its
+    folder (for planted faults); `check` looks for errors only and returns no file."""
     content = source.read_text() if text is None else text
     kernel = source.suffix == ".cu"
     flags = [*COMMON, BUILDS[build]["define"]]
@@ -194,15 +198,19 @@ def link(objects: Iterable[Path], build: str, name: str = "runner") -> Path:
     return target
 
 
-def runners(builds: Sequence[str] = tuple(BUILDS), progress: Callable[[str], None] = lambda text: None) -> dict[str, Path]:
+def runners(
+    builds: Sequence[str] = tuple(BUILDS), progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Path]:
     """Builds what is missing, on MAX_JOBS cores; returns the path of each build's runner."""
-    todo = sorted(((s, b) for b in builds for s in sources()), key=lambda t: (t[0].suffix == ".cu", -t[0].stat().st_size))
+    todo = sorted(
+        ((s, b) for b in builds for s in sources()), key=lambda t: (t[0].suffix == ".cu", -t[0].stat().st_size)
+    )
     with ThreadPoolExecutor(JOBS) as pool:
         objects = []
-        for (source, build), compiled in zip(todo, pool.map(lambda t: compile_object(*t), todo)):
+        for (source, build), compiled in zip(todo, pool.map(lambda t: compile_object(*t), todo), strict=True):
             objects.append(compiled)
             progress(f"{len(objects)}/{len(todo)} {source.name} ({build})")
-    return {b: link([o for o, (_, of) in zip(objects, todo) if of == b], b) for b in builds}
+    return {b: link([o for o, (_, of) in zip(objects, todo, strict=True) if of == b], b) for b in builds}
 
 
 def planned_kernels(cases: Sequence[Sequence[str]]) -> list[str]:
@@ -217,10 +225,14 @@ def run(
     runner: Path, arguments: Sequence[str], timeout: float = 300, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """One case in a process of its own, standard error merged into the output."""
-    environment = os.environ | dict(variables or {}) | {
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_segv=1:exitcode=99:detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=0",
-    }
+    environment = (
+        os.environ
+        | dict(variables or {})
+        | {
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_segv=1:exitcode=99:detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "print_stacktrace=0",
+        }
+    )
     return subprocess.run(
         [str(runner), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=environment,
@@ -253,7 +265,7 @@ def function_at(runner: Path, address: int) -> str | None:
 
 
 def launched(runner: Path, output: str) -> set[tuple[str, tuple[str, ...]]]:
-    """(kernel with its template arguments, the launch_* functions on the call stack, innermost first) of every launch."""
+    """Of every launch: the kernel with its template arguments, and the launch_* functions on the call stack."""
     found = set()
     for line in re.findall(r"^launch: (.*)$", output, re.MULTILINE):
         kernel, *frames = (function_at(runner, int(word, 16)) for word in line.split())

@@ -40,8 +40,8 @@ namespace emulator {
 void Fiber::prepare(void (*entry)()) {
   constexpr size_t kGuard = 4096;  // an overflowing stack faults instead of running into its neighbour
   if (!stack_) {
-    void* memory = mmap(nullptr, kStackBytes + kGuard, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kStackBytes + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0) abort();
     stack_ = static_cast<char*>(memory) + kGuard;
   }
@@ -50,8 +50,8 @@ void Fiber::prepare(void (*entry)()) {
   fake_stack_ = nullptr;
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(stack_ + kStackBytes);
-  *--top = nullptr;                            // keeps the stack 16-byte aligned as after a call
-  *--top = reinterpret_cast<void*>(entry);     // where the first switch's ret goes
+  *--top = nullptr;                              // keeps the stack 16-byte aligned as after a call
+  *--top = reinterpret_cast<void*>(entry);       // where the first switch's ret goes
   for (int i = 0; i < 6; ++i) *--top = nullptr;  // the six saved registers
   stack_pointer_ = top;
 #else

@@ -19,7 +19,8 @@ class Fiber {
   static void arrived(Fiber& main);
 
  private:
-  static constexpr size_t kStackBytes = 256 << 10;  // unrolled kernels with AddressSanitizer's redzones need tens of KiB
+  static constexpr size_t kStackBytes = 256
+                                        << 10;  // unrolled kernels with AddressSanitizer's redzones need tens of KiB
 
   char* stack_ = nullptr;  // null for the process's own stack
 #if defined(__x86_64__)

@@ -13,7 +13,9 @@ namespace {
 
 constexpr int kLanes = 32;
 
-__host__ __device__ inline int small_number(uint32_t i) { return static_cast<int>((i * 2654435761u) >> 28) - 8; }  // -8 .. 7
+__host__ __device__ inline int small_number(uint32_t i) {
+  return static_cast<int>((i * 2654435761u) >> 28) - 8;
+}  // -8 .. 7
 
 template <typename T>
 __device__ uint32_t two(uint32_t i) {

@@ -19,11 +19,11 @@ template <typename T>
 void emulator_check_alignment(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulator::die("misaligned vector access");
 }
-#define EMULATOR_LOAD(name)            \
-  template <typename T>                \
-  T name(const T* p) {                 \
-    emulator_check_alignment(p);       \
-    return *p;                         \
+#define EMULATOR_LOAD(name)      \
+  template <typename T>          \
+  T name(const T* p) {           \
+    emulator_check_alignment(p); \
+    return *p;                   \
   }
 EMULATOR_LOAD(__ldg)
 EMULATOR_LOAD(__ldca)
@@ -31,11 +31,11 @@ EMULATOR_LOAD(__ldcg)
 EMULATOR_LOAD(__ldcs)
 EMULATOR_LOAD(__ldlu)
 EMULATOR_LOAD(__ldcv)
-#define EMULATOR_STORE(name)           \
-  template <typename T>                \
-  void name(T* p, T value) {           \
-    emulator_check_alignment(p);       \
-    *p = value;                        \
+#define EMULATOR_STORE(name)     \
+  template <typename T>          \
+  void name(T* p, T value) {     \
+    emulator_check_alignment(p); \
+    *p = value;                  \
   }
 EMULATOR_STORE(__stwb)
 EMULATOR_STORE(__stcg)
@@ -43,12 +43,12 @@ EMULATOR_STORE(__stcs)
 EMULATOR_STORE(__stwt)
 
 // Only one thread runs at a time, so a plain read, change and write is atomic; the race detector does not look here.
-#define EMULATOR_ATOMIC(name, expression)                              \
-  template <typename T>                                                \
-  __attribute__((no_sanitize("thread"))) T name(T* p, T value) {       \
-    const T old = *p;                                                  \
-    *p = (expression);                                                 \
-    return old;                                                        \
+#define EMULATOR_ATOMIC(name, expression)                        \
+  template <typename T>                                          \
+  __attribute__((no_sanitize("thread"))) T name(T* p, T value) { \
+    const T old = *p;                                            \
+    *p = (expression);                                           \
+    return old;                                                  \
   }
 EMULATOR_ATOMIC(atomicAdd, old + value)
 EMULATOR_ATOMIC(atomicSub, old - value)

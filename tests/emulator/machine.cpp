@@ -67,8 +67,8 @@ void check_configuration(dim3 grid, dim3 size, size_t smem_bytes) {
   const uint64_t threads = uint64_t(size.x) * size.y * size.z;
   const auto text = [&] {
     char line[200];
-    snprintf(line, sizeof line, "invalid launch: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory", grid.x,
-             grid.y, grid.z, size.x, size.y, size.z, smem_bytes);
+    snprintf(line, sizeof line, "invalid launch: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory",
+             grid.x, grid.y, grid.z, size.x, size.y, size.z, smem_bytes);
     return std::string(line);
   };
   if (threads < 1 || threads > 1024 || size.z > 64 || smem_bytes > kMaxDynamicShared) throw Fault(text());
@@ -119,7 +119,9 @@ std::set<Trace> all_traces;
 extern "C" const char __executable_start;  // from the linker
 
 void remember(const void* kernel) {
-  const auto relative = [](const void* p) { return static_cast<uintptr_t>(static_cast<const char*>(p) - &__executable_start); };
+  const auto relative = [](const void* p) {
+    return static_cast<uintptr_t>(static_cast<const char*>(p) - &__executable_start);
+  };
   void* frames[16];
   const int count = backtrace(frames, 16);
   Trace trace{relative(kernel)};
@@ -162,8 +164,8 @@ void set_seed(uint64_t seed) { machine.random = 88172645463325252ull ^ (seed * 0
 std::string describe(const Thread& thread) {
   const uint3 b = machine.block.index;
   char line[400];
-  snprintf(line, sizeof line, "block (%u, %u, %u) thread (%u, %u, %u): %s", b.x, b.y, b.z, thread.index.x, thread.index.y,
-           thread.index.z, thread.doing);
+  snprintf(line, sizeof line, "block (%u, %u, %u) thread (%u, %u, %u): %s", b.x, b.y, b.z, thread.index.x,
+           thread.index.y, thread.index.z, thread.doing);
   std::string text = line;
   if (thread.at.file) text += std::string(" at ") + thread.at.file + ":" + std::to_string(thread.at.line);
   return text;

@@ -50,8 +50,8 @@ struct Thread {
   const void* waits_for = nullptr;  // the barrier that wakes it; null where the one who ends the wait knows the thread
   const char* doing = "";           // for reports: the last synchronising instruction, and where it stands
   Location at;
-  uint32_t warp_epoch = 0;  // how many __syncwarp it has passed, for the race detector
-  std::vector<AsyncCopy> open_copies;                  // issued, not yet committed
+  uint32_t warp_epoch = 0;                               // how many __syncwarp it has passed, for the race detector
+  std::vector<AsyncCopy> open_copies;                    // issued, not yet committed
   std::vector<std::vector<AsyncCopy>> committed_copies;  // one entry a group, oldest first
 };
 

@@ -29,7 +29,8 @@ void execute_load(void** lanes, uint32_t) {
       race::access(first_thread + m * 8 + i, row, 16, false);
       memcpy(matrix[i], row, 16);
     }
-    for (int lane = 0; lane < 32; ++lane) {  // lane holds elements (lane / 4, 2 * (lane % 4)) and the next of each matrix
+    for (int lane = 0; lane < 32;
+         ++lane) {  // lane holds elements (lane / 4, 2 * (lane % 4)) and the next of each matrix
       const int i = lane / 4, j = lane % 4 * 2;
       const uint32_t low = kTransposed ? matrix[j][i] : matrix[i][j];
       const uint32_t high = kTransposed ? matrix[j + 1][i] : matrix[i][j + 1];

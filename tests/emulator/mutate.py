@@ -1,8 +1,9 @@
 """Plants faults in copies of the kernels: the proof that the emulated tests would see such faults.
 
 Every fault is a run-time switch, so that one compilation holds all faults of a file: `__syncthreads();` becomes
-`{ if (!mutant(7)) __syncthreads(); }`, `i < n` becomes `i < (n) - mutant(8)`, `a[i]` becomes `a[(i) + mutant(9)]`. The runner
-switches on the one whose number stands in EMULATOR_MUTANT. Only the bodies of __device__ and __global__ functions are touched.
+`{ if (!mutant(7)) __syncthreads(); }`, `i < n` becomes `i < (n) - mutant(8)`, `a[i]` becomes `a[(i) + mutant(9)]`. The
+runner switches on the one whose number stands in EMULATOR_MUTANT. Only the bodies of __device__ and __global__
+functions are touched.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Statements that order or publish something: dropped one by one.
-SYNCHRONISING = (
-    r"__syncthreads|__syncwarp|cp_async_commit|cp_async_wait|mbar_\w+|fence_\w+|tma_\w+|wgmma_\w+|cluster_sync|named_bar_sync"
+SYNCHRONISING = "|".join(
+    ("__syncthreads", "__syncwarp", "cp_async_commit", "cp_async_wait", "mbar_\w+", "fence_\w+", "tma_\w+", "wgmma_\w+")
 )
 
 
@@ -85,7 +86,9 @@ def _operand_end(text: str, at: int) -> int:
             if depth == 0:
                 break
             depth -= 1
-        elif depth == 0 and (c in ";?,:" and text[i : i + 2] != "::" and text[i - 1] != ":" or text[i : i + 2] in ("&&", "||")):
+        elif depth == 0 and (
+            (c in ";?,:" and text[i : i + 2] != "::" and text[i - 1] != ":") or text[i : i + 2] in ("&&", "||")
+        ):
             break
         i += 1
     while text[i - 1].isspace():
@@ -144,7 +147,7 @@ def find(path: Path, source: str) -> list[Mutant]:
 
 
 def limit_dtypes(source: str) -> str:
-    """float64 and bfloat16 differ from float32 and float16 in types only; without them a copy compiles in half the time."""
+    """Without float64 and bfloat16, which differ in types only: a copy then compiles in half the time."""
     return re.sub(r"^[^\n]*TypeTag<(?:double|__nv_bfloat16)>\{\}[^\n]*$", "", source, flags=re.MULTILINE)
 
 

@@ -70,8 +70,10 @@ std::string name_of(const Access& a) {
 
 void touch(Shadow& s, const Access& now, bool write, bool is_shared, ptrdiff_t offset) {
   const auto report = [&](const std::string& what, const Access* other) {
-    std::string text = what + " at byte " + std::to_string(offset) + (is_shared ? " of shared memory" : " of an output");
-    if (other) text += ": thread " + std::to_string(now.who) + " and " + name_of(*other) + " with no barrier between them";
+    std::string text =
+        what + " at byte " + std::to_string(offset) + (is_shared ? " of shared memory" : " of an output");
+    if (other)
+      text += ": thread " + std::to_string(now.who) + " and " + name_of(*other) + " with no barrier between them";
     die(text);
   };
   if (s.in_flight) report("access to bytes that a cp.async is still writing", nullptr);
@@ -140,10 +142,10 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
-#define EMULATOR_TSAN_HOOKS(N)                                                               \
-  void __tsan_read##N(void* p) { emulator::race::hook(p, N, false); }                        \
-  void __tsan_write##N(void* p) { emulator::race::hook(p, N, true); }                        \
-  void __tsan_unaligned_read##N(void* p) { emulator::race::hook(p, N, false); }              \
+#define EMULATOR_TSAN_HOOKS(N)                                                  \
+  void __tsan_read##N(void* p) { emulator::race::hook(p, N, false); }           \
+  void __tsan_write##N(void* p) { emulator::race::hook(p, N, true); }           \
+  void __tsan_unaligned_read##N(void* p) { emulator::race::hook(p, N, false); } \
   void __tsan_unaligned_write##N(void* p) { emulator::race::hook(p, N, true); }
 EMULATOR_TSAN_HOOKS(1)
 EMULATOR_TSAN_HOOKS(2)

@@ -17,7 +17,7 @@ struct Expected {
 
 // Elements in the order of the result's logical dimensions. a and b are the map's two operands: (x, w), (grad_y, w) or
 // (grad_y, x). bias may be null.
-std::vector<Expected> reference(sepconv::Map, const sepconv::ConvShape&, const Buffer& a, const Buffer& b, const Buffer* bias,
-                                sepconv::Activation);
+std::vector<Expected> reference(sepconv::Map, const sepconv::ConvShape&, const Buffer& a, const Buffer& b,
+                                const Buffer* bias, sepconv::Activation);
 
 }  // namespace emulator

@@ -79,7 +79,8 @@ void check_range(const void* p, size_t bytes, size_t alignment, const char* what
   if (offset < 0 || offset + bytes > top) die(std::string(what) + ": address is outside of the block's shared memory");
 #if defined(EMULATOR_ASAN)
   if (__asan_region_is_poisoned(const_cast<void*>(p), bytes)) {
-    die(std::string(what) + ": touches shared memory beyond an array, or bytes of a cp.async that nobody has waited for");
+    die(std::string(what) +
+        ": touches shared memory beyond an array, or bytes of a cp.async that nobody has waited for");
   }
 #endif
 }

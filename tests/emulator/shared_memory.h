@@ -26,8 +26,8 @@ void unpoison(void*, size_t);
 
 #define DYN_SMEM(name) unsigned char* name = ::emulator::shared_memory::dynamic()
 // SMEM_ARRAY(float, tile, [8][33]) declares tile as a reference to a float[8][33].
-#define SMEM_ARRAY(T, name, ...)                                                      \
-  auto& name = *static_cast<T(*) __VA_ARGS__>([]() -> void* {                         \
-    static char site;                                                                 \
-    return ::emulator::shared_memory::array(&site, sizeof(T __VA_ARGS__));            \
+#define SMEM_ARRAY(T, name, ...)                                           \
+  auto& name = *static_cast<T(*) __VA_ARGS__>([]() -> void* {              \
+    static char site;                                                      \
+    return ::emulator::shared_memory::array(&site, sizeof(T __VA_ARGS__)); \
   }())

@@ -104,7 +104,8 @@ void Buffer::fill_random(uint64_t seed) {
     for (int64_t c = 0; c < sizes_.c; ++c)
       for (int64_t h = 0; h < sizes_.h; ++h)
         for (int64_t w = 0; w < sizes_.w; ++w)
-          write_element(data_, dtype_, n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w, uniform(engine));
+          write_element(data_, dtype_, n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w,
+                        uniform(engine));
 }
 
 int64_t Buffer::gap_bytes_written() const {
