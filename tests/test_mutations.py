@@ -11,16 +11,20 @@ import dataclasses
 import os
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mutate  # of tests/emulator, which test_emulated has put on the path
 import pytest
 
 import test_emulated
-from test_emulated import RUNS, Run, emulate
+from test_emulated import RUNS, Run
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import emulate
+import mutate
 
 pytestmark = [*test_emulated.pytestmark, pytest.mark.slow]
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <numeric>
 #if defined(EMULATOR_ASAN)
 #include <sanitizer/common_interface_defs.h>
@@ -76,6 +77,23 @@ void check_configuration(dim3 grid, dim3 size, size_t smem_bytes) {
   if (threads % 32) throw Fault(text() + ": the block is not a multiple of 32 threads");
 }
 
+// Who waits where: one line for each place in the source.
+std::string describe_deadlock() {
+  const Block& block = machine.block;
+  std::map<std::tuple<std::string, int, std::string>, std::vector<const Thread*>> places;
+  for (int i = 0; i < block.threads; ++i) {
+    const Thread& thread = machine.threads[i];
+    if (thread.state == State::done) continue;
+    places[{thread.at.file ? thread.at.file : "", thread.at.line, thread.doing}].push_back(&thread);
+  }
+  std::string text = "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.threads) +
+                     " threads wait for ever, the others have ended";
+  for (const auto& [place, threads] : places) {
+    text += "\n  " + std::to_string(threads.size()) + " threads, the first: " + describe(*threads.front());
+  }
+  return text;
+}
+
 void run_block() {
   Block& block = machine.block;
   block.alive = block.threads;
@@ -105,14 +123,7 @@ void run_block() {
   ++counters().blocks;
   counters().threads += block.threads;
   switch_to(pick());
-  if (machine.fault.empty() && block.alive) {
-    machine.fault = "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.threads) +
-                    " threads wait for ever, the others have ended";
-    int shown = 0;
-    for (int i = 0; i < block.threads && shown < 4; ++i) {
-      if (machine.threads[i].state != State::done) machine.fault += "\n  " + describe(machine.threads[i]), ++shown;
-    }
-  }
+  if (machine.fault.empty() && block.alive) machine.fault = describe_deadlock();
 }
 
 std::set<Trace> all_traces;
@@ -130,11 +141,12 @@ void remember(const void* kernel) {
 }
 
 #if defined(EMULATOR_ASAN)
-// UndefinedBehaviorSanitizer and AddressSanitizer end the process; this adds which CUDA thread was at it.
+// AddressSanitizer and UndefinedBehaviorSanitizer end the process; this adds which CUDA thread was at it.
 void name_the_thread() {
   if (machine.running) fprintf(stderr, "CUDA thread: %s\n", describe(*machine.running).c_str());
 }
 const bool kDeathCallback = (__sanitizer_set_death_callback(name_the_thread), true);
+extern "C" void __ubsan_on_report() { name_the_thread(); }  // UndefinedBehaviorSanitizer's own hook
 #endif
 
 }  // namespace

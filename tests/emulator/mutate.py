@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Statements that order or publish something: dropped one by one.
 SYNCHRONISING = "|".join(
-    ("__syncthreads", "__syncwarp", "cp_async_commit", "cp_async_wait", "mbar_\w+", "fence_\w+", "tma_\w+", "wgmma_\w+")
+    (r"__syncthreads", r"__syncwarp", r"cp_async_(?:commit|wait)", r"mbar_\w+", r"fence_\w+", r"tma_\w+", r"wgmma_\w+")
 )
 
 
