@@ -18,7 +18,7 @@
 namespace sepconv::cpu {
 
 void depthwise_nhwc_grad_weight(const ConvShape& shape, DType dtype, const void* grad_y, const void* x, void* grad_w) {
-  if (shape.weight_elements() == 0) return;
+  if (shape.C == 0) return;
   SEPCONV_BEST_ISA(grad_weight)(shape, dtype, grad_y, x, grad_w);
 }
 
