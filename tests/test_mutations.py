@@ -29,7 +29,7 @@ import mutate
 pytestmark = [*test_emulated.pytestmark, pytest.mark.slow]
 
 ALL = os.environ.get("MUTANTS") == "all"
-SAMPLE = 8
+SAMPLE = 8  # of the other faults, every so many-th
 SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.
 HEADERS = {"depthwise_nhwc.cu": ("common.cuh",), "pointwise.cu": ("pointwise.cuh",)}
@@ -110,12 +110,13 @@ def compile_copy(source: Path) -> Copy:
             if len(kept) == len(planted):
                 raise
             planted = kept
-    runners = {}
-    for build in emulate.BUILDS:
+
+    def link(build: str) -> Path:
         objects = [emulate.compile_object(s, build) for s in emulate.sources() if s != source]
-        runners[build] = emulate.link(
-            [*objects, emulate.compile_object(source, build, *_texts(source, planted))], build
-        )
+        return emulate.link([*objects, emulate.compile_object(source, build, *_texts(source, planted))], build)
+
+    with ThreadPoolExecutor(emulate.JOBS) as pool:
+        runners = dict(zip(emulate.BUILDS, pool.map(link, emulate.BUILDS), strict=True))
     return Copy(planted, runners)
 
 
@@ -142,6 +143,12 @@ def caught_by(copy: Copy, runs: list[Run], number: int, timeout: float) -> str |
 
 
 SOURCES = emulate.kernel_sources()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sound_objects() -> None:
+    """Compiles everything that the copies are linked with, on all cores."""
+    emulate.runners()
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])

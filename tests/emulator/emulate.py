@@ -83,9 +83,16 @@ def why_not() -> str | None:
         #include <bit>
         int main() { return std::bit_cast<int>(0.0f); }
     """
+    known = CACHE / f"works-{hashlib.sha256(f'{gxx} {compiler_version()} {probe}'.encode()).hexdigest()[:20]}"
+    if known.exists():
+        return None
     command = [gxx, "-x", "c++", "-std=c++20", "-fsanitize=address,undefined", "-ftrivial-auto-var-init=pattern"]
     done = subprocess.run([*command, "-", "-o", os.devnull], input=probe, text=True, capture_output=True)
-    return None if done.returncode == 0 else f"{gxx} cannot build C++20 with AddressSanitizer (g++ 12 can)"
+    if done.returncode != 0:
+        return f"{gxx} cannot build C++20 with AddressSanitizer (g++ 12 can)"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    known.touch()
+    return None
 
 
 def compiler() -> str:

@@ -37,6 +37,7 @@ struct Watched {
 std::vector<Shadow> shared_shadow;
 std::vector<Watched> watched;
 uint32_t block_number = 0;
+std::vector<uint3> blocks;  // by block number
 
 int warp_of(int who) { return who >= 0 ? who / 32 : kSeveralLanes - who; }
 
@@ -92,11 +93,13 @@ void touch(Shadow& s, const Access& now, bool write, bool is_shared, ptrdiff_t o
 
 void begin_launch() {
   block_number = 0;
+  blocks.assign(1, {});
   for (Watched& w : watched) w.shadow.assign(w.bytes, {});
 }
 
 void begin_block() {
   ++block_number;
+  blocks.push_back(block().index);
   shared_shadow.assign(shared_memory::kArenaBytes, {});
 }
 
@@ -127,6 +130,19 @@ void copy_begins(const void* p, size_t bytes) {
 void copy_ends(const void* p, size_t bytes) {
   const ptrdiff_t offset = shared_memory::offset_of(p);
   for (size_t i = 0; i < bytes; ++i) shared_shadow[offset + i].in_flight = false;
+}
+
+std::string describe_writer(const void* p) {
+  for (const Watched& w : watched) {
+    const ptrdiff_t at = static_cast<const unsigned char*>(p) - w.begin;
+    if (at < 0 || at >= ptrdiff_t(w.bytes)) continue;
+    const Access& writer = w.shadow[at].writer;
+    if (writer.who == kNobody) return "; the last launch did not write it";
+    const uint3 b = blocks[writer.block];
+    return "; written by thread " + std::to_string(writer.who) + " of block (" + std::to_string(b.x) + ", " +
+           std::to_string(b.y) + ", " + std::to_string(b.z) + ")";
+  }
+  return {};
 }
 
 void hook(const void* p, size_t bytes, bool write) {

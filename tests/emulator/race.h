@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace emulator::race {
 
@@ -20,6 +21,8 @@ void forget();
 void access(int thread, const void* p, size_t bytes, bool write);
 void copy_begins(const void* p, size_t bytes);
 void copy_ends(const void* p, size_t bytes);
+// Which thread wrote a byte of a watched buffer last.
+std::string describe_writer(const void* p);
 #else
 inline void begin_launch() {}
 inline void begin_block() {}
@@ -28,6 +31,7 @@ inline void forget() {}
 inline void access(int, const void*, size_t, bool) {}
 inline void copy_begins(const void*, size_t) {}
 inline void copy_ends(const void*, size_t) {}
+inline std::string describe_writer(const void*) { return {}; }
 #endif
 
 }  // namespace emulator::race

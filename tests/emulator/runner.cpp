@@ -48,7 +48,7 @@ std::string compare(const Case& c, const Buffer& out, const std::vector<Expected
             char line[300];
             snprintf(line, sizeof line, "element (%lld, %lld, %lld, %lld) is %.9g instead of %.9g (allowed error %.3g)",
                      (long long)n, (long long)k, (long long)p, (long long)q, actual, e.value, bound);
-            first = line;
+            first = line + race::describe_writer(out.address(n, k, p, q));
           }
         }
   if (!wrong) return {};

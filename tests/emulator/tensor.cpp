@@ -95,6 +95,10 @@ double Buffer::at(int64_t n, int64_t c, int64_t h, int64_t w) const {
   return read_element(data_, dtype_, n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w);
 }
 
+const void* Buffer::address(int64_t n, int64_t c, int64_t h, int64_t w) const {
+  return data_ + (n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w) * dtype_bytes(dtype_);
+}
+
 void Buffer::fill_nan() { memset(data_, 0xFF, bytes_); }
 
 void Buffer::fill_random(uint64_t seed) {
