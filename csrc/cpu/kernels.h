@@ -22,7 +22,8 @@ void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* 
 void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// pointwise.cpp: 1x1, one group, images of one pixel; x, w and y dense along their channels.
+// pointwise.cpp: 1x1, one group, stride 1, for few pixels: x and y both Layout::nhwc or both nchw, or images of one pixel
+// whose channels are dense; w dense along its input channels.
 void pointwise_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void pointwise_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);

@@ -1,12 +1,14 @@
-// Pointwise convolution of images of one pixel (the squeeze-and-excite layers): a small matrix product, where the call of a
-// matrix library costs more than the arithmetic.
+// Pointwise convolution of few pixels (the squeeze-and-excite layers, and tiny images): a matrix product so small that the
+// call of a matrix library costs more than the arithmetic.
 //
-// Loop-to-data map. A pixel is one image of the batch, x is [N, C] and w is [K, C], both dense along C, where vectors lie.
-// A task is a range of output channels (of input channels for grad_input). Inside it a block of sums stays in registers:
-//   forward       4 pixels x 4 output channels, summed along vectors of C, lanes added up at the end;
-//                 where C is short, the weight is turned to [C, K] first and vectors lie along K
-//   grad_input    4 pixels x 2 vectors of C, summed over K
-//   grad_weight   4 output channels x 2 vectors of C, summed over N
+// Loop-to-data map. Each map is one of two products over dense rows, in both layouts; a block of sums stays in registers:
+//   DotRows       out[i, j] = sum over t of a[i, t] * b[j, t]          4 x 4 outputs, vectors along t, lanes added up last
+//   WeightedRows  out[i, v] = sum over t of scale[i, t] * rows[t, v]   4 x 2 vectors of outputs
+// where
+//   channels_last (one row a pixel)     forward DotRows, over few channels WeightedRows of the turned weight;
+//                                       grad_input, grad_weight WeightedRows
+//   NCHW (one row a plane)              forward, grad_input WeightedRows, image by image; grad_weight DotRows
+// A task is a range of output rows or columns.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "pointwise.cpp"
 #include "foreach_isa.h"
@@ -29,6 +31,12 @@ void pointwise_grad_weight(const ConvShape& shape, DType dtype, const void* grad
 }  // namespace sepconv::cpu
 #else
 
+// `count` numbers at p, zero in the other lanes; a whole vector where it can be.
+template <typename T>
+SEPCONV_INLINE Vector<accumulate_t<T>> load_up_to(const T* p, int count) {
+  return count == kLanes<accumulate_t<T>> ? load(p) : load_first(p, count);
+}
+
 inline constexpr int64_t kTaskProducts = 128 * 1024;  // multiply-adds that are worth waking a thread for
 
 // How many of `items` make a task, when all of them together are `products` multiply-adds. A multiple of `step`.
@@ -40,99 +48,95 @@ inline int64_t items_per_task(int64_t items, int64_t products, int64_t step) {
 // Runs body(begin, end) over [0, items) in tasks of `grain` items.
 template <typename Body>
 inline void for_ranges(int64_t items, int64_t grain, const Body& body) {
-  parallel((items + grain - 1) / grain,
-           [&](int64_t task) { body(task * grain, std::min(items, (task + 1) * grain)); });
+  parallel((items + grain - 1) / grain, [&](int64_t task) { body(task * grain, std::min(items, (task + 1) * grain)); });
 }
 
-// ---- forward ----
-
+// out[i * out_i + j] = activation(bias[j] + sum over batches and t of a[i, t] * b[j, t]).
 template <typename T>
-struct Forward {
+struct DotRows {
   using A = accumulate_t<T>;
-  const T *x, *w, *bias;
-  T* y;
-  int64_t N, C, x_pixel, w_row, y_pixel;
-  Activation activation;
+  const T *a, *b, *bias;
+  T* out;
+  int64_t rows_a, terms, a_row, b_row, out_i;  // strides in elements
+  int64_t batches = 1, a_batch = 0, b_batch = 0;
+  Activation activation = Activation::identity;
 
-  // Outputs [k, k + kK) of pixels [n, n + kN).
-  template <int kN, int kK>
-  void block(int64_t n, int64_t k) const {
-    const T *xs = x + n * x_pixel, *ws = w + k * w_row;
-    Vector<A> sums[kN][kK] = {};
-    int64_t c = 0;
-    for (; c + kLanes<A> <= C; c += kLanes<A>) {
-      Vector<A> rows[kK];
-      for (int j = 0; j < kK; ++j) rows[j] = load(ws + j * w_row + c);
-      for (int i = 0; i < kN; ++i) {
-        const Vector<A> pixel = load(xs + i * x_pixel + c);
-        for (int j = 0; j < kK; ++j) sums[i][j] += pixel * rows[j];
-      }
+  template <int kI, int kJ>
+  SEPCONV_INLINE void add(Vector<A> (&sums)[kI][kJ], const T* as, const T* bs, int count) const {
+    Vector<A> columns[kJ];
+    for (int j = 0; j < kJ; ++j) columns[j] = load_up_to(bs + j * b_row, count);
+    for (int i = 0; i < kI; ++i) {
+      const Vector<A> row = load_up_to(as + i * a_row, count);
+      for (int j = 0; j < kJ; ++j) sums[i][j] += row * columns[j];
     }
-    if (c < C) {
-      const int rest = static_cast<int>(C - c);
-      Vector<A> rows[kK];
-      for (int j = 0; j < kK; ++j) rows[j] = load_first(ws + j * w_row + c, rest);
-      for (int i = 0; i < kN; ++i) {
-        const Vector<A> pixel = load_first(xs + i * x_pixel + c, rest);
-        for (int j = 0; j < kK; ++j) sums[i][j] += pixel * rows[j];
-      }
+  }
+
+  // Outputs [i, i + kI) x [j, j + kJ).
+  template <int kI, int kJ>
+  void block(int64_t i, int64_t j) const {
+    Vector<A> sums[kI][kJ] = {};
+    for (int64_t batch = 0; batch < batches; ++batch) {
+      const T *as = a + batch * a_batch + i * a_row, *bs = b + batch * b_batch + j * b_row;
+      int64_t t = 0;
+      for (; t + kLanes<A> <= terms; t += kLanes<A>) add(sums, as + t, bs + t, kLanes<A>);
+      if (t < terms) add(sums, as + t, bs + t, static_cast<int>(terms - t));
     }
-    for (int i = 0; i < kN; ++i) {
-      for (int j = 0; j < kK; ++j) {
-        const A sum = sum_lanes<A>(sums[i][j]) + (bias ? load_one(bias + k + j) : A(0));
-        store_one(y + (n + i) * y_pixel + k + j, activate(activation, sum));
+    for (int di = 0; di < kI; ++di) {
+      for (int dj = 0; dj < kJ; ++dj) {
+        const A sum = sum_lanes<A>(sums[di][dj]) + (bias ? load_one(bias + j + dj) : A(0));
+        store_one(out + (i + di) * out_i + j + dj, activate(activation, sum));
       }
     }
   }
 
-  template <int kK>
-  void outputs(int64_t k) const {
-    int64_t n = 0;
-    for (; n + 4 <= N; n += 4) block<4, kK>(n, k);
-    for (; n < N; ++n) block<1, kK>(n, k);
+  template <int kJ>
+  void columns(int64_t j) const {
+    int64_t i = 0;
+    for (; i + 4 <= rows_a; i += 4) block<4, kJ>(i, j);
+    for (; i < rows_a; ++i) block<1, kJ>(i, j);
   }
 
+  // Columns [begin, end) of out.
   void operator()(int64_t begin, int64_t end) const {
-    int64_t k = begin;
-    for (; k + 4 <= end; k += 4) outputs<4>(k);
-    for (; k < end; ++k) outputs<1>(k);
+    int64_t j = begin;
+    for (; j + 4 <= end; j += 4) columns<4>(j);
+    for (; j < end; ++j) columns<1>(j);
   }
 };
 
-// ---- gradients, and forward over few channels ----
-
-// out[i, c] = activation(bias[c] + sum over t of scale(i, t) * rows[t, c]), for vectors of c.
+// out[i, v] = activation(bias + sum over t of scale(i, t) * rows[t, v]), the bias by column v or by row i.
 template <typename T>
 struct WeightedRows {
   using A = accumulate_t<T>;
   const T *scale, *rows;
   T* out;
-  int64_t outs, terms, C;
+  int64_t outs, terms, columns;
   int64_t scale_out, scale_term, row, out_row;  // strides in elements
   const T* bias = nullptr;
+  bool bias_by_row = false;
   Activation activation = Activation::identity;
 
-  // Rows [i, i + kI) of out, kVectors vectors from c on, the last of which holds `rest` numbers.
+  // Rows [i, i + kI) of out, kVectors vectors from v on, the last of which holds `rest` numbers.
   template <int kI, int kVectors>
-  void block(int64_t i, int64_t c, int rest) const {
+  void block(int64_t i, int64_t v, int rest) const {
     Vector<A> sums[kI][kVectors] = {};
     for (int64_t t = 0; t < terms; ++t) {
       Vector<A> values[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        const T* p = rows + t * row + c + v * kLanes<A>;
-        values[v] = v + 1 < kVectors || rest == kLanes<A> ? load(p) : load_first(p, rest);
+      for (int u = 0; u < kVectors; ++u) {
+        values[u] = load_up_to(rows + t * row + v + u * kLanes<A>, u + 1 < kVectors ? kLanes<A> : rest);
       }
       for (int j = 0; j < kI; ++j) {
         const Vector<A> factor = broadcast<A>(load_one(scale + (i + j) * scale_out + t * scale_term));
-        for (int v = 0; v < kVectors; ++v) sums[j][v] += factor * values[v];
+        for (int u = 0; u < kVectors; ++u) sums[j][u] += factor * values[u];
       }
     }
     for (int j = 0; j < kI; ++j) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t column = c + v * kLanes<A>;
-        const int count = v + 1 < kVectors ? kLanes<A> : rest;
-        const Vector<A> offset = bias ? load_first(bias + column, count) : Vector<A>{};
-        const Vector<A> value = activate_lanes<A>(activation, sums[j][v] + offset);
+      for (int u = 0; u < kVectors; ++u) {
+        const int64_t column = v + u * kLanes<A>;
+        const int count = u + 1 < kVectors ? kLanes<A> : rest;
+        Vector<A> value = sums[j][u];
+        if (bias) value += bias_by_row ? broadcast<A>(load_one(bias + i + j)) : load_up_to(bias + column, count);
+        value = activate_lanes<A>(activation, value);
         T* p = out + (i + j) * out_row + column;
         if (count == kLanes<A>) {
           store(p, value);
@@ -144,58 +148,118 @@ struct WeightedRows {
   }
 
   template <int kI>
-  void columns(int64_t i, int64_t begin, int64_t end) const {
-    int64_t c = begin;
-    for (; c + 2 * kLanes<A> <= end; c += 2 * kLanes<A>) block<kI, 2>(i, c, kLanes<A>);
-    for (; c < end; c += kLanes<A>) block<kI, 1>(i, c, static_cast<int>(std::min<int64_t>(kLanes<A>, end - c)));
+  void block_row(int64_t i, int64_t begin, int64_t end) const {
+    int64_t v = begin;
+    for (; v + 2 * kLanes<A> <= end; v += 2 * kLanes<A>) block<kI, 2>(i, v, kLanes<A>);
+    for (; v < end; v += kLanes<A>) block<kI, 1>(i, v, static_cast<int>(std::min<int64_t>(kLanes<A>, end - v)));
   }
 
-  void tile(int64_t i_begin, int64_t i_end, int64_t c_begin, int64_t c_end) const {
+  void tile(int64_t i_begin, int64_t i_end, int64_t v_begin, int64_t v_end) const {
     int64_t i = i_begin;
-    for (; i + 4 <= i_end; i += 4) columns<4>(i, c_begin, c_end);
-    for (; i < i_end; ++i) columns<1>(i, c_begin, c_end);
+    for (; i + 4 <= i_end; i += 4) block_row<4>(i, v_begin, v_end);
+    for (; i < i_end; ++i) block_row<1>(i, v_begin, v_end);
+  }
+
+  void in_row_tasks() const {
+    for_ranges(outs, items_per_task(outs, outs * terms * columns, 4),
+               [&](int64_t begin, int64_t end) { tile(begin, end, 0, columns); });
+  }
+  void in_column_tasks() const {
+    for_ranges(columns, items_per_task(columns, outs * terms * columns, 2 * kLanes<A>),
+               [&](int64_t begin, int64_t end) { tile(0, outs, begin, end); });
   }
 };
 
+// One row a plane (NCHW) or one row a pixel (channels_last, and every image of one pixel)?
+inline bool rows_are_planes(const ConvShape& s) { return s.H * s.W > 1 && input_layout(s) == Layout::nchw; }
+
+// The rows of a channels_last batch: as many as there are pixels, so far apart.
+inline int64_t pixels(const ConvShape& s) { return s.N * s.H * s.W; }
+inline int64_t x_pixel(const ConvShape& s) { return s.H * s.W == 1 ? s.x.n : s.C; }
+inline int64_t y_pixel(const ConvShape& s) { return s.H * s.W == 1 ? s.y.n : s.K; }
+
 template <typename T>
-void forward_few_channels(const ConvShape& s, const void* x, const void* w, const Epilogue& epilogue, void* y) {
+void forward_few_channels(const ConvShape& s, const T* x, const T* w, const Epilogue& epilogue, T* y) {
   const std::unique_ptr<T[]> turned(new T[s.C * s.K]);  // [C, K]
   for (int64_t k = 0; k < s.K; ++k) {
-    for (int64_t c = 0; c < s.C; ++c) turned[c * s.K + k] = static_cast<const T*>(w)[k * s.w.n + c];
+    for (int64_t c = 0; c < s.C; ++c) turned[c * s.K + k] = w[k * s.w.n + c];
   }
-  const WeightedRows<T> body{static_cast<const T*>(x), turned.get(), static_cast<T*>(y), s.N, s.C, s.K, s.x.n, 1, s.K,
-                             s.y.n, static_cast<const T*>(epilogue.bias), epilogue.activation};
-  for_ranges(s.K, items_per_task(s.K, s.N * s.C * s.K, 2 * kLanes<accumulate_t<T>>),
-             [&](int64_t begin, int64_t end) { body.tile(0, s.N, begin, end); });
+  const WeightedRows<T> product{x,
+                                turned.get(),
+                                y,
+                                pixels(s),
+                                s.C,
+                                s.K,
+                                x_pixel(s),
+                                1,
+                                s.K,
+                                y_pixel(s),
+                                static_cast<const T*>(epilogue.bias),
+                                false,
+                                epilogue.activation};
+  product.in_column_tasks();
+}
+
+template <typename T>
+void forward_typed(const ConvShape& s, const T* x, const T* w, const Epilogue& epilogue, T* y) {
+  const T* bias = static_cast<const T*>(epilogue.bias);
+  if (rows_are_planes(s)) {
+    const int64_t HW = s.H * s.W;
+    for (int64_t n = 0; n < s.N; ++n) {
+      const WeightedRows<T> product{w,    x + n * s.C * HW,   y + n * s.K * HW, s.K, s.C, HW, s.w.n, 1, HW, HW, bias,
+                                    true, epilogue.activation};
+      product.in_row_tasks();
+    }
+  } else if (s.C < 2 * kLanes<accumulate_t<T>>) {
+    forward_few_channels(s, x, w, epilogue, y);
+  } else {
+    const DotRows<T> product{x,          w, bias, y, pixels(s),          s.C, x_pixel(s), s.w.n,
+                             y_pixel(s), 1, 0,    0, epilogue.activation};
+    for_ranges(s.K, items_per_task(s.K, pixels(s) * s.C * s.K, 4), product);
+  }
+}
+
+template <typename T>
+void grad_input_typed(const ConvShape& s, const T* grad_y, const T* w, T* grad_x) {
+  if (rows_are_planes(s)) {
+    const int64_t HW = s.H * s.W;
+    for (int64_t n = 0; n < s.N; ++n) {
+      WeightedRows<T>{w, grad_y + n * s.K * HW, grad_x + n * s.C * HW, s.C, s.K, HW, 1, s.w.n, HW, HW}.in_row_tasks();
+    }
+  } else {
+    WeightedRows<T>{grad_y, w, grad_x, pixels(s), s.K, s.C, y_pixel(s), 1, s.w.n, x_pixel(s)}.in_column_tasks();
+  }
+}
+
+template <typename T>
+void grad_weight_typed(const ConvShape& s, const T* grad_y, const T* x, T* grad_w) {
+  if (rows_are_planes(s)) {
+    const int64_t HW = s.H * s.W;
+    const DotRows<T> product{grad_y, x, nullptr, grad_w, s.K, HW, HW, HW, s.w.n, s.N, s.K * HW, s.C * HW};
+    for_ranges(s.C, items_per_task(s.C, pixels(s) * s.C * s.K, 4), product);
+  } else {
+    WeightedRows<T>{grad_y, x, grad_w, s.K, pixels(s), s.C, 1, y_pixel(s), x_pixel(s), s.w.n}.in_row_tasks();
+  }
 }
 
 inline void forward(const ConvShape& s, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    if (s.C < 2 * kLanes<accumulate_t<T>>) return forward_few_channels<T>(s, x, w, epilogue, y);
-    const Forward<T> body{static_cast<const T*>(x), static_cast<const T*>(w), static_cast<const T*>(epilogue.bias),
-                          static_cast<T*>(y), s.N, s.C, s.x.n, s.w.n, s.y.n, epilogue.activation};
-    for_ranges(s.K, items_per_task(s.K, s.N * s.C * s.K, 4), body);
+    forward_typed(s, static_cast<const T*>(x), static_cast<const T*>(w), epilogue, static_cast<T*>(y));
   });
 }
 
 inline void grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w, void* grad_x) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    const WeightedRows<T> body{static_cast<const T*>(grad_y), static_cast<const T*>(w), static_cast<T*>(grad_x),
-                               s.N, s.K, s.C, s.y.n, 1, s.w.n, s.x.n};
-    for_ranges(s.C, items_per_task(s.C, s.N * s.C * s.K, 2 * kLanes<accumulate_t<T>>),
-               [&](int64_t begin, int64_t end) { body.tile(0, s.N, begin, end); });
+    grad_input_typed(s, static_cast<const T*>(grad_y), static_cast<const T*>(w), static_cast<T*>(grad_x));
   });
 }
 
 inline void grad_weight(const ConvShape& s, DType dtype, const void* grad_y, const void* x, void* grad_w) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    const WeightedRows<T> body{static_cast<const T*>(grad_y), static_cast<const T*>(x), static_cast<T*>(grad_w),
-                               s.K, s.N, s.C, 1, s.y.n, s.x.n, s.w.n};
-    for_ranges(s.K, items_per_task(s.K, s.N * s.C * s.K, 4),
-               [&](int64_t begin, int64_t end) { body.tile(begin, end, 0, s.C); });
+    grad_weight_typed(s, static_cast<const T*>(grad_y), static_cast<const T*>(x), static_cast<T*>(grad_w));
   });
 }
 
