@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ ALL = os.environ.get("MUTANTS") == "all"
 SAMPLE = 8  # of the other faults, every so many-th
 SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.
-HEADERS = {"depthwise_nhwc.cu": ("common.cuh",), "pointwise.cu": ("pointwise.cuh",)}
+HEADERS = {"depthwise_direct.cu": ("common.cuh",), "pointwise.cu": ("pointwise.cuh",)}
 
 
 def known_survivors() -> dict[str, str]:
@@ -156,12 +157,14 @@ def test_planted_faults_are_caught(source: Path, record_property) -> None:
     copy = compile_copy(source)
     runs = runs_of(source)
     assert runs, f"no test in test_emulated.py runs {source.name}"
+    started = time.monotonic()
     sound = {build: emulate.run(runner, _arguments(runs, 1), 600) for build, runner in copy.runners.items()}
     for build, done in sound.items():
         assert done.returncode == 0, f"the copy without a fault fails in the {build} build:\n{done.stdout[-3000:]}"
+    timeout = 20 + 10 * (time.monotonic() - started)  # a fault may make a loop endless
     chosen = [i for i, m in enumerate(copy.mutants) if ALL or m.kind in ("drop", "shuffle") or i % SAMPLE == 0]
     with ThreadPoolExecutor(emulate.JOBS) as pool:
-        verdicts = list(pool.map(lambda i: caught_by(copy, runs, i, 120), chosen))
+        verdicts = list(pool.map(lambda i: caught_by(copy, runs, i, timeout), chosen))
     known = known_survivors()
     survivors = [copy.mutants[i] for i, verdict in zip(chosen, verdicts, strict=True) if verdict is None]
     caught = len(chosen) - len(survivors)
@@ -172,5 +175,7 @@ def test_planted_faults_are_caught(source: Path, record_property) -> None:
     print("\n".join(text))
     record_property("mutants", {"caught": caught, "planted": len(chosen)})
     unexplained = [m.key for m in survivors if m.key not in known]
-    detectable = len(chosen) - (len(survivors) - len(unexplained))
-    assert caught >= 0.95 * detectable, "\n".join(text)
+    # Faults that make no difference (survivors.txt) cannot be caught and do not count.
+    possible = len(chosen) - (len(survivors) - len(unexplained))
+    assert caught >= 0.95 * possible, "\n".join(text)
+    assert not (ALL and unexplained), "add a case that sees it, or a line to survivors.txt:\n" + "\n".join(unexplained)

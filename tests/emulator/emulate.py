@@ -170,11 +170,11 @@ def compile_object(
             (folder / name).write_text(header)
         folders.insert(0, folder)
     command = [compiler(), "-x", "c++", *flags, *(f"-I{f}" for f in folders), f"-I{cuda_include()}"]
-    command += ["-fsyntax-only", "-w", "-Werror=vla"] if check else ["-c", "-o", str(part)]
+    command += ["-fsyntax-only", "-Werror=vla"] if check else ["-c", "-o", str(part)]
     if text is None:
         done = subprocess.run([*command, str(source)], text=True, capture_output=True)
     else:  # from standard input, under the source's own name
-        command += ["-w", "-"]
+        command += ["-"] if check else ["-w", "-"]  # -w would let variable-length arrays pass
         done = subprocess.run(command, input=f'#line 1 "{source}"\n{text}', text=True, capture_output=True)
     if done.returncode:
         raise CompileError(f"{source.name} ({build}):\n{done.stderr}")

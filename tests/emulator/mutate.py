@@ -9,8 +9,9 @@ functions are touched.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Statements that order or publish something: dropped one by one.
@@ -29,10 +30,12 @@ class Mutant:
     end: int
     before: str  # inserted at begin and at end; {} stands for the switch
     after: str
+    ordinal: int = 1  # among the faults of this file, kind and text
 
     @property
     def key(self) -> str:
-        return f"{self.file.name}: {self.kind}: {self.what}"
+        """What survivors.txt calls it: without line numbers, which change too easily."""
+        return f"{self.file.name}: {self.kind} {self.ordinal}: {self.what}"
 
     def __str__(self) -> str:
         return f"{self.file.name}:{self.line}: {self.kind}: {self.what}"
@@ -143,7 +146,12 @@ def find(path: Path, source: str) -> list[Mutant]:
             add("shuffle", a, first, "(", ") ^ {}", (begin + m.start(), close + 1))
             last = masked.rfind(",", a, close) + 1
             add("shuffle", last, close, "(", ") ^ {}", (begin + m.start(), close + 1))
-    return sorted(found, key=lambda f: (f.begin, -f.end))
+    found.sort(key=lambda f: (f.begin, -f.end))
+    seen: Counter[tuple[str, str]] = Counter()
+    for i, fault in enumerate(found):
+        seen[fault.kind, fault.what] += 1
+        found[i] = replace(fault, ordinal=seen[fault.kind, fault.what])
+    return found
 
 
 def limit_dtypes(source: str) -> str:
