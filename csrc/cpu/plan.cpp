@@ -28,9 +28,34 @@ bool is_small_product(const ConvShape& s) {
   return is_matrix_product(s) && s.input_elements() * s.K <= kFewProducts;
 }
 
+bool is_channels_last(const ConvShape& s) {
+  return s.x.c == 1 && s.y.c == 1 && input_layout(s) == Layout::nhwc && output_layout(s) == Layout::nhwc;
+}
+
+// Why oneDNN, which is behind ATen, is the faster one for this call; null where it is not. Every rule here was measured
+// (benchmarks/NOTES.md), in float32 and, where it says so, in bfloat16: the only types that oneDNN has kernels for
+// here. In float64 and float16 ATen has slow loops, and the kernels of this package win by factors.
+const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
+  if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
+  const bool channels_last = output_layout(s) == Layout::nhwc;
+  if (!s.is_depthwise()) {
+    const bool large_planes = s.P * s.Q >= 28 * 28;
+    const bool wins = !channels_last && s.channels_per_group() <= 16 && large_planes;
+    return wins ? nullptr : "groups of several channels: oneDNN's products are faster, but on large contiguous planes";
+  }
+  if (!channels_last) return nullptr;
+  if (s.K != s.C) return map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
+  if (s.C < 16) return "fewer than 16 channels last: oneDNN is faster";
+  if (map == Map::forward && (s.dilation_h > 1 || s.dilation_w > 1)) return "dilated channels_last: oneDNN is faster";
+  if (dtype == DType::bfloat16 && s.R * s.S <= 9 && s.P * s.Q > 28 * 28) {
+    return "bfloat16 3x3 on large channels_last images: oneDNN multiplies without widening";
+  }
+  return nullptr;
+}
+
 }  // namespace
 
-Plan plan(Map map, const ConvShape& s, DType, bool strict) {
+Plan plan(Map map, const ConvShape& s, DType dtype, bool strict) {
   if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
   if (is_matrix_product(s)) {
     if (!strict && map == Map::forward) return aten("1x1: oneDNN's product is as fast, and adds the bias on its way");
@@ -39,14 +64,14 @@ Plan plan(Map map, const ConvShape& s, DType, bool strict) {
     }
     return matmul("1x1, one group, stride 1: a matrix product over pixels");
   }
-  if (s.is_depthwise() && s.K == s.C) {
-    if (s.x.c == 1 && s.y.c == 1 && input_layout(s) == Layout::nhwc && output_layout(s) == Layout::nhwc) {
-      return depthwise_nhwc("depthwise on channels_last images: vectors of channels");
-    }
-    return planes("depthwise on planes: vectors of pixels");
+  if (!strict) {
+    if (s.groups == 1 && s.C > 1) return aten("a dense convolution: oneDNN's matrix kernels are faster");
+    if (const char* reason = onednn_is_faster(map, s, dtype)) return aten(reason);
   }
-  if (s.is_depthwise()) return planes("depthwise with a multiplier: vectors of pixels");
-  if (!strict && s.groups == 1) return aten("a dense convolution: oneDNN's matrix kernels are faster");
+  if (s.is_depthwise() && s.K == s.C && is_channels_last(s)) {
+    return depthwise_nhwc("depthwise on channels_last images: vectors of channels");
+  }
+  if (s.is_depthwise()) return planes("depthwise: vectors of pixels");
   return planes("groups of several channels: vectors of pixels");
 }
 
