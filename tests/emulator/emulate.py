@@ -159,7 +159,7 @@ def compile_object(
         digest.update(closure[path] + b"\0")
     key = digest.hexdigest()[:20]
     target = CACHE / build / f"{source.stem}-{key}.o"
-    if target.exists():
+    if target.exists() and not check:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
@@ -232,14 +232,13 @@ def run(
     runner: Path, arguments: Sequence[str], timeout: float = 300, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """One case in a process of its own, standard error merged into the output."""
-    environment = (
-        os.environ
-        | dict(variables or {})
-        | {
-            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_segv=1:exitcode=99:detect_stack_use_after_return=0",
-            "UBSAN_OPTIONS": "print_stacktrace=0",
-        }
-    )
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_segv=1:exitcode=99:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=0",
+        "EMULATOR_SECONDS": str(int(timeout) + 5),
+        **(variables or {}),
+    }
     return subprocess.run(
         [str(runner), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=environment,

@@ -2,6 +2,7 @@
 
 #if defined(EMULATOR_RACE)
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -34,7 +35,8 @@ struct Watched {
   std::vector<Shadow> shadow;
 };
 
-std::vector<Shadow> shared_shadow;
+std::vector<Shadow> shared_shadow(shared_memory::kArenaBytes);
+size_t shared_touched = 0;  // bytes of it that the running block has seen
 std::vector<Watched> watched;
 uint32_t block_number = 0;
 std::vector<uint3> blocks;  // by block number
@@ -100,7 +102,8 @@ void begin_launch() {
 void begin_block() {
   ++block_number;
   blocks.push_back(block().index);
-  shared_shadow.assign(shared_memory::kArenaBytes, {});
+  std::fill_n(shared_shadow.begin(), shared_touched, Shadow{});
+  shared_touched = 0;
 }
 
 void watch(const void* begin, size_t bytes) {
@@ -112,6 +115,7 @@ void access(int who, const void* p, size_t bytes, bool write) {
   const Access now{who, block_number, block().epoch, thread(who).warp_epoch};
   const ptrdiff_t offset = shared_memory::offset_of(p);
   if (offset >= 0) {
+    shared_touched = std::max(shared_touched, offset + bytes);
     for (size_t i = 0; i < bytes; ++i) touch(shared_shadow[offset + i], now, write, true, offset + i);
     return;
   }

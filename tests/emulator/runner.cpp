@@ -7,8 +7,11 @@
 // The plan chooses the kernel; kernel=, vec=, rows=, lanes=, splits=, window= and wide= overrule it, sm= and
 // multiprocessors= are the GPU that it plans for. "--" stands between several cases. Exit status 0: all are right for every
 // seed. Otherwise the last lines say what was wrong, where, and in which CUDA thread.
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -104,6 +107,7 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
 
 int main(int count, char** values) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
+  if (const char* seconds = getenv("EMULATOR_SECONDS")) alarm(atoi(seconds));  // also where the parent is gone
   try {
     std::vector<std::vector<std::string>> cases(1);
     for (int i = 1; i < count; ++i) {
