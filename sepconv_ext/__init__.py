@@ -2,13 +2,11 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before _C, which links to them)
 
-from . import _C
-from .version import __version__
-
 # The ops' Python half (fake kernels, flop formulas) registers itself on import; the rest is the public face.
-from . import functional, nn, ops  # noqa: E402  isort: skip
-from .convert import convert_, revert_  # noqa: E402
-from .functional import explain  # noqa: E402
+from . import _C, functional, nn, ops
+from .convert import convert_, revert_
+from .functional import explain
+from .version import __version__
 
 __all__ = [
     "__version__",

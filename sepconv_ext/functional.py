@@ -1,4 +1,4 @@
-"""The stateless face: ``torch.nn.functional.conv2d``'s call, and the depthwise and pointwise calls with an activation."""
+"""The stateless face: ``F.conv2d``'s call, and the depthwise and pointwise calls with an activation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _pair(name: str, value: IntOrPair) -> Sequence[int]:
 
 
 def _padding(padding: IntOrPair | str, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
-    """Padding in numbers: (h, w), or (top, bottom, left, right) for ``'same'``, whose odd pixel goes below and right."""
+    """Padding in numbers: (h, w), or (top, bottom, left, right) for ``'same'``: its odd pixel goes below and right."""
     if padding == "valid":
         return (0, 0)
     if padding != "same":
