@@ -30,18 +30,16 @@ struct Padding {
     asymmetric = extra[0] != 0 || extra[1] != 0 || extra[2] != 0 || extra[3] != 0;
   }
 
-  Tensor apply(const Tensor& image) const {
-    return asymmetric ? at::constant_pad_nd_symint(image, extra, 0) : image;
-  }
+  Tensor apply(const Tensor& image) const { return asymmetric ? at::constant_pad_nd_symint(image, extra, 0) : image; }
 };
 
 // One of the three results of ATen's backward, by its output mask.
 Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, SymIntArrayRef stride,
                 const Padding& padding, SymIntArrayRef dilation, const SymInt& groups, bool by_input) {
   const std::array<SymInt, 2> no_output_padding{0, 0};
-  auto grads = at::convolution_backward_symint(grad_output, input, weight, c10::nullopt, stride, padding.shared, dilation,
-                                               /*transposed=*/false, no_output_padding, groups,
-                                               {by_input, !by_input, false});
+  auto grads =
+      at::convolution_backward_symint(grad_output, input, weight, c10::nullopt, stride, padding.shared, dilation,
+                                      /*transposed=*/false, no_output_padding, groups, {by_input, !by_input, false});
   return by_input ? std::get<0>(grads) : std::get<1>(grads);
 }
 

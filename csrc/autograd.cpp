@@ -128,7 +128,8 @@ struct Conv2dGradInput : torch::autograd::Function<Conv2dGradInput> {
     at::AutoDispatchBelowADInplaceOrView guard;
     SavedArgs::store(ctx, stride, padding, dilation, groups);
     SavedGeometry::store(ctx, "weight", weight);
-    ctx->save_for_backward({saved_if(weight.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), weight)});
+    ctx->save_for_backward(
+        {saved_if(weight.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), weight)});
     return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
   }
 
@@ -153,7 +154,8 @@ struct Conv2dGradWeight : torch::autograd::Function<Conv2dGradWeight> {
     at::AutoDispatchBelowADInplaceOrView guard;
     SavedArgs::store(ctx, stride, padding, dilation, groups);
     SavedGeometry::store(ctx, "input", input);
-    ctx->save_for_backward({saved_if(input.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), input)});
+    ctx->save_for_backward(
+        {saved_if(input.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), input)});
     return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
   }
 
@@ -183,7 +185,8 @@ const char* needs_aten(const Tensor& a, const Tensor& b) {
 }
 
 bool differentiates(const Tensor& a, const Tensor& b, const std::optional<Tensor>& c = std::nullopt) {
-  return at::GradMode::is_enabled() && (a.requires_grad() || b.requires_grad() || (c && c->defined() && c->requires_grad()));
+  return at::GradMode::is_enabled() &&
+         (a.requires_grad() || b.requires_grad() || (c && c->defined() && c->requires_grad()));
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, SymIntArrayRef stride,

@@ -92,8 +92,8 @@ ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& 
   TORCH_CHECK(R >= 1 && S >= 1, "weight must have a kernel of at least 1x1, but has ", R, "x", S);
   TORCH_CHECK(K >= args.groups, "weight must have at least groups = ", args.groups, " output channels, but has ", K);
   TORCH_CHECK(K % args.groups == 0, "groups = ", args.groups, " must divide the ", K, " output channels of weight");
-  TORCH_CHECK(C == weight[1] * args.groups, "input must have ", weight[1] * args.groups,
-              " channels (weight's ", weight[1], " times groups = ", args.groups, "), but has ", C);
+  TORCH_CHECK(C == weight[1] * args.groups, "input must have ", weight[1] * args.groups, " channels (weight's ",
+              weight[1], " times groups = ", args.groups, "), but has ", C);
   TORCH_CHECK(C >= 1, "input must have at least 1 channel, but has ", C);
 
   const bool asymmetric = padding.size() == 4;
@@ -119,8 +119,8 @@ void check_grad_output(const Tensor& grad_output, const ConvShape& shape) {
 }
 
 void check_strides_rank(const char* name, IntArrayRef size, IntArrayRef stride) {
-  TORCH_CHECK(size.size() == stride.size(), name, " must have as many entries as its size, ", size.size(),
-              ", but has ", stride.size());
+  TORCH_CHECK(size.size() == stride.size(), name, " must have as many entries as its size, ", size.size(), ", but has ",
+              stride.size());
 }
 
 }  // namespace

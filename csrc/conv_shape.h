@@ -64,6 +64,8 @@ inline Layout image_layout(int64_t channels, int64_t rows, int64_t columns, int6
 }
 
 inline Layout input_layout(const ConvShape& shape) { return image_layout(shape.C, shape.H, shape.W, shape.N, shape.x); }
-inline Layout output_layout(const ConvShape& shape) { return image_layout(shape.K, shape.P, shape.Q, shape.N, shape.y); }
+inline Layout output_layout(const ConvShape& shape) {
+  return image_layout(shape.K, shape.P, shape.Q, shape.N, shape.y);
+}
 
 }  // namespace sepconv

@@ -27,7 +27,8 @@ PyObject* module_object = nullptr;  // borrowed: the module outlives its functio
 PyObject* conv2d(PyObject*, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
   static torch::PythonArgParser parser(
-      {"conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymIntArrayRef[2] stride=1, SymIntArrayRef[2] padding=0, "
+      {"conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymIntArrayRef[2] stride=1, SymIntArrayRef[2] "
+       "padding=0, "
        "SymIntArrayRef[2] dilation=1, SymInt groups=1)"});
   torch::ParsedArgs<7> parsed;
   auto r = parser.parse(nullptr, args, kwargs, parsed);

@@ -23,8 +23,8 @@ Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::opt
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  return ops::conv2d(cast(input), cast(weight), bias ? std::make_optional(cast(*bias)) : bias, stride, padding, dilation,
-                     std::move(groups), activation);
+  return ops::conv2d(cast(input), cast(weight), bias ? std::make_optional(cast(*bias)) : bias, stride, padding,
+                     dilation, std::move(groups), activation);
 }
 
 // torch.func traces through differentiable functions; C++ autograd functions are closed to it. The whole call is made
