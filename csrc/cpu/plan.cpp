@@ -32,6 +32,11 @@ bool is_channels_last(const ConvShape& s) {
   return s.x.c == 1 && s.y.c == 1 && input_layout(s) == Layout::nhwc && output_layout(s) == Layout::nhwc;
 }
 
+// Multiply-adds that a kernel here does in the time that a call of oneDNN costs before it computes anything.
+constexpr int64_t kCallProducts = 128 * 1024;
+
+bool is_tiny(const ConvShape& s) { return s.output_elements() * s.channels_per_group() * s.R * s.S <= kCallProducts; }
+
 // Why oneDNN, which is behind ATen, is the faster one for this call; null where it is not. Every rule here was measured
 // (benchmarks/NOTES.md), in float32 and, where it says so, in bfloat16: the only types that oneDNN has kernels for
 // here. In float64 and float16 ATen has slow loops, and the kernels of this package win by factors.
@@ -64,7 +69,7 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict) {
     }
     return matmul("1x1, one group, stride 1: a matrix product over pixels");
   }
-  if (!strict) {
+  if (!strict && !is_tiny(s)) {
     if (s.groups == 1 && s.C > 1) return aten("a dense convolution: oneDNN's matrix kernels are faster");
     if (const char* reason = onednn_is_faster(map, s, dtype)) return aten(reason);
   }
