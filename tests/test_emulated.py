@@ -63,6 +63,18 @@ class Run:
         return self.dtype in ("float16", "bfloat16")
 
 
+# Edges of tiles and walks that planted faults have shown to be needed.
+EDGES = (
+    # More pixels than a block of grad_weight has threads, in images with fewer: its walk steps over whole images.
+    Case("grouped_six_small_images", 6, 8, 7, 7, 8, 3, 3, padding=(1, 1), groups=2),
+    Case("grouped_forty_pixels", 40, 8, 1, 1, 8, 1, 1, groups=2),
+    # One channel more than whole steps of the sum, and than whole vectors of the result.
+    Case("pointwise_one_more", 1, 33, 3, 11, 33, 1, 1, bias=True),
+    # Tiles of the result that are full to the last corner.
+    Case("pointwise_full_tile", 1, 64, 4, 4, 128, 1, 1),
+)
+
+
 def _runs() -> Iterator[Run]:
     cases = [case for case in CASES if case.N > 0]  # nothing is launched for an empty batch
     small = [case for case in SMALL if case.N > 0]
@@ -90,6 +102,13 @@ def _runs() -> Iterator[Run]:
             for dtype in DTYPES:
                 for layout in LAYOUTS:
                     yield made(BY_NAME[name], map, layout, dtype)
+    for case in EDGES:
+        for map in MAPS:
+            for layout in LAYOUTS:
+                for dtype in ("float32", "float16"):
+                    yield made(case, map, layout, dtype)
+    for name in ("depthwise_k5", "pointwise_aligned"):
+        yield made(BY_NAME[name], "grad_weight", LAYOUTS[count % 2], "float32", splits=37)
     # Kernels that the plan leaves aside for these shapes, and tiles that it takes for larger ones.
     for case in small:
         if case.family == "depthwise":

@@ -62,12 +62,25 @@ def runs_of(source: Path) -> list[Run]:
             continue
         c = run.case
         odd = c.C % 8 != 0 or (c.C // c.groups) % 4 != 0
-        key = (run.map, run.layout, run.dtype, c.R, c.stride != (1, 1), c.dilation != (1, 1), odd, *sorted(run.extra))
+        edge = c.name if c in test_emulated.EDGES else ""
+        key = (
+            edge,
+            run.map,
+            run.layout,
+            run.dtype,
+            c.R,
+            c.stride != (1, 1),
+            c.dilation != (1, 1),
+            odd,
+            *sorted(run.extra),
+        )
         if source.stem == "sum_partials":
-            key = (run.layout, run.dtype, *sorted(run.extra))
+            key = ("", run.layout, run.dtype, *sorted(run.extra.items()))
         if key not in chosen or _cost(run) < _cost(chosen[key]):
             chosen[key] = run
-    return sorted(chosen.values(), key=_cost)[:MOST_RUNS]
+    edges = [run for run in chosen.values() if run.case in test_emulated.EDGES]
+    rest = sorted((run for run in chosen.values() if run not in edges), key=_cost)
+    return sorted([*edges, *rest[:MOST_RUNS]], key=_cost)
 
 
 def _cost(run: Run) -> int:
