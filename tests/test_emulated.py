@@ -107,7 +107,7 @@ def _runs() -> Iterator[Run]:
             for layout in LAYOUTS:
                 for dtype in ("float32", "float16"):
                     yield made(case, map, layout, dtype)
-    for name in ("depthwise_k5", "pointwise_aligned"):
+    for name in ("depthwise_k5", "grouped_channels3_outputs5"):
         yield made(BY_NAME[name], "grad_weight", LAYOUTS[count % 2], "float32", splits=37)
     # Kernels that the plan leaves aside for these shapes, and tiles that it takes for larger ones.
     for case in small:
