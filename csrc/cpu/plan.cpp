@@ -1,9 +1,12 @@
 #include "plan.h"
 
+#include <algorithm>
+
 namespace sepconv::cpu {
 namespace {
 
 constexpr Plan planes(const char* reason) { return {Kernel::planes, "cpu_planes", reason}; }
+constexpr Plan small_planes(const char* reason) { return {Kernel::small_planes, "cpu_small_planes", reason}; }
 constexpr Plan depthwise_nhwc(const char* reason) { return {Kernel::depthwise_nhwc, "cpu_depthwise_nhwc", reason}; }
 constexpr Plan pointwise(const char* reason) { return {Kernel::pointwise, "cpu_pointwise", reason}; }
 constexpr Plan matmul(const char* reason) { return {Kernel::matmul, "cpu_matmul", reason}; }
@@ -58,7 +61,23 @@ const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
   return nullptr;
 }
 
+// Up to this size a plane of float sums, with its padding, is copied whole into the first-level cache.
+constexpr int64_t kSmallPlane = 40;
+
+bool has_dense_planes(int64_t rows, int64_t columns, const Strides& s) {
+  return (columns == 1 || s.w == 1) && (rows == 1 || s.h == columns);
+}
+
 }  // namespace
+
+bool small_planes_take(Map map, const ConvShape& s, DType dtype) {
+  if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64) return false;
+  if (s.R != s.S || s.stride_h != s.stride_w || s.stride_h > 2 || s.dilation_h != 1 || s.dilation_w != 1) return false;
+  if (std::max({s.H, s.W, s.P, s.Q, s.pad_h, s.pad_w}) > kSmallPlane) return false;
+  if (!has_dense_planes(s.H, s.W, s.x) || !has_dense_planes(s.P, s.Q, s.y)) return false;
+  if (map == Map::grad_weight) return s.R == 3 || s.R == 5 || s.R == 7;
+  return s.R == 3 || (s.R == 5 && s.stride_h == 2);
+}
 
 Plan plan(Map map, const ConvShape& s, DType dtype, bool strict) {
   if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
@@ -76,6 +95,7 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict) {
   if (s.is_depthwise() && s.K == s.C && is_channels_last(s)) {
     return depthwise_nhwc("depthwise on channels_last images: vectors of channels");
   }
+  if (small_planes_take(map, s, dtype)) return small_planes("depthwise on small planes: copied, padded, into cache");
   if (s.is_depthwise()) return planes("depthwise: vectors of pixels");
   return planes("groups of several channels: vectors of pixels");
 }

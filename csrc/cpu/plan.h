@@ -5,13 +5,16 @@
 
 namespace sepconv::cpu {
 
-enum class Kernel : int { planes, depthwise_nhwc, pointwise, matmul, aten };
+enum class Kernel : int { planes, small_planes, depthwise_nhwc, pointwise, matmul, aten };
 
 struct Plan {
   Kernel kernel;
   const char* name;    // as counted and explained
   const char* reason;  // a literal
 };
+
+// The shapes that small_planes.cpp is made for.
+bool small_planes_take(Map, const ConvShape&, DType);
 
 // With `strict`, ATen is taken for nothing: every shape has a kernel here.
 Plan plan(Map, const ConvShape&, DType, bool strict);
