@@ -107,6 +107,9 @@ def _runs() -> Iterator[Run]:
             for layout in LAYOUTS:
                 for dtype in ("float32", "float16"):
                     yield made(case, map, layout, dtype)
+    for dtype, vec in (("float32", 4), ("float16", 8)):  # a long activation over many values of a thread
+        extra = {"kernel": "depthwise_direct", "vec": vec, "activation": "gelu"}
+        yield made(BY_NAME["depthwise_k3"], "forward", "channels_last", dtype, **extra)
     for name in ("depthwise_k5", "grouped_channels3_outputs5"):
         yield made(BY_NAME[name], "grad_weight", LAYOUTS[count % 2], "float32", splits=37)
     # Kernels that the plan leaves aside for these shapes, and tiles that it takes for larger ones.
