@@ -40,6 +40,36 @@ constexpr int64_t kCallProducts = 128 * 1024;
 
 bool is_tiny(const ConvShape& s) { return s.output_elements() * s.channels_per_group() * s.R * s.S <= kCallProducts; }
 
+// Depthwise, contiguous images: what oneDNN's reordering costs it is little on tiny planes, where the vectors here are
+// mostly padding; and its 7x7 multiplies faster.
+const char* onednn_is_faster_nchw(Map map, const ConvShape& s, DType dtype) {
+  if (dtype != DType::float32 || s.K != s.C) return nullptr;
+  const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
+  if (pixels <= 10 * 10 && (map != Map::grad_weight || taps <= 9)) return "planes of up to 10x10: oneDNN is faster";
+  const bool middling = taps >= 7 * 7 && taps <= 13 * 13;
+  if (middling && map == Map::forward) return "7x7 to 13x13 on planes: oneDNN is faster forward";
+  if (middling && map == Map::grad_input && pixels > 28 * 28) return "7x7 to 13x13 on large planes: oneDNN is faster";
+  return nullptr;
+}
+
+const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dtype) {
+  const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
+  if (s.K != s.C) return map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
+  if (s.C <= 16) return "16 channels last or fewer: oneDNN is faster";
+  if (dtype == DType::bfloat16 && taps <= 9 && pixels > 28 * 28) {
+    return "bfloat16 3x3 on large channels_last images: oneDNN multiplies without widening";
+  }
+  if (map == Map::forward) {
+    if (s.dilation_h > 1 || s.dilation_w > 1) return "dilated channels_last: oneDNN is faster";
+    if (s.stride_h > 1 && s.C >= 480 && pixels >= 19 * 19) return "many channels last, strided: oneDNN is faster";
+    if (s.C < 96 && s.C % 16 != 0 && pixels > 28 * 28) return "few channels last, no whole vectors: oneDNN is faster";
+  }
+  if (map == Map::grad_weight && taps <= 9 && pixels <= 14 * 14 && s.C % 256 == 0) {
+    return "3x3 on small images whose pixels fall into the same cache sets: oneDNN is faster";
+  }
+  return nullptr;
+}
+
 // Why oneDNN, which is behind ATen, is the faster one for this call; null where it is not. Every rule here was measured
 // (benchmarks/NOTES.md), in float32 and, where it says so, in bfloat16: the only types that oneDNN has kernels for
 // here. In float64 and float16 ATen has slow loops, and the kernels of this package win by factors.
@@ -51,14 +81,7 @@ const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
     const bool wins = !channels_last && s.channels_per_group() <= 16 && large_planes;
     return wins ? nullptr : "groups of several channels: oneDNN's products are faster, but on large contiguous planes";
   }
-  if (!channels_last) return nullptr;
-  if (s.K != s.C) return map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
-  if (s.C < 16) return "fewer than 16 channels last: oneDNN is faster";
-  if (map == Map::forward && (s.dilation_h > 1 || s.dilation_w > 1)) return "dilated channels_last: oneDNN is faster";
-  if (dtype == DType::bfloat16 && s.R * s.S <= 9 && s.P * s.Q > 28 * 28) {
-    return "bfloat16 3x3 on large channels_last images: oneDNN multiplies without widening";
-  }
-  return nullptr;
+  return channels_last ? onednn_is_faster_channels_last(map, s, dtype) : onednn_is_faster_nchw(map, s, dtype);
 }
 
 // Up to this size a plane of float sums, with its padding, is copied whole into the first-level cache.
