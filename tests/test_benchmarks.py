@@ -199,7 +199,8 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.overhead, "CALLS", 2)
     monkeypatch.setattr(machine, "copy_bandwidth", lambda *_: {1 << 20: 1e10})
     # torch's own test tools, which another test file imports, lock the TF32 flags that a run sets.
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+    lock = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(lock, "__allow_nonbracketed_mutation_flag", True)
     monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e11)
     arguments = ["--layers", "--all", "--models", "mobilenet_v2", "--overhead", "--quick", "--device", "cpu"]
     arguments += ["--kinds", "depthwise,pointwise", "--threads", "1", "--batch", "2", "--out", str(tmp_path)]
