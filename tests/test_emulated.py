@@ -184,7 +184,8 @@ class Suite:
                 again = [*run.arguments(), f"seeds={seed}:{int(seed) + 1}"]
                 if "elements are wrong" in done.stdout and build == "asan":  # the race build knows who wrote what
                     traced = emulate.run(self.runners["race"], again, timeout=150).stdout
-                    done.stdout += "".join(f"race build: {line}\n" for line in traced.splitlines() if "FAULT" in line)
+                    told = re.findall(r"^(?:FAULT|  block ).*", traced, re.MULTILINE)
+                    done.stdout += "".join(f"race build: {line}\n" for line in told)
                 text = re.sub(r"^case \d+ seed \d+\n", "", done.stdout, flags=re.MULTILINE)
                 lines = text.splitlines()
                 shown = "\n".join(lines if len(lines) <= 60 else [*lines[:40], "...", *lines[-20:]])
