@@ -93,12 +93,14 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
     p.tile = {};
   }
   Tile& t = p.tile;
+  const int planned_splits = t.splits;
   t.vec = static_cast<int>(a.number("vec", t.vec));
   t.rows = static_cast<int>(a.number("rows", t.rows));
   t.lanes = static_cast<int>(a.number("lanes", t.lanes));
   t.splits = static_cast<int>(a.number("splits", t.splits));
   t.window = a.number("window", t.window) != 0;
   t.wide = a.number("wide", t.wide) != 0;
+  if (kernel == "auto" && t.splits == planned_splits) return p;  // with the workspace that the plan asked for
   if (c.map == Map::grad_weight) {
     p.workspace_bytes = t.splits * c.shape.weight_elements() * (c.dtype == DType::float64 ? 8 : 4);
   } else if (p.kernel == Kernel::grouped) {
