@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 from collections.abc import Sequence
 
@@ -44,7 +43,7 @@ def facts() -> Facts:
     """Everything that `info` prints, by section."""
     build = sepconv_ext._C.build_info()
     cuda = f"yes, toolkit {build['cuda_version']}" if build["cuda"] else "no"
-    strict = os.environ.get("SEPCONV_STRICT", "0") == "1"
+    strict = sepconv_ext._C.strict()
     return {
         "versions": {
             "sepconv_ext": sepconv_ext.__version__,
