@@ -3,7 +3,7 @@
 import torch  # noqa: F401  (its libraries must be loaded before _C, which links to them)
 
 # The ops' Python half (fake kernels, flop formulas) registers itself on import; the rest is the public face.
-from . import _C, functional, nn, ops
+from . import _C, factorize, functional, nn, ops
 from .convert import convert_, revert_
 from .functional import explain
 from .version import __version__
@@ -12,6 +12,7 @@ __all__ = [
     "__version__",
     "convert_",
     "explain",
+    "factorize",
     "functional",
     "has_cuda",
     "kernel_counts",
