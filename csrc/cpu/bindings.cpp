@@ -7,6 +7,7 @@
 #include "../checks.h"
 #include "../explain.h"
 #include "../runtime.h"
+#include "huge_pages.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -29,6 +30,12 @@ namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
+
+// Memory that a kernel is about to write as a whole.
+Tensor on_huge_pages(Tensor result) {
+  advise_huge_pages(result.mutable_data_ptr(), result.nbytes());
+  return result;
+}
 
 // A pointwise convolution as ATen's matrix products, on views: [N*H*W, C] for channels_last, N times [C, H*W] else.
 namespace matmul {
@@ -100,7 +107,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
                                          aten::sym(dilation), groups, activation);
     return with_strides(shape.y, computed, [&] { return empty_output(shape, input); });
   }
-  Tensor output = empty_output(shape, input);
+  Tensor output = on_huge_pages(empty_output(shape, input));
   if (output.numel() == 0) return output;
   count_kernel(chosen.name);
   const Tensor dense_bias = bias && bias->defined() ? bias->contiguous() : Tensor();
@@ -132,7 +139,7 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArr
                                                     aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
     return with_strides(shape.x, computed, [&] { return empty_grad_input(shape, grad_output); });
   }
-  Tensor grad_input = empty_grad_input(shape, grad_output);
+  Tensor grad_input = on_huge_pages(empty_grad_input(shape, grad_output));
   if (grad_input.numel() == 0) return grad_input;
   count_kernel(chosen.name);
   const void *gy = grad_output.const_data_ptr(), *w = weight.const_data_ptr();

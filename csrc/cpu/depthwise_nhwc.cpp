@@ -16,7 +16,6 @@
 #include <numeric>
 
 #include "foreach_isa.h"
-#include "huge_pages.h"
 
 namespace sepconv::cpu {
 
@@ -25,13 +24,11 @@ static size_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : d
 void depthwise_nhwc_forward(const ConvShape& shape, DType dtype, const void* x, const void* w, const Epilogue& epilogue,
                             void* y) {
   if (shape.output_elements() == 0) return;
-  advise_huge_pages(y, shape.output_elements() * element_size(dtype));
   SEPCONV_BEST_ISA(forward)(shape, dtype, x, w, epilogue, y);
 }
 
 void depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w, void* grad_x) {
   if (shape.input_elements() == 0) return;
-  advise_huge_pages(grad_x, shape.input_elements() * element_size(dtype));
   SEPCONV_BEST_ISA(grad_input)(shape, dtype, grad_y, w, grad_x);
 }
 
