@@ -5,12 +5,14 @@ import torch  # noqa: F401  (its libraries must be loaded before _C, which links
 # The ops' Python half (fake kernels, flop formulas) registers itself on import; the rest is the public face.
 from . import _C, factorize, functional, nn, ops
 from .convert import convert_, revert_
+from .cost import cost
 from .functional import explain
 from .version import __version__
 
 __all__ = [
     "__version__",
     "convert_",
+    "cost",
     "explain",
     "factorize",
     "functional",
