@@ -81,6 +81,14 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return activate(output, activation);
 }
 
+Tensor separable_conv2d(const separable::Call& c) {
+  const std::array<SymInt, 2> one{1, 1}, zero{0, 0};
+  const SymInt channels = c.input.dim() == 4 ? c.input.sym_size(1) : SymInt(1);  // torch complains of the rank
+  const Tensor intermediate = conv2d(c.input, c.depthwise_weight, c.depthwise_bias, c.stride, c.padding, c.dilation,
+                                     channels, c.depthwise_activation);
+  return conv2d(intermediate, c.pointwise_weight, c.pointwise_bias, one, zero, one, 1, c.pointwise_activation);
+}
+
 Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                          SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
                          SymIntArrayRef dilation, const SymInt& groups) {

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "activation.h"
+#include "separable.h"
 
 namespace sepconv::aten {
 
@@ -25,6 +26,8 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
 at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
                               c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
                               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, const c10::SymInt& groups);
+
+at::Tensor separable_conv2d(const separable::Call&);
 
 // The activation alone, differentiable.
 at::Tensor activate(const at::Tensor&, Activation);

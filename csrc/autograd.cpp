@@ -13,18 +13,81 @@
 #include <torch/library.h>
 
 #include "aten_route.h"
+#include "autograd.h"
 #include "checks.h"
 #include "ops.h"
 #include "runtime.h"
 
 namespace sepconv {
-namespace {
 
 using at::Tensor;
 using c10::SymInt;
 using c10::SymIntArrayRef;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+SavedGeometry SavedGeometry::load(AutogradContext* ctx, const std::string& name) {
+  return {ctx->saved_data[name + "_size"].toSymIntVector(), ctx->saved_data[name + "_stride"].toSymIntVector()};
+}
+
+void SavedGeometry::store(AutogradContext* ctx, const std::string& name, SymIntArrayRef size, SymIntArrayRef stride) {
+  ctx->saved_data[name + "_size"] = size, ctx->saved_data[name + "_stride"] = stride;
+}
+
+void SavedGeometry::store(AutogradContext* ctx, const std::string& name, const Tensor& t) {
+  store(ctx, name, t.sym_sizes(), t.sym_strides());
+}
+
+const Tensor& tensor_or_none(const std::optional<Tensor>& t) {
+  static const Tensor none;
+  return t ? *t : none;
+}
+
+// torch's own has no derivative: where one may be wanted, the formula.
+static Tensor differentiable_silu_backward(const Tensor& grad, const Tensor& input) {
+  if (!at::GradMode::is_enabled()) return at::silu_backward(grad, input);
+  const Tensor s = at::sigmoid(input);
+  return grad * s * (1 + input * (1 - s));
+}
+
+Tensor activation_backward(const Tensor& grad, const Tensor& output_or_input, Activation activation) {
+  switch (activation) {
+    case Activation::identity: return grad;
+    case Activation::relu: return at::threshold_backward(grad, output_or_input, 0);
+    case Activation::relu6: return at::hardtanh_backward(grad, output_or_input, 0, 6);
+    case Activation::leaky_relu:
+      return at::leaky_relu_backward(grad, output_or_input, kLeakySlope, /*self_is_result=*/true);
+    case Activation::sigmoid: return at::sigmoid_backward(grad, output_or_input);
+    case Activation::tanh: return at::tanh_backward(grad, output_or_input);
+    case Activation::gelu: return at::gelu_backward(grad, output_or_input);
+    case Activation::silu: return differentiable_silu_backward(grad, output_or_input);
+    case Activation::hardswish: return at::hardswish_backward(grad, output_or_input);
+  }
+  return grad;
+}
+
+const char* needs_aten(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) {
+    if (!t->defined()) continue;
+    if (t->_fw_grad(/*level=*/0).defined()) return "forward-mode differentiation";
+    if (!has_kernel_dtype(*t)) return "no kernel for this dtype";
+    const auto type = t->device().type();
+    if (type != at::kCPU && type != at::kCUDA && type != at::kMeta) return "no kernel for this device";
+    if (t->layout() != at::kStrided) return "no kernel for this tensor layout";
+  }
+  const Tensor& image = **tensors.begin();
+  return image.dim() == 4 && image.sym_size(1) == 0 ? "an image without channels" : nullptr;
+}
+
+bool differentiates(std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor* t : tensors) {
+    if (t->defined() && t->requires_grad()) return true;
+  }
+  return false;
+}
+
+namespace {
 
 // The arguments that are not tensors, as autograd keeps them from forward to backward.
 struct SavedArgs {
@@ -52,35 +115,6 @@ struct SavedArgs {
     return ops::conv2d_grad_weight(g, x, size, strides, stride, padding, dilation, groups);
   }
 };
-
-// The size and strides of a tensor that a gradient will have to match; kept apart from the tensor, which may not be saved.
-struct SavedGeometry {
-  std::vector<SymInt> size, stride;
-
-  static SavedGeometry load(AutogradContext* ctx, const std::string& name) {
-    return {ctx->saved_data[name + "_size"].toSymIntVector(), ctx->saved_data[name + "_stride"].toSymIntVector()};
-  }
-  static void store(AutogradContext* ctx, const std::string& name, SymIntArrayRef size, SymIntArrayRef stride) {
-    ctx->saved_data[name + "_size"] = size, ctx->saved_data[name + "_stride"] = stride;
-  }
-  static void store(AutogradContext* ctx, const std::string& name, const Tensor& t) {
-    store(ctx, name, t.sym_sizes(), t.sym_strides());
-  }
-};
-
-Tensor saved_if(bool needed, const Tensor& t) { return needed ? t : Tensor(); }
-
-// The gradient before the activation, from the gradient after it and the activation's own output.
-Tensor activation_backward(const Tensor& grad, const Tensor& output, Activation activation) {
-  switch (activation) {
-    case Activation::relu: return at::threshold_backward(grad, output, 0);
-    case Activation::relu6: return at::hardtanh_backward(grad, output, 0, 6);
-    case Activation::leaky_relu: return at::leaky_relu_backward(grad, output, kLeakySlope, /*self_is_result=*/true);
-    case Activation::sigmoid: return at::sigmoid_backward(grad, output);
-    case Activation::tanh: return at::tanh_backward(grad, output);
-    default: return grad;
-  }
-}
 
 struct Conv2d : torch::autograd::Function<Conv2d> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
@@ -173,32 +207,15 @@ struct Conv2dGradWeight : torch::autograd::Function<Conv2dGradWeight> {
   }
 };
 
-// Why a call must be made of ATen's own differentiable functions; null where our kernels can take it.
-const char* needs_aten(const Tensor& a, const Tensor& b) {
-  if (a._fw_grad(/*level=*/0).defined() || b._fw_grad(/*level=*/0).defined()) return "forward-mode differentiation";
-  if (!has_kernel_dtype(a)) return "no kernel for this dtype";
-  const auto type = a.device().type();
-  if (type != at::kCPU && type != at::kCUDA && type != at::kMeta) return "no kernel for this device";
-  if (a.layout() != at::kStrided || b.layout() != at::kStrided) return "no kernel for this tensor layout";
-  if (a.dim() == 4 && a.sym_size(1) == 0) return "an image without channels";
-  return nullptr;
-}
-
-bool differentiates(const Tensor& a, const Tensor& b, const std::optional<Tensor>& c = std::nullopt) {
-  return at::GradMode::is_enabled() &&
-         (a.requires_grad() || b.requires_grad() || (c && c->defined() && c->requires_grad()));
-}
-
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, SymIntArrayRef stride,
               SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, std::string_view activation_name) {
   const Activation activation = parse_activation(activation_name);
-  const char* reason = needs_aten(input, weight);
-  if (reason == nullptr && bias && bias->defined()) reason = needs_aten(*bias, *bias);
-  if (reason != nullptr) {
+  const auto tensors = {&input, &weight, &tensor_or_none(bias)};
+  if (const char* reason = needs_aten(tensors)) {
     count_aten(reason);
     return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, activation);
   }
-  if (!differentiates(input, weight, bias)) {
+  if (!differentiates(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return ops::conv2d(input, weight, bias, stride, padding, dilation, std::move(groups), activation_name);
   }
@@ -213,11 +230,11 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
 Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                          SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
                          SymIntArrayRef dilation, SymInt groups) {
-  if (const char* reason = needs_aten(grad_output, weight)) {
+  if (const char* reason = needs_aten({&grad_output, &weight})) {
     count_aten(reason);
     return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
   }
-  if (!differentiates(grad_output, weight)) {
+  if (!differentiates({&grad_output, &weight})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation,
                                   std::move(groups));
@@ -228,11 +245,11 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymInt
 Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
                           SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
                           SymIntArrayRef dilation, SymInt groups) {
-  if (const char* reason = needs_aten(grad_output, input)) {
+  if (const char* reason = needs_aten({&grad_output, &input})) {
     count_aten(reason);
     return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
   }
-  if (!differentiates(grad_output, input)) {
+  if (!differentiates({&grad_output, &input})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation,
                                    std::move(groups));

@@ -69,17 +69,19 @@ void check_pair(const char* name, IntArrayRef values, int64_t minimum) {
 }
 
 // One output dimension; the rule of every convolution: floor((size + padding - extent) / stride) + 1.
-int64_t output_size(const char* name, int64_t size, int64_t padding, int64_t kernel, int64_t stride, int64_t dilation) {
+int64_t output_size(const char* weight_name, const char* name, int64_t size, int64_t padding, int64_t kernel,
+                    int64_t stride, int64_t dilation) {
   const int64_t extent = dilation * (kernel - 1) + 1;
-  TORCH_CHECK(size + padding >= extent, "weight of ", name, " ", kernel, " with dilation ", dilation, " spans ", extent,
-              " pixels, but the padded input has a ", name, " of ", size + padding);
+  TORCH_CHECK(size + padding >= extent, weight_name, " of ", name, " ", kernel, " with dilation ", dilation, " spans ",
+              extent, " pixels, but the padded input has a ", name, " of ", size + padding);
   return (size + padding - extent) / stride + 1;
 }
 
 // Everything that follows from two sizes and the arguments, tensors unseen.
-ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& args) {
+ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& args,
+                         const char* weight_name = "weight") {
   check_rank("input", input.size());
-  check_rank("weight", weight.size());
+  check_rank(weight_name, weight.size());
   check_pair("stride", args.stride, 1);
   check_pair("dilation", args.dilation, 1);
   const IntArrayRef padding = args.padding;
@@ -89,11 +91,13 @@ ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& 
   TORCH_CHECK(args.groups >= 1, "groups must be at least 1, but is ", args.groups);
 
   const int64_t C = input[1], K = weight[0], R = weight[2], S = weight[3];
-  TORCH_CHECK(R >= 1 && S >= 1, "weight must have a kernel of at least 1x1, but has ", R, "x", S);
-  TORCH_CHECK(K >= args.groups, "weight must have at least groups = ", args.groups, " output channels, but has ", K);
-  TORCH_CHECK(K % args.groups == 0, "groups = ", args.groups, " must divide the ", K, " output channels of weight");
-  TORCH_CHECK(C == weight[1] * args.groups, "input must have ", weight[1] * args.groups, " channels (weight's ",
-              weight[1], " times groups = ", args.groups, "), but has ", C);
+  TORCH_CHECK(R >= 1 && S >= 1, weight_name, " must have a kernel of at least 1x1, but has ", R, "x", S);
+  TORCH_CHECK(K >= args.groups, weight_name, " must have at least groups = ", args.groups, " output channels, but has ",
+              K);
+  TORCH_CHECK(K % args.groups == 0, "groups = ", args.groups, " must divide the ", K, " output channels of ",
+              weight_name);
+  TORCH_CHECK(C == weight[1] * args.groups, "input must have ", weight[1] * args.groups, " channels (", weight_name,
+              "'s ", weight[1], " times groups = ", args.groups, "), but has ", C);
   TORCH_CHECK(C >= 1, "input must have at least 1 channel, but has ", C);
 
   const bool asymmetric = padding.size() == 4;
@@ -107,8 +111,8 @@ ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& 
   shape.stride_h = args.stride[0], shape.stride_w = args.stride[1];
   shape.dilation_h = args.dilation[0], shape.dilation_w = args.dilation[1];
   shape.pad_h = pad_top, shape.pad_w = pad_left;
-  shape.P = output_size("height", shape.H, pad_top + pad_bottom, R, shape.stride_h, shape.dilation_h);
-  shape.Q = output_size("width", shape.W, pad_left + pad_right, S, shape.stride_w, shape.dilation_w);
+  shape.P = output_size(weight_name, "height", shape.H, pad_top + pad_bottom, R, shape.stride_h, shape.dilation_h);
+  shape.Q = output_size(weight_name, "width", shape.W, pad_left + pad_right, S, shape.stride_w, shape.dilation_w);
   return shape;
 }
 
@@ -116,6 +120,14 @@ void check_grad_output(const Tensor& grad_output, const ConvShape& shape) {
   const std::array<int64_t, 4> expected{shape.N, shape.K, shape.P, shape.Q};
   TORCH_CHECK(grad_output.sizes() == IntArrayRef(expected), "grad_output must have size ", IntArrayRef(expected),
               ", but has ", grad_output.sizes());
+}
+
+void check_bias(const char* name, const std::optional<Tensor>& bias, const Tensor& input, int64_t outputs,
+                const char* weight_name) {
+  if (!bias || !bias->defined()) return;
+  check_tensor(name, *bias, input, "input");
+  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == outputs, name, " must have size [", outputs,
+              "], one value an output channel of ", weight_name, ", but has ", bias->sizes());
 }
 
 void check_strides_rank(const char* name, IntArrayRef size, IntArrayRef stride) {
@@ -130,11 +142,7 @@ ConvShape check_forward(const Tensor& input, const Tensor& weight, const std::op
   check_tensor("input", input, input, "input");
   check_tensor("weight", weight, input, "input");
   ConvShape shape = check_geometry(input.sizes(), weight.sizes(), args);
-  if (bias && bias->defined()) {
-    check_tensor("bias", *bias, input, "input");
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.K, "bias must have size [", shape.K,
-                "], one value an output channel of weight, but has ", bias->sizes());
-  }
+  check_bias("bias", bias, input, shape.K, "weight");
   shape.x = strides_of(input);
   shape.w = strides_of(weight);
   shape.y = dense_strides(shape.K, shape.P, shape.Q, suggests_channels_last(input) || suggests_channels_last(weight));
@@ -164,6 +172,43 @@ ConvShape check_grad_weight(const Tensor& grad_output, const Tensor& input, IntA
   shape.x = strides_of(input);
   shape.w = dense_strides_like(weight_size, weight_stride);
   shape.y = strides_of(grad_output);
+  return shape;
+}
+
+SeparableShape check_separable(const Tensor& input, const Tensor& depthwise_weight,
+                               const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
+                               const std::optional<Tensor>& pointwise_bias, IntArrayRef stride, IntArrayRef padding,
+                               IntArrayRef dilation) {
+  check_tensor("input", input, input, "input");
+  check_tensor("depthwise_weight", depthwise_weight, input, "input");
+  check_tensor("pointwise_weight", pointwise_weight, input, "input");
+  check_rank("input", input.dim());
+  check_rank("depthwise_weight", depthwise_weight.dim());
+  check_rank("pointwise_weight", pointwise_weight.dim());
+  const IntArrayRef wd = depthwise_weight.sizes(), wp = pointwise_weight.sizes();
+  const int64_t C = input.size(1), middle = wd[0];
+  TORCH_CHECK(C >= 1, "input must have at least 1 channel, but has ", C);
+  TORCH_CHECK(wd[1] == 1, "depthwise_weight must have size [C * multiplier, 1, R, S], but has ", wd);
+  TORCH_CHECK(middle >= C && middle % C == 0, "depthwise_weight must have a multiple of input's ", C,
+              " channels as its output channels, but has ", middle);
+  TORCH_CHECK(wp[2] == 1 && wp[3] == 1, "pointwise_weight must have size [K, C * multiplier, 1, 1], but has ", wp);
+  TORCH_CHECK(wp[1] == middle, "pointwise_weight must have ", middle,
+              " input channels, as many as depthwise_weight has output channels, but has ", wp[1]);
+  check_bias("depthwise_bias", depthwise_bias, input, middle, "depthwise_weight");
+  check_bias("pointwise_bias", pointwise_bias, input, wp[0], "pointwise_weight");
+
+  SeparableShape shape;
+  ConvShape &d = shape.depthwise, &p = shape.pointwise;
+  d = check_geometry(input.sizes(), wd, {stride, padding, dilation, C}, "depthwise_weight");
+  d.x = strides_of(input), d.w = strides_of(depthwise_weight);
+  d.y = dense_strides(d.K, d.P, d.Q, suggests_channels_last(input) || suggests_channels_last(depthwise_weight));
+  const std::array<int64_t, 4> size{d.N, d.K, d.P, d.Q}, strides{d.y.n, d.y.c, d.y.h, d.y.w};
+  const std::array<int64_t, 2> one{1, 1}, zero{0, 0};
+  p = check_geometry(size, wp, {one, zero, one, 1}, "pointwise_weight");
+  p.x = d.y, p.w = strides_of(pointwise_weight);
+  p.y = dense_strides(p.K, p.P, p.Q,
+                      c10::is_channels_last_strides_2d(IntArrayRef(size), IntArrayRef(strides)) ||
+                          suggests_channels_last(pointwise_weight));
   return shape;
 }
 

@@ -11,6 +11,7 @@
 
 #include "activation.h"
 #include "conv_shape.h"
+#include "separable_shape.h"
 
 namespace sepconv {
 
@@ -31,6 +32,13 @@ ConvShape check_grad_input(const at::Tensor& grad_output, const at::Tensor& weig
                            at::IntArrayRef input_stride, const ConvArgs&);
 ConvShape check_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size,
                             at::IntArrayRef weight_stride, const ConvArgs&);
+
+// The geometry of a depthwise convolution and the pointwise one that follows it. The intermediate's and the output's
+// strides are chosen as two forward calls would choose them.
+SeparableShape check_separable(const at::Tensor& input, const at::Tensor& depthwise_weight,
+                               const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
+                               const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
+                               at::IntArrayRef padding, at::IntArrayRef dilation);
 
 // Uninitialised memory for the result that a check described.
 at::Tensor empty_output(const ConvShape&, const at::Tensor& like);

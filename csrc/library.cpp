@@ -34,6 +34,18 @@ TORCH_LIBRARY(sepconv_ext, m) {
       "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[] weight_size, SymInt[] weight_stride, "
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
       tags);
+  m.def(
+      "separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor? depthwise_bias, Tensor pointwise_weight, "
+      "Tensor? pointwise_bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, str depthwise_activation, "
+      "str pointwise_activation, bool save_intermediate=False) -> Tensor",
+      tags);
+  // The same as autograd runs it: (output, intermediate), each of them empty where it is not wanted. The intermediate
+  // has the same bits whether it comes along with the output or alone.
+  m.def(
+      "separable_conv2d_training(Tensor input, Tensor depthwise_weight, Tensor? depthwise_bias, "
+      "Tensor pointwise_weight, Tensor? pointwise_bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "str depthwise_activation, str pointwise_activation, bool output, bool intermediate) -> (Tensor, Tensor)",
+      tags);
 }
 
 namespace sepconv {
@@ -64,6 +76,27 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
                               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups) {
   static const auto op = typed_op<decltype(conv2d_grad_weight)>("sepconv_ext::conv2d_grad_weight");
   return op.call(grad_output, input, weight_size, weight_stride, stride, padding, dilation, std::move(groups));
+}
+
+at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
+                            const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
+                            const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,
+                            c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                            std::string_view depthwise_activation, std::string_view pointwise_activation,
+                            bool save_intermediate) {
+  static const auto op = typed_op<decltype(separable_conv2d)>("sepconv_ext::separable_conv2d");
+  return op.call(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation,
+                 depthwise_activation, pointwise_activation, save_intermediate);
+}
+
+std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
+    const at::Tensor& input, const at::Tensor& depthwise_weight, const std::optional<at::Tensor>& depthwise_bias,
+    const at::Tensor& pointwise_weight, const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,
+    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, std::string_view depthwise_activation,
+    std::string_view pointwise_activation, bool output, bool intermediate) {
+  static const auto op = typed_op<decltype(separable_conv2d_training)>("sepconv_ext::separable_conv2d_training");
+  return op.call(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation,
+                 depthwise_activation, pointwise_activation, output, intermediate);
 }
 
 }  // namespace ops

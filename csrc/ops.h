@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string_view>
+#include <tuple>
 
 namespace sepconv::ops {
 
@@ -21,5 +22,18 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
 at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
                               c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
                               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups);
+
+at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
+                            const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
+                            const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,
+                            c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                            std::string_view depthwise_activation, std::string_view pointwise_activation,
+                            bool save_intermediate);
+
+std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
+    const at::Tensor& input, const at::Tensor& depthwise_weight, const std::optional<at::Tensor>& depthwise_bias,
+    const at::Tensor& pointwise_weight, const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,
+    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, std::string_view depthwise_activation,
+    std::string_view pointwise_activation, bool output, bool intermediate);
 
 }  // namespace sepconv::ops

@@ -27,6 +27,21 @@ Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::opt
                      dilation, std::move(groups), activation);
 }
 
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor separable_conv2d_autocast(const Tensor& input, const Tensor& depthwise_weight,
+                                 const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
+                                 const std::optional<Tensor>& pointwise_bias, SymIntArrayRef stride,
+                                 SymIntArrayRef padding, SymIntArrayRef dilation, std::string_view depthwise_activation,
+                                 std::string_view pointwise_activation, bool save_intermediate) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const at::ScalarType type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
+  const auto cast_bias = [&](const std::optional<Tensor>& t) { return t ? std::make_optional(cast(*t)) : t; };
+  return ops::separable_conv2d(cast(input), cast(depthwise_weight), cast_bias(depthwise_bias), cast(pointwise_weight),
+                               cast_bias(pointwise_bias), stride, padding, dilation, depthwise_activation,
+                               pointwise_activation, save_intermediate);
+}
+
 // torch.func traces through differentiable functions; C++ autograd functions are closed to it. The whole call is made
 // of ATen's functions instead, at the door of the outermost transform.
 Tensor conv2d_functorch(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -50,20 +65,35 @@ Tensor conv2d_grad_weight_functorch(const Tensor& grad_output, const Tensor& inp
   return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
 }
 
+Tensor separable_conv2d_functorch(const Tensor& input, const Tensor& depthwise_weight,
+                                  const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
+                                  const std::optional<Tensor>& pointwise_bias, SymIntArrayRef stride,
+                                  SymIntArrayRef padding, SymIntArrayRef dilation,
+                                  std::string_view depthwise_activation, std::string_view pointwise_activation,
+                                  bool /*save_intermediate*/) {
+  count_aten("a torch.func transform");
+  return aten::separable_conv2d({input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride,
+                                 padding, dilation, parse_activation(depthwise_activation),
+                                 parse_activation(pointwise_activation)});
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCPU, m) {
   m.impl("conv2d", conv2d_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("separable_conv2d", separable_conv2d_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCUDA, m) {
   m.impl("conv2d", conv2d_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("separable_conv2d", separable_conv2d_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) {
   m.impl("conv2d", conv2d_functorch);
   m.impl("conv2d_grad_input", conv2d_grad_input_functorch);
   m.impl("conv2d_grad_weight", conv2d_grad_weight_functorch);
+  m.impl("separable_conv2d", separable_conv2d_functorch);
 }
 
 }  // namespace sepconv

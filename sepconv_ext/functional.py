@@ -1,4 +1,4 @@
-"""The stateless face: ``F.conv2d``'s call, and the depthwise and pointwise calls with an activation."""
+"""The stateless face: ``F.conv2d``'s call, and the depthwise, pointwise and separable calls with activations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _C
 
 # torch.fx keeps these calls whole, as it does F.conv2d, so that a converted model still traces.
-for _name in ("conv2d", "depthwise_conv2d", "pointwise_conv2d"):
+for _name in ("conv2d", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
     torch.fx.wrap(_name)
 
 IntOrPair = int | Sequence[int]
@@ -132,6 +132,65 @@ def pointwise_conv2d(
     if tuple(weight.shape[2:]) != (1, 1):
         raise RuntimeError(f"weight must be [K, C, 1, 1], but has size {list(weight.shape)}")
     return _conv2d(input, weight, bias, 1, 0, 1, 1, activation)
+
+
+def separable_conv2d(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    depthwise_activation: str = "identity",
+    pointwise_activation: str = "identity",
+    save_intermediate: bool = False,
+) -> Tensor:
+    """A depthwise convolution and the 1x1 convolution of its output, each with bias and activation, as one call.
+
+    The depthwise-separable convolution of L. Sifre's thesis (2014), as MobileNet (arXiv 1704.04861) and Xception (arXiv
+    1610.02357) use it. Equal to :func:`pointwise_conv2d` of :func:`depthwise_conv2d`, but a fused kernel, where there
+    is one for the call, never writes what lies between them to memory.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.
+        depthwise_weight: ``[C * multiplier, 1, R, S]``.
+        pointwise_weight: ``[K, C * multiplier, 1, 1]``.
+        depthwise_bias: ``[C * multiplier]`` or None. Default None.
+        pointwise_bias: ``[K]`` or None. Default None.
+        stride, padding, dilation: of the depthwise stage, as in :func:`conv2d`.
+        depthwise_activation, pointwise_activation: as in :func:`depthwise_conv2d`. Default ``identity``.
+        save_intermediate: where gradients are wanted, keep the ``[N, C * multiplier, P, Q]`` values between the stages
+            for the backward pass, which else computes them again: memory for time, the same results. Default False.
+
+    Returns:
+        ``[N, K, P, Q]``, P and Q as in :func:`conv2d`; in channels_last where the input or a weight is.
+
+    Raises:
+        ValueError: an unknown activation. RuntimeError: sizes, dtypes and devices that do not fit.
+    """
+    if input.dim() == 3:
+        batch, arguments = input.unsqueeze(0), (depthwise_bias, pointwise_bias, stride, padding, dilation)
+        activations = (depthwise_activation, pointwise_activation)
+        return separable_conv2d(
+            batch, depthwise_weight, pointwise_weight, *arguments, *activations, save_intermediate
+        ).squeeze(0)
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = _padding(padding, depthwise_weight, stride, dilation)
+    return torch.ops.sepconv_ext.separable_conv2d(
+        input,
+        depthwise_weight,
+        depthwise_bias,
+        pointwise_weight,
+        pointwise_bias,
+        stride,
+        padding,
+        dilation,
+        depthwise_activation,
+        pointwise_activation,
+        save_intermediate,
+    )
 
 
 def explain(

@@ -1,7 +1,8 @@
 """The ops as torch's own machinery sees them: shapes and strides without data, and operation counts.
 
 The schemas and the kernels are registered by ``_C`` (csrc/library.cpp); they are called as
-``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input`` and ``.conv2d_grad_weight``.
+``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input``, ``.conv2d_grad_weight`` and ``.separable_conv2d``. A fifth,
+``separable_conv2d_training``, is the fourth as its gradient needs it; it has no gradient itself.
 """
 
 from __future__ import annotations
@@ -38,19 +39,28 @@ def _empty_like_strides(like: Tensor, size: Sequence[int], stride: Sequence[int]
     return torch.empty_like(asked, memory_format=torch.preserve_format)
 
 
+def _check_rank(name: str, tensor: Tensor) -> None:
+    torch._check(tensor.dim() == 4, lambda: f"{name} must have 4 dimensions, but has {tensor.dim()}")
+
+
+def _forward(input, weight, stride, padding, dilation) -> Tensor:
+    """An output of the right size and strides, by torch's rule for its layout."""
+    size = _output_size(input.shape, weight.shape, stride, padding, dilation)
+    channels_last = torch.channels_last in (suggest_memory_format(input), suggest_memory_format(weight))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
+
+
 @torch.library.register_fake("sepconv_ext::conv2d")
 def _(input, weight, bias, stride, padding, dilation, groups, activation):
-    torch._check(input.dim() == 4, lambda: f"input must have 4 dimensions, but has {input.dim()}")
-    torch._check(weight.dim() == 4, lambda: f"weight must have 4 dimensions, but has {weight.dim()}")
+    _check_rank("input", input)
+    _check_rank("weight", weight)
     torch._check(
         input.shape[1] == weight.shape[1] * groups,
         lambda: f"input must have {weight.shape[1] * groups} channels (weight's {weight.shape[1]} times "
         f"groups = {groups}), but has {input.shape[1]}",
     )
-    size = _output_size(input.shape, weight.shape, stride, padding, dilation)
-    channels_last = torch.channels_last in (suggest_memory_format(input), suggest_memory_format(weight))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
+    return _forward(input, weight, stride, padding, dilation)
 
 
 @torch.library.register_fake("sepconv_ext::conv2d_grad_input")
@@ -61,6 +71,32 @@ def _(grad_output, weight, input_size, input_stride, stride, padding, dilation, 
 @torch.library.register_fake("sepconv_ext::conv2d_grad_weight")
 def _(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups):
     return _empty_like_strides(grad_output, weight_size, weight_stride)
+
+
+def _separable(input, depthwise_weight, pointwise_weight, stride, padding, dilation) -> tuple[Tensor, Tensor]:
+    """(output, intermediate)."""
+    _check_rank("input", input)
+    _check_rank("depthwise_weight", depthwise_weight)
+    _check_rank("pointwise_weight", pointwise_weight)
+    torch._check(
+        pointwise_weight.shape[1] == depthwise_weight.shape[0],
+        lambda: f"pointwise_weight must have {depthwise_weight.shape[0]} input channels, as many as depthwise_weight "
+        f"has output channels, but has {pointwise_weight.shape[1]}",
+    )
+    intermediate = _forward(input, depthwise_weight, stride, padding, dilation)
+    return _forward(intermediate, pointwise_weight, (1, 1), (0, 0), (1, 1)), intermediate
+
+
+@torch.library.register_fake("sepconv_ext::separable_conv2d")
+def _(input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, act_d, act_p, save_intermediate=False):
+    return _separable(input, depthwise, pointwise, stride, padding, dilation)[0]
+
+
+@torch.library.register_fake("sepconv_ext::separable_conv2d_training")
+def _(input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, act_d, act_p, output, intermediate):
+    results = _separable(input, depthwise, pointwise, stride, padding, dilation)
+    wanted = (output, intermediate)
+    return tuple(result if asked else input.new_empty(0) for result, asked in zip(results, wanted, strict=True))
 
 
 # Two operations a multiply-accumulate, the same number for all three maps: N*P*Q * K * (C / groups) * R*S.
@@ -77,3 +113,22 @@ def _(grad_output, weight, *_, out_shape=None, **__) -> int:
 @register_flop_formula(torch.ops.sepconv_ext.conv2d_grad_weight)
 def _(grad_output, input, *_, out_shape=None, **__) -> int:
     return conv_flop_count(input, out_shape, grad_output)
+
+
+def _separable_flops(input, depthwise, pointwise, stride, padding, dilation, output=True) -> int:
+    """N*P*Q * C * T * (R*S + K) multiply-accumulates, without K where the product is not made."""
+    size = _output_size(input, depthwise, stride, padding, dilation)
+    product = conv_flop_count(size, pointwise, (size[0], pointwise[0], *size[2:])) if output else 0
+    return conv_flop_count(input, depthwise, size) + product
+
+
+@register_flop_formula(torch.ops.sepconv_ext.separable_conv2d)
+def _(input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, *_, out_shape=None, **__) -> int:
+    return _separable_flops(input, depthwise, pointwise, stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.sepconv_ext.separable_conv2d_training)
+def _(
+    input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, act_d, act_p, output, intermediate, **__
+) -> int:
+    return _separable_flops(input, depthwise, pointwise, stride, padding, dilation, output)

@@ -1,4 +1,4 @@
-"""Slow, obvious oracles for the three maps, shared by the tests and the benchmarks.
+"""Slow, obvious oracles for the three maps and the separable pair, shared by the tests and the benchmarks.
 
 Everything is computed in float64 with one plain loop over the taps of the kernel; no convolution routine of torch is
 called, so an oracle shares no code with what it judges. The three functions are written out one by one from
@@ -133,6 +133,27 @@ def forward(
     if bias is not None:
         output += bias.double()[:, None, None]
     return ACTIVATIONS[activation](output)
+
+
+def separable(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    depthwise_activation: str = "identity",
+    pointwise_activation: str = "identity",
+) -> Tensor:
+    """The pair pw(act(dw(x))) in float64: [N, C, H, W], [C * T, 1, R, S] and [K, C * T, 1, 1] to [N, K, P, Q]."""
+    geometry = (stride, padding, dilation, input.shape[1])
+    between = forward(input, depthwise_weight, depthwise_bias, *geometry, depthwise_activation)
+    output = torch.einsum("ncpq,kc->nkpq", between, pointwise_weight.double()[:, :, 0, 0])
+    if pointwise_bias is not None:
+        output += pointwise_bias.double()[:, None, None]
+    return ACTIVATIONS[pointwise_activation](output)
 
 
 def grad_input(

@@ -7,6 +7,7 @@
 #include "../checks.h"
 #include "../explain.h"
 #include "../runtime.h"
+#include "../separable.h"
 #include "huge_pages.h"
 #include "kernels.h"
 #include "plan.h"
@@ -183,12 +184,56 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   return grad_weight;
 }
 
+Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
+                        const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
+                        const std::optional<Tensor>& pointwise_bias, IntArrayRef stride, IntArrayRef padding,
+                        IntArrayRef dilation, std::string_view depthwise_activation,
+                        std::string_view pointwise_activation, bool /*save_intermediate*/) {
+  const separable::Call call{input,
+                             depthwise_weight,
+                             depthwise_bias,
+                             pointwise_weight,
+                             pointwise_bias,
+                             aten::sym(stride),
+                             aten::sym(padding),
+                             aten::sym(dilation),
+                             parse_activation(depthwise_activation),
+                             parse_activation(pointwise_activation)};
+  if (!has_kernel_dtype(input)) {  // seen here in inference mode only
+    count_aten("no kernel for this dtype");
+    return aten::separable_conv2d(call);
+  }
+  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
+  return separable::composite(call);
+}
+
+std::tuple<Tensor, Tensor> separable_conv2d_training(
+    const Tensor& input, const Tensor& depthwise_weight, const std::optional<Tensor>& depthwise_bias,
+    const Tensor& pointwise_weight, const std::optional<Tensor>& pointwise_bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, std::string_view depthwise_activation,
+    std::string_view pointwise_activation, bool output, bool intermediate) {
+  const separable::Call call{input,
+                             depthwise_weight,
+                             depthwise_bias,
+                             pointwise_weight,
+                             pointwise_bias,
+                             aten::sym(stride),
+                             aten::sym(padding),
+                             aten::sym(dilation),
+                             parse_activation(depthwise_activation),
+                             parse_activation(pointwise_activation)};
+  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
+  return separable::composite_training(call, output, intermediate);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sepconv_ext, CPU, m) {
   m.impl("conv2d", conv2d);
   m.impl("conv2d_grad_input", conv2d_grad_input);
   m.impl("conv2d_grad_weight", conv2d_grad_weight);
+  m.impl("separable_conv2d", separable_conv2d);
+  m.impl("separable_conv2d_training", separable_conv2d_training);
 }
 
 }  // namespace sepconv::cpu

@@ -14,6 +14,7 @@
 #include "../checks.h"
 #include "../explain.h"
 #include "../runtime.h"
+#include "../separable.h"
 #include "plan.h"
 
 namespace sepconv::cuda {
@@ -126,6 +127,49 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   return grad_weight;
 }
 
+// The fourth op has no fused kernel here yet: two launches through the first op, with the intermediate in memory.
+Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
+                        const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
+                        const std::optional<Tensor>& pointwise_bias, IntArrayRef stride, IntArrayRef padding,
+                        IntArrayRef dilation, std::string_view depthwise_activation,
+                        std::string_view pointwise_activation, bool /*save_intermediate*/) {
+  const separable::Call call{input,
+                             depthwise_weight,
+                             depthwise_bias,
+                             pointwise_weight,
+                             pointwise_bias,
+                             aten::sym(stride),
+                             aten::sym(padding),
+                             aten::sym(dilation),
+                             parse_activation(depthwise_activation),
+                             parse_activation(pointwise_activation)};
+  if (!has_kernel_dtype(input)) {  // seen here in inference mode only
+    count_aten("no kernel for this dtype");
+    return aten::separable_conv2d(call);
+  }
+  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
+  return separable::composite(call);
+}
+
+std::tuple<Tensor, Tensor> separable_conv2d_training(
+    const Tensor& input, const Tensor& depthwise_weight, const std::optional<Tensor>& depthwise_bias,
+    const Tensor& pointwise_weight, const std::optional<Tensor>& pointwise_bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, std::string_view depthwise_activation,
+    std::string_view pointwise_activation, bool output, bool intermediate) {
+  const separable::Call call{input,
+                             depthwise_weight,
+                             depthwise_bias,
+                             pointwise_weight,
+                             pointwise_bias,
+                             aten::sym(stride),
+                             aten::sym(padding),
+                             aten::sym(dilation),
+                             parse_activation(depthwise_activation),
+                             parse_activation(pointwise_activation)};
+  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
+  return separable::composite_training(call, output, intermediate);
+}
+
 }  // namespace
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int device) {
@@ -142,4 +186,6 @@ TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) {
   m.impl("conv2d", sepconv::cuda::conv2d);
   m.impl("conv2d_grad_input", sepconv::cuda::conv2d_grad_input);
   m.impl("conv2d_grad_weight", sepconv::cuda::conv2d_grad_weight);
+  m.impl("separable_conv2d", sepconv::cuda::separable_conv2d);
+  m.impl("separable_conv2d_training", sepconv::cuda::separable_conv2d_training);
 }

@@ -1,0 +1,40 @@
+// The fourth op, depthwise -> [bias, activation] -> pointwise -> [bias, activation], made of the first one: for devices
+// and shapes without a fused kernel, and for the derivatives.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <optional>
+#include <tuple>
+
+#include "activation.h"
+
+namespace sepconv::separable {
+
+// A call's tensors and arguments, gathered. It refers to them: it does not outlive the function that got them.
+struct Call {
+  const at::Tensor &input, &depthwise_weight;
+  const std::optional<at::Tensor>& depthwise_bias;
+  const at::Tensor& pointwise_weight;
+  const std::optional<at::Tensor>& pointwise_bias;
+  c10::SymIntArrayRef stride, padding, dilation;
+  Activation depthwise_activation, pointwise_activation;
+};
+
+// The activation that the intermediate is kept behind: none where the derivative needs the value before.
+constexpr Activation kept_activation(Activation a) { return derivative_from_output(a) ? a : Activation::identity; }
+
+// The stages, each one conv2d of the op table; differentiable when called above the autograd key. depthwise() gives the
+// intermediate as it is kept: behind kept_activation(); activated() the pointwise stage's input from it.
+at::Tensor depthwise(const Call&);
+at::Tensor activated(const Call&, const at::Tensor& kept);
+at::Tensor pointwise(const Call&, const at::Tensor& activated, Activation);
+
+// The op separable_conv2d. The intermediate is written to memory and freed.
+at::Tensor composite(const Call&);
+
+// The op separable_conv2d_training.
+std::tuple<at::Tensor, at::Tensor> composite_training(const Call&, bool output, bool intermediate);
+
+}  // namespace sepconv::separable
