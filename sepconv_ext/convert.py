@@ -8,121 +8,78 @@ a module registered under two names, the model itself where it is a single Conv2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from . import fuse as chains
+from .cost import cost
+from .fold import Chain
 from .nn import Conv2d
+from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert_", "revert_"]
 
 # The class that a converted module had, kept on the module so that a copy or an unpickled model can be reverted too.
 _ORIGINAL = "_sepconv_original_class"
+_DENSE = "dense: torch's own kernel is the one for it"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One convolution that convert_ looked at."""
-
-    name: str  # as in model.named_modules(); "" is the model itself
-    family: str  # depthwise, pointwise, grouped or dense
-    summary: str  # the module's arguments, as it prints them
-    reason: str = ""  # why it was skipped; empty where it was replaced
-
-    def __str__(self) -> str:
-        text = f"{self.name or '(the model itself)'}: {self.family} ({self.summary})"
-        return f"{text}: {self.reason}" if self.reason else text
-
-
-@dataclass(repr=False)
-class Report:
-    """What convert_ did; prints as a table.
-
-    Iterates over the replaced entries and counts them, so it is false where nothing was replaced.
-    """
-
-    replaced: list[Entry] = field(default_factory=list)
-    skipped: list[Entry] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.replaced)
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.replaced)
-
-    @property
-    def headline(self) -> str:
-        total = len(self.replaced) + len(self.skipped)
-        return f"sepconv_ext: {len(self.replaced)} of {total} convolutions replaced"
-
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """(outcome, family, count, which), one row for each outcome and family."""
-        groups: dict[tuple[str, str], list[str]] = {}
-        for entry in self.replaced + self.skipped:
-            outcome = f"skipped: {entry.reason}" if entry.reason else "replaced"
-            groups.setdefault((outcome, entry.family), []).append(entry.name or "(the model itself)")
-        return [(outcome, family, str(len(names)), _abridged(names)) for (outcome, family), names in groups.items()]
-
-    def __rich__(self):
-        from rich.table import Table
-
-        table = Table(title=self.headline, title_justify="left")
-        for column in ("outcome", "family", "count", "modules"):
-            table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
-
-    def __str__(self) -> str:
-        try:
-            from rich.console import Console
-        except ImportError:
-            rows = self.rows()
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-            return "\n".join([self.headline, *(f"  {line.rstrip()}" for line in lines)])
-        console = Console(width=110, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
-
-    __repr__ = __str__
-
-
-def _abridged(names: Iterable[str], shown: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:shown]) + (f", and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> Report:
+def convert_(
+    model: nn.Module,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    fuse: bool = False,
+    input_size: Sequence | None = None,
+) -> Report:
     """Moves a model's grouped, depthwise and pointwise convolutions to this package's kernels, in place.
 
     Args:
         model: any module. It may itself be an nn.Conv2d: then it is converted in place like any other.
-        filter_fn: called with (name, module) for each convolution that could be replaced; False keeps it as it is. A
-            module that is registered under several names is asked about once, under its first name. Default: all are
-            replaced.
+        filter_fn: called with (name, module) for each convolution that could be replaced or fused; False keeps it as it
+            is. A module that is registered under several names is asked about once, under its first name. Default: all.
+        fuse: also let depthwise -> [batch norm] -> [activation] -> pointwise -> [batch norm] -> [activation] run as one
+            separable_conv2d, and any other convolution -> [batch norm] -> [activation] as one convolution. Default:
+            False.
+        input_size: of one input (N, C, H, W), as for sepconv_ext.cost: with it the report of a fused model has
+            multiply-accumulates and bytes besides parameters. Default: None.
 
     Returns:
         A Report: which convolutions were replaced, and which were skipped and why. Skipped are dense convolutions
         (groups = 1 with a kernel larger than 1x1, or with padding), subclasses of nn.Conv2d, lazy, quantised and
         scripted modules, modules whose forward was replaced on the instance, and weights that are tensor subclasses,
-        integer or complex.
+        integer or complex. With `fuse`, also what was fused and folded, and which depthwise convolution was not and
+        why.
 
     Modules are changed, not exchanged: parameters, buffers, hooks, flags and references to the modules stay as they
     are. Copies and pickles of a converted model work; reading a pickle needs sepconv_ext installed. A state_dict does
     not change.
+
+    A fused model: batch norms are folded in eval(), into weights that are held apart, made again whenever a parameter
+    or a statistic changes, and part of the graph where somebody differentiates by the parameters. In train() a chain
+    with a batch norm runs module by module, so that training is what it always was; back in eval() it is fused again.
+    So does a chain while one of its modules has a hook. The modules of a chain work together: to call one of them
+    alone, to script the model or to export it to ONNX, revert_ it first. Not fused is what is used in several places (a
+    convolution, a norm, an activation, or the output between two of them), has hooks or is parametrized. A value that
+    is written through `.data` is seen after the next forward pass in train().
     """
     report = Report()
+    answers: dict[nn.Module, bool] = {}
+
+    def wanted(name: str, module: nn.Module) -> bool:
+        if module not in answers:
+            answers[module] = filter_fn is None or bool(filter_fn(name, module))
+        return answers[module]
+
+    reasons: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if not _is_convolution(module):
             continue
         family = _family(module)
         reason = _refusal(module, family)
-        if reason is None and filter_fn is not None and not filter_fn(name, module):
+        if reason is None and not wanted(name, module):
             reason = "filter_fn said no"
         if reason is None:
             module.__dict__[_ORIGINAL] = type(module)
@@ -130,17 +87,22 @@ def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | Non
             report.replaced.append(Entry(name, family, module.extra_repr()))
         else:
             report.skipped.append(Entry(name, family, module.extra_repr(), reason))
+            reasons[module] = reason
+    if fuse:
+        plain = {m for m in model.modules() if isinstance(m, Conv2d) or reasons.get(m) == _DENSE}
+        _fuse(model, report, lambda name, module: module in plain and wanted(name, module), input_size)
     return report
 
 
 def revert_(model: nn.Module) -> int:
-    """Undoes convert_: every module that convert_ replaced has its former class again, and nothing else changes.
+    """Undoes convert_: every module that convert_ replaced or fused is what it was, and nothing else changes.
 
     Modules that were built as sepconv_ext.nn layers stay what they are.
 
     Returns:
-        The number of modules reverted.
+        The number of convolutions that have their former class again.
     """
+    chains.unfuse_(model)
     converted = [module for module in model.modules() if _ORIGINAL in module.__dict__]
     for module in converted:
         original = module.__dict__.pop(_ORIGINAL)
@@ -152,6 +114,77 @@ def revert_(model: nn.Module) -> int:
         else:  # parametrizations were added or removed since
             module.__class__ = _rebased(current, nn.Conv2d)
     return len(converted)
+
+
+def _fuse(
+    model: nn.Module,
+    report: Report,
+    may_use: Callable[[str, nn.Module], bool],
+    input_size: Sequence | None,
+) -> None:
+    before = cost(model, input_size) if input_size is not None else None
+    module = model.get_submodule
+    found, problem = chains.find_chains(model)
+    fused: list[Chain] = []
+    lonely = {}  # depthwise convolutions without a pointwise one, and why
+    for name, conv in model.named_modules():
+        if isinstance(conv, Conv2d) and _family(conv) == "depthwise" and chains.chain_of(conv) is None:
+            lonely[name] = problem or "torch.fx sees no call of it, or several, or it has hooks or is parametrized"
+    for whole in found:
+        for part in whole.only(lambda name: may_use(name, module(name))):
+            first = part.stages[0].conv
+            if len(part.stages) == 2:
+                lonely.pop(first, None)
+            elif first in lonely:
+                lonely[first] = part.end
+            if not part.is_trivial:
+                fused.append(part.bind(model))
+                _report_chain(report, part, fused[-1], module)
+    for name, reason in lonely.items():
+        report.unfused.append(Entry(name, "depthwise", module(name).extra_repr(), reason))
+    for chain in fused:
+        chains.fuse_(chain)
+    report.costs = _costs(model, fused, before)
+
+
+def _report_chain(report: Report, found: chains.Found, chain: Chain, module: Callable[[str], nn.Module]) -> None:
+    waits = any(norm.training for norm in chain.norms)
+    reason = "from eval() on: in train() its batch norms take batch statistics" if waits else ""
+    parts = []
+    for stage in found.stages:
+        words = [_family(module(stage.conv))]
+        if stage.norm:
+            words.append("batch norm")
+            report.folded.append(Entry(stage.norm, "batch norm", module(stage.norm).extra_repr(), reason))
+        if stage.activation != "identity":
+            words.append(stage.activation)
+        parts.append(", ".join(words))
+    family = "separable" if len(parts) == 2 else _family(chain.stages[0].conv)
+    report.fused.append(Entry(" -> ".join(s.conv for s in found.stages), family, " -> ".join(parts), reason))
+
+
+def _costs(model: nn.Module, fused: Sequence[Chain], before) -> dict[str, tuple[int, int]]:
+    """Before and after: a chain reads its input once and writes its output once; a folded norm leaves a bias."""
+    names = {module: name for name, module in model.named_modules()}
+    layers = {layer.name: layer for layer in before.layers} if before else {}
+    parameters = bytes = 0  # what is saved
+    for chain in fused:
+        modules = [m for stage in chain.stages for m in (stage.conv, stage.norm) if m is not None]
+        held = sum(p.numel() for m in modules for p in m.parameters())
+        folded = sum(
+            stage.conv.weight.numel() + (stage.conv.out_channels if stage.norm or stage.conv.bias is not None else 0)
+            for stage in chain.stages
+        )
+        parameters += held - folded
+        if before:
+            rows = [layers[names[m]] for m in modules if names[m] in layers]  # norms with an activation are no layers
+            ends = math.prod(rows[0].input_size) + math.prod(rows[-1].output_size)
+            bytes += sum(row.bytes for row in rows) - (ends + folded) * before.dtype.itemsize
+    total = sum(p.numel() for p in model.parameters())
+    costs = {"parameters": (total, total - parameters)}
+    if before:
+        costs |= {"MACs": (before.macs, before.macs), "bytes": (before.bytes, before.bytes - bytes)}
+    return costs
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -186,6 +219,8 @@ def _refusal(module: nn.Module, family: str) -> str | None:
         return "converted before" if _ORIGINAL in module.__dict__ else "already a sepconv_ext layer"
     if _is_quantised(module):
         return "quantised"
+    if chains.chain_of(module) is not None:
+        return "fused before"
     if not _is_plain(module):
         return f"a class of its own: {type(module).__module__}.{type(module).__qualname__}"
     if getattr(module, "qconfig", None) is not None:
@@ -197,7 +232,7 @@ def _refusal(module: nn.Module, family: str) -> str | None:
             return f"its weight is a tensor subclass: {type(tensor).__name__}"
         if not tensor.is_floating_point():
             return f"no kernel for {tensor.dtype}"
-    return "dense: torch's own kernel is the one for it" if family == "dense" else None
+    return _DENSE if family == "dense" else None
 
 
 def _is_plain(module: nn.Module) -> bool:

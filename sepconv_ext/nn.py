@@ -6,10 +6,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from . import functional
+from .fold import Chain, Stage
+from .reference import ACTIVATIONS
 
-__all__ = ["Conv2d", "DepthwiseConv2d", "PointwiseConv2d"]
+__all__ = ["Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d"]
 
 
 class Conv2d(nn.Conv2d):
@@ -113,3 +116,145 @@ class PointwiseConv2d(_FusedConv2d):
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
         return functional.pointwise_conv2d(input, weight, bias, activation=self.activation)
+
+
+class SeparableConv2d(nn.Module):
+    """A depthwise-separable convolution: depthwise -> [norm] -> activation -> pointwise -> [norm] -> activation.
+
+    Without norms, and with norms in eval(), all of it is one `functional.separable_conv2d`, the norms folded into the
+    weights; with norms in train() it runs stage by stage. The parts are the modules `depthwise` (an nn.Conv2d with
+    groups = in_channels), `depthwise_norm`, `pointwise` (an nn.Conv2d, 1x1) and `pointwise_norm` (nn.BatchNorm2d or
+    None); while one of them has a hook, too, it runs stage by stage.
+
+    Two orders are in use. MobileNet's (Howard et al., 2017) is convolution, norm, activation after both stages:
+    `norm="batch", activation="relu6", depthwise_activation="relu6"`. Xception's (Chollet, 2017) has nothing between
+    the stages: `norm="batch", depthwise_norm=False`, and MobileNetV2's half of a block is `norm="batch",
+    depthwise_activation="relu6"`.
+
+    Args:
+        in_channels, out_channels: C and K, any numbers.
+        kernel_size, stride, dilation: of the depthwise stage, as for torch.nn.Conv2d. Stride and dilation: 1.
+        padding: of the depthwise stage: as for torch.nn.Conv2d, or "same" (default), which here goes with any stride:
+            dilation * (kernel_size - 1) // 2 zeros on every side, so that the output has ceil(H / stride) rows. At
+            stride 2 that is where torchvision's and timm's models put their zeros; TensorFlow's "same" puts the odd one
+            below and right for even H, and differs there by one pixel. A kernel of an even extent has no such middle:
+            it needs stride 1, and its odd zero goes below and right, as in torch.
+        multiplier: T, depthwise filters a channel. Default: 1.
+        bias: whether each convolution that no norm follows has a bias (the norm's own shift is one). Default: True.
+        norm: None, or "batch" for an nn.BatchNorm2d behind each stage. Default: None.
+        activation, depthwise_activation: behind the pointwise and the depthwise stage, names as for DepthwiseConv2d.
+            Default: "identity".
+        depthwise_norm: False leaves the depthwise stage without the norm. Default: True.
+        padding_mode: "zeros" (default), "reflect", "replicate" or "circular".
+        save_intermediate: keep what is between the stages for the backward pass instead of computing it again: faster,
+            and more memory. Default: False.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown activation or norm; padding="same" for a kernel of an even extent at a stride.
+
+    Channels: an nn.Conv2d(C, K, groups=g) needs g to divide both C and K, so its finest grouping is g = gcd(C, K): a
+    layer from 32 to 48 channels has at most 16 groups, two channels in and three out each, and a depthwise layer
+    (g = C) needs K to be a multiple of C. Here only the depthwise stage is grouped, its K is C * T by construction, and
+    the pointwise stage mixes all channels: so out_channels may be any number.
+
+    Input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        dilation: int | tuple[int, int] = 1,
+        multiplier: int = 1,
+        bias: bool = True,
+        norm: str | None = None,
+        activation: str = "identity",
+        depthwise_activation: str = "identity",
+        depthwise_norm: bool = True,
+        padding_mode: str = "zeros",
+        save_intermediate: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if norm not in (None, "batch"):
+            raise ValueError(f"norm must be None or 'batch', but is {norm!r}")
+        for name, value in dict(activation=activation, depthwise_activation=depthwise_activation).items():
+            if value not in ACTIVATIONS:
+                raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, but is {value!r}")
+        place = dict(device=device, dtype=dtype)
+        normed = (norm is not None and depthwise_norm, norm is not None)
+        self.depthwise = Conv2d(
+            in_channels,
+            in_channels * multiplier,
+            kernel_size,
+            stride,
+            _same(kernel_size, stride, dilation) if padding == "same" else padding,
+            dilation,
+            groups=in_channels,
+            bias=bias and not normed[0],
+            padding_mode=padding_mode,
+            **place,
+        )
+        self.depthwise_norm = nn.BatchNorm2d(in_channels * multiplier, **place) if normed[0] else None
+        self.pointwise = Conv2d(in_channels * multiplier, out_channels, 1, bias=bias and not normed[1], **place)
+        self.pointwise_norm = nn.BatchNorm2d(out_channels, **place) if normed[1] else None
+        self.depthwise_activation = depthwise_activation
+        self.activation = activation
+        self.save_intermediate = save_intermediate
+        self._fused: Chain | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        chain = self._chain()
+        if chain is not None and chain.is_fused:
+            return chain(input)
+        if chain is not None:
+            chain.forget()
+        for conv, norm, activation in self._stages():
+            input = conv(input)
+            if norm is not None:
+                input = norm(input)
+            input = ACTIVATIONS[activation](input)
+        return input
+
+    def _stages(self) -> tuple[tuple[nn.Module, nn.Module | None, str], ...]:
+        return (
+            (self.depthwise, self.depthwise_norm, self.depthwise_activation),
+            (self.pointwise, self.pointwise_norm, self.activation),
+        )
+
+    def _chain(self) -> Chain | None:
+        """The parts as one op; None where a part was exchanged for something else, parametrized for example."""
+        stages, chain = self._stages(), self._fused
+        if chain is None or any(
+            (stage.conv, stage.norm, stage.activation) != parts
+            for stage, parts in zip(chain.stages, stages, strict=True)
+        ):
+            norms = (type(None), nn.BatchNorm2d, nn.SyncBatchNorm)
+            if not all(type(conv) is Conv2d and type(norm) in norms for conv, norm, _ in stages):
+                return None
+            chain = self._fused = Chain([Stage(*parts) for parts in stages])
+        chain.save_intermediate = self.save_intermediate
+        return chain
+
+    def extra_repr(self) -> str:
+        named = dict(depthwise_activation=self.depthwise_activation, activation=self.activation)
+        text = [f"{name}={value}" for name, value in named.items() if value != "identity"]
+        return ", ".join(text + ["save_intermediate=True"] * self.save_intermediate)
+
+
+def _same(kernel_size: Any, stride: Any, dilation: Any) -> str | tuple[int, int]:
+    """Padding for an output of ceil(size / stride)."""
+    zeros = [d * (k - 1) for k, d in zip(_pair(kernel_size), _pair(dilation), strict=True)]
+    if not any(n % 2 for n in zeros):
+        return (zeros[0] // 2, zeros[1] // 2)
+    if _pair(stride) != (1, 1):
+        raise ValueError(
+            "padding='same' at a stride needs a kernel of odd extent, "
+            f"but kernel_size is {kernel_size}, dilation is {dilation} and stride is {stride}"
+        )
+    return "same"

@@ -1,0 +1,195 @@
+"""Chains: one or two convolutions with their batch norms and activations, run as one op.
+
+A stage is convolution -> [batch norm] -> [activation]; a chain is one stage, or a depthwise stage and the pointwise one
+behind it. While its batch norms use their running statistics they are linear, and are folded into the convolution's
+weight and bias (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", 2018, section 3.2):
+
+    scale = gamma / sqrt(running_var + eps);  weight' = weight * scale;  bias' = beta + (bias - running_mean) * scale
+
+The folded weights are held apart from the modules' own: no Parameter changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional
+
+__all__ = ["Chain", "Stage", "fold"]
+
+Weights = tuple[Tensor, Tensor | None]
+
+
+@dataclass
+class Stage:
+    """A convolution, the batch norm behind it if any, and the activation behind that."""
+
+    conv: nn.Conv2d
+    norm: nn.Module | None = None
+    activation: str = "identity"
+
+    def sources(self) -> list[Tensor]:
+        """Every tensor that the folded weight and bias are made from."""
+        conv, norm = self.conv, self.norm
+        tensors = [conv.weight, conv.bias]
+        if norm is not None:
+            tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def weights(self) -> Weights:
+        return (self.conv.weight, self.conv.bias) if self.norm is None else fold(self.conv, self.norm)
+
+
+def fold(conv: nn.Conv2d, norm: nn.Module) -> Weights:
+    """The weight and bias of the one convolution that `norm(conv(x))` equals while the norm is in eval().
+
+    Differentiable in the parameters of both. Computed in float32 at least, returned in the convolution's dtype.
+    """
+    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    weight = conv.weight * scale.reshape(-1, 1, 1, 1)
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+class _Kept:
+    """Folded weights, kept until one of the tensors that they were made from changes.
+
+    A change shows in the tensor's identity, its storage or its version. (A write through `.data` shows in none of them:
+    then eval() or train(), which discard what is kept, must follow.) Weights that are made anew go into the old ones'
+    memory, so that a CUDA graph that was captured with them goes on with the new values.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor, int]] = []  # each source, an alias that keeps its storage, its version
+        self.folded: list[Weights] = []
+
+    def is_current(self, sources: Sequence[Tensor]) -> bool:
+        return len(self.seen) == len(sources) and all(
+            source is tensor and tensor._version == version and tensor.data_ptr() == alias.data_ptr()
+            for source, (tensor, alias, version) in zip(sources, self.seen, strict=True)
+        )
+
+    def renew(self, stages: Sequence[Stage], sources: Sequence[Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            seen = [(tensor, tensor.detach(), tensor._version) for tensor in sources]
+            made = [stage.weights() for stage in stages]
+            if [_place(t) for pair in made for t in pair] == [_place(t) for pair in self.folded for t in pair]:
+                for old, new in zip(self.folded, made, strict=True):
+                    for mine, theirs in zip(old, new, strict=True):
+                        mine.copy_(theirs)
+            else:
+                self.folded = made
+        self.seen = seen
+
+    # Copies and pickles start empty.
+    def __deepcopy__(self, memo: dict) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple:
+        return (_Kept, ())
+
+
+def _place(tensor: Tensor) -> tuple:
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class Chain:
+    """One or two stages run as one op.
+
+    Args:
+        stages: one stage with any nn.Conv2d, or a depthwise and a pointwise one.
+        members: the modules whose work the chain does. Default: the stages' own.
+
+    `save_intermediate` is separable_conv2d's: an attribute, False at first.
+    """
+
+    def __init__(self, stages: Sequence[Stage], members: Sequence[nn.Module] | None = None) -> None:
+        self.save_intermediate = False
+        self.stages = tuple(stages)
+        if members is None:
+            members = [m for stage in stages for m in (stage.conv, stage.norm) if m is not None]
+        self.members = tuple(members)
+        self.norms = tuple(stage.norm for stage in stages if isinstance(stage.norm, _BatchNorm))
+        self._watched = tuple(dict.fromkeys(inner for member in self.members for inner in member.modules()))
+        self._kept = _Kept()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the chain may run as one op now: no norm takes batch statistics, and nobody watches a member.
+
+        A function of the modules' own state, so that every member of a chain comes to the same answer.
+        """
+        return not (any(norm.training for norm in self.norms) or any(map(has_hooks, self._watched)))
+
+    def __call__(self, input: Tensor) -> Tensor:
+        first, *rest = self.stages
+        conv = first.conv
+        (weight, bias), *pointwise = self.weights(input)
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = 0
+        if pointwise:
+            return functional.separable_conv2d(
+                input,
+                weight,
+                pointwise[0][0],
+                bias,
+                pointwise[0][1],
+                conv.stride,
+                padding,
+                conv.dilation,
+                first.activation,
+                rest[0].activation,
+                self.save_intermediate,
+            )
+        geometry = (conv.stride, padding, conv.dilation, conv.groups)
+        if first.activation == "identity":
+            convolve = functional.conv2d if conv.groups > 1 or conv.kernel_size == (1, 1) else F.conv2d
+            return convolve(input, weight, bias, *geometry)
+        return functional._conv2d(input, weight, bias, *geometry, first.activation)
+
+    def weights(self, input: Tensor | None = None) -> list[Weights]:
+        """The weight and bias of each stage, norms folded in: kept from the last call where nothing changed.
+
+        Made anew, as part of the graph, where somebody differentiates by them, and where the call is being traced.
+        """
+        normed = [stage for stage in self.stages if stage.norm is not None]
+        if not normed or torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy):
+            return [stage.weights() for stage in self.stages]
+        sources = [tensor for stage in normed for tensor in stage.sources()]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+            return [stage.weights() for stage in self.stages]
+        try:
+            if not self._kept.is_current(sources):
+                if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                    # What a graph computes has no value before its first replay: not to be kept.
+                    return [stage.weights() for stage in self.stages]
+                self._kept.renew(normed, sources)
+        except RuntimeError:  # tensors without a storage or a version: of torch.func, fake, made in inference mode
+            return [stage.weights() for stage in self.stages]
+        folded = iter(self._kept.folded)
+        return [stage.weights() if stage.norm is None else next(folded) for stage in self.stages]
+
+    def forget(self) -> None:
+        """The next call folds anew."""
+        self._kept.seen = []
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

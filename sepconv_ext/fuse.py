@@ -1,0 +1,318 @@
+"""Finds the chains of a model and lets each run as one op.
+
+What follows what is read from the graph that torch.fx traces: a model's forward may use its modules in any order, twice
+or not at all. Where a model does not trace, its parts are traced each on its own, down to the nn.Sequentials, whose
+order is their structure. What is traced is a copy that shares the parameters, so that a forward that keeps something on
+the model keeps it on the copy.
+
+A chain is put in place by one attribute on each of its modules: `forward`. The first module's runs the chain, the
+others' hand their input on; as soon as the chain may not run as one op (see `Chain.is_fused`), each does its own work
+again. Classes, Parameters, buffers and names stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from .fold import Chain, Stage, has_hooks
+from .nn import Conv2d, DepthwiseConv2d, PointwiseConv2d
+
+__all__ = ["Found", "chain_of", "find_chains", "fuse_", "unfuse_"]
+
+_ACTIVATIONS = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+_CONVOLUTIONS = (nn.Conv2d, Conv2d, DepthwiseConv2d, PointwiseConv2d)
+
+
+# --- a chain in place ---
+
+
+class Member:
+    """The `forward` of a module in a fused chain."""
+
+    def __init__(self, chain: Chain, module: nn.Module) -> None:
+        self.chain = chain
+        self.module = module
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if not self.chain.is_fused:
+            self.chain.forget()  # batch norm changes its statistics behind autograd's back
+            return type(self.module).forward(self.module, input)
+        return self.chain(input) if self.module is self.chain.members[0] else input
+
+
+def fuse_(chain: Chain) -> None:
+    for module in chain.members:
+        module.__dict__["forward"] = Member(chain, module)
+
+
+def unfuse_(model: nn.Module) -> int:
+    """Takes every chain out of a model. Returns how many there were."""
+    members = [module for module in model.modules() if chain_of(module) is not None]
+    chains = {id(chain_of(module)) for module in members}
+    for module in members:
+        del module.__dict__["forward"]
+    return len(chains)
+
+
+def chain_of(module: nn.Module) -> Chain | None:
+    """The fused chain that a module is a member of."""
+    forward = module.__dict__.get("forward")
+    return forward.chain if isinstance(forward, Member) else None
+
+
+# --- finding chains ---
+
+
+@dataclass(frozen=True)
+class FoundStage:
+    """A stage by the names of its modules."""
+
+    conv: str
+    norm: str | None
+    activation: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A chain by the names of its modules, and why no more belongs to it."""
+
+    stages: tuple[FoundStage, ...]
+    end: str = field(compare=False)
+
+    @property
+    def is_trivial(self) -> bool:
+        """A convolution alone: nothing to fuse."""
+        (stage, *more) = self.stages
+        return not more and len(stage.members) == 1
+
+    def only(self, may_use: Callable[[str], bool]) -> list[Found]:
+        """The chain, or, where not all of its convolutions may be used, those stages that may."""
+        usable = [stage for stage in self.stages if may_use(stage.conv)]
+        if len(usable) == len(self.stages):
+            return [self]
+        return [Found((stage,), "filter_fn said no to the next") for stage in usable]
+
+    def bind(self, model: nn.Module) -> Chain:
+        module = model.get_submodule
+        return Chain(
+            [Stage(module(s.conv), module(s.norm) if s.norm else None, s.activation) for s in self.stages],
+            [module(name) for stage in self.stages for name in stage.members],
+        )
+
+
+def find_chains(model: nn.Module) -> tuple[list[Found], str]:
+    """The chains of a model in the order of the calls, and, where it could not be looked at, why.
+
+    A depthwise convolution with a pointwise one right behind it begins a chain of two stages, any other convolution a
+    chain of one. A chain counts only if the model has it in train() and in eval().
+    """
+    shared = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
+    try:
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared if isinstance(tensor, Tensor)})
+    except Exception as error:
+        return [], f"the model cannot be copied for tracing: {type(error).__name__}: {error}"
+    names = {module: name for name, module in twin.named_modules()}
+    modes = []
+    for training in (model.training, not model.training):
+        for module in names:
+            module.training = training
+        modes.append(_Finder(twin, names).chains())
+    return [chain for chain in modes[0] if chain in modes[1]], ""
+
+
+class _Tracer(fx.Tracer):
+    """Stops at convolutions, norms, activations, and at modules that cannot be looked into."""
+
+    def __init__(self, opaque: set[nn.Module]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.opaque = opaque
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return module in self.opaque or _is_part(module) or super().is_leaf_module(module, name)
+
+
+def _is_part(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv2d, _BatchNorm)) or _is_frozen_norm(module) or _activation(module) is not None
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    """torchvision.ops.FrozenBatchNorm2d."""
+    return type(module).__name__ == "FrozenBatchNorm2d" and type(module).__module__.startswith("torchvision.")
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The kernel's name for what an activation module computes."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else None
+    if type(module) is nn.LeakyReLU:
+        return "leaky_relu" if module.negative_slope == 0.01 else None
+    return _ACTIVATIONS.get(type(module))
+
+
+def _norm_activation(module: nn.Module) -> str | None:
+    """The activation that a batch norm holds itself ("identity" mostly); None: not a norm that can be folded."""
+    if getattr(module, "running_mean", None) is None or getattr(module, "running_var", None) is None:
+        return None
+    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_frozen_norm(module):
+        return "identity"
+    timms = type(module).__name__ == "BatchNormAct2d" and type(module).__module__.startswith("timm.")
+    if not timms or type(module.drop) is not nn.Identity:
+        return None
+    return "identity" if type(module.act) is nn.Identity else _activation(module.act)
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    unpadded = isinstance(conv.padding, str) or not any(conv.padding)
+    return conv.groups == 1 and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and unpadded
+
+
+class _Finder:
+    """The chains of one model in one mode."""
+
+    def __init__(self, model: nn.Module, names: dict[nn.Module, str]) -> None:
+        self.names = names
+        graphs = _graphs(model)
+        self.modules: dict[fx.Node, nn.Module] = {
+            node: root.get_submodule(node.target)
+            for root, graph in graphs
+            for node in graph.nodes
+            if node.op == "call_module"
+        }
+        calls = Counter(self.modules.values())
+        registered = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+        # In a model that was traced in parts, the rest may call a module under its other name.
+        in_parts = [root for root, _ in graphs] != [model]
+        self.shared = {m for m in names if calls[m] > 1 or (in_parts and registered[m] > 1)}
+
+    def chains(self) -> list[Found]:
+        found: dict[fx.Node, Found] = {}
+        taken: set[fx.Node] = set()
+        convolutions = [node for node, module in self.modules.items() if isinstance(module, nn.Conv2d)]
+        for node in sorted(convolutions, key=lambda node: not _is_depthwise(self.modules[node])):
+            if node in taken or self._refusal(self.modules[node]):
+                continue
+            stage, follower, end = self._stage(node)
+            stages = [stage]
+            if follower is not None and self._is_second(node, follower):
+                second, _, end = self._stage(follower)
+                stages.append(second)
+                taken.add(follower)
+            found[node] = Found(tuple(stages), end)
+        return [found[node] for node in self.modules if node in found]
+
+    def _is_second(self, node: fx.Node, follower: fx.Node) -> bool:
+        conv = self.modules[follower]
+        return _is_depthwise(self.modules[node]) and isinstance(conv, nn.Conv2d) and _is_pointwise(conv)
+
+    def _stage(self, node: fx.Node) -> tuple[FoundStage, fx.Node | None, str]:
+        """The stage that a convolution begins, the node behind it that may be fused too, and what ends it."""
+        conv, norm = self.modules[node], None
+        activation = getattr(conv, "activation", "identity")
+        members = [conv]
+        passed, follower, end = self._next(node)
+        if activation == "identity" and follower and (own := _norm_activation(self.modules[follower])):
+            norm, activation = self.modules[follower], own
+            members += [*passed, norm]
+            passed, follower, end = self._next(follower)
+        # A dense convolution runs as torch's own, which takes no activation.
+        dense = conv.groups == 1 and not _is_pointwise(conv) and not _is_depthwise(conv)
+        if activation == "identity" and follower and not dense and (own := _activation(self.modules[follower])):
+            activation = own
+            members += [*passed, self.modules[follower]]
+            passed, follower, end = self._next(follower)
+        if follower is not None:
+            end = f"{type(self.modules[follower]).__name__} follows"
+        name = self.names
+        stage = FoundStage(name[conv], norm and name[norm], activation, tuple(name[member] for member in members))
+        return stage, follower, end
+
+    def _next(self, node: fx.Node) -> tuple[list[nn.Module], fx.Node | None, str]:
+        """The one module call that the output goes to, the identities on the way, and why there is none such."""
+        passed: list[nn.Module] = []
+        while True:
+            if len(node.users) != 1:
+                return passed, None, f"its output is used in {len(node.users)} places"
+            (user,) = node.users
+            if user.op == "output":
+                return passed, None, "its output is returned"
+            if user.op != "call_module":
+                return passed, None, f"{getattr(user.target, '__name__', user.target)}() follows"
+            module = self.modules[user]
+            if user.args != (node,) or user.kwargs:
+                return passed, None, f"{type(module).__name__} follows, with more than one argument"
+            if refusal := self._refusal(module):
+                return passed, None, f"{type(module).__name__} follows, which {refusal}"
+            if type(module) is not nn.Identity:
+                return passed, user, ""
+            passed.append(module)
+            node = user
+
+    def _refusal(self, module: nn.Module) -> str:
+        """Why a module cannot be part of a chain."""
+        if module in self.shared:
+            return "is used in several places"
+        if any(has_hooks(inner) for inner in module.modules()):
+            return "has hooks"
+        if parametrize.is_parametrized(module):
+            return "is parametrized"
+        if chain_of(module) is not None:
+            return "was fused before"
+        if "forward" in module.__dict__:
+            return "has its forward replaced on the instance"
+        if isinstance(module, nn.Conv2d) and type(module) not in _CONVOLUTIONS:
+            return f"is a class of its own: {type(module).__name__}"
+        return ""
+
+
+def _graphs(model: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
+    """The graph of the model; or, where something in it does not trace, of all its parts that do.
+
+    A module that does not trace is opaque to the one around it, and so is one with hooks, which would be run.
+    """
+    hooked = [module for module in model.modules() if has_hooks(module) and not _is_part(module)]
+    opaque, untraceable = set(hooked), []
+
+    def trace(root: nn.Module) -> fx.Graph | None:
+        try:
+            arguments = inspect.signature(root.forward).parameters.values()
+            defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+            return _Tracer(opaque - {root}).trace(root, defaults or None)
+        except Exception:  # whatever a forward raises when it is given a Proxy
+            return None
+
+    def explore(module: nn.Module) -> None:
+        before = len(opaque)
+        if trace(module) is not None:
+            return
+        for child in module.children():
+            if not _is_part(child):
+                explore(child)
+        if len(opaque) == before or trace(module) is None:
+            opaque.add(module)
+            untraceable.append(module)
+
+    for root in (model, *hooked):
+        explore(root)
+    roots = dict.fromkeys([model, *hooked, *(child for module in untraceable for child in module.children())])
+    graphs = [(root, trace(root)) for root in roots if root not in untraceable and not _is_part(root)]
+    return [(root, graph) for root, graph in graphs if graph is not None]

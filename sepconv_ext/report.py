@@ -1,0 +1,104 @@
+"""What convert_ did, as data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from . import _table
+
+__all__ = ["Entry", "Report"]
+
+_COLUMNS = ("outcome", "family", "count", "modules")
+_COST_COLUMNS = ("cost", "before", "after")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One convolution, batch norm or chain that convert_ looked at."""
+
+    name: str  # as in model.named_modules(), a chain's as "first -> second"; "" is the model itself
+    family: str  # depthwise, pointwise, grouped or dense; separable for a chain of the first two; batch norm
+    summary: str  # the module's arguments, as it prints them, or a chain's parts
+    reason: str = ""  # why it was skipped or not fused; empty where all was done
+
+    def __str__(self) -> str:
+        text = f"{self.name or '(the model itself)'}: {self.family} ({self.summary})"
+        return f"{text}: {self.reason}" if self.reason else text
+
+
+@dataclass(repr=False)
+class Report:
+    """What convert_ did; prints as a table.
+
+    Iterates over the replaced entries and counts them, so it is false where nothing was replaced.
+
+    Attributes:
+        replaced, skipped: the convolutions. With `fuse=True` also:
+        fused: the chains that run as one op.
+        folded: the batch norms that are part of their convolution's weights.
+        unfused: the depthwise convolutions that run without a pointwise one, and why.
+        costs: {"parameters": (before, after)} as the model runs, and "MACs" and "bytes" where convert_ was told an
+            `input_size`.
+    """
+
+    replaced: list[Entry] = field(default_factory=list)
+    skipped: list[Entry] = field(default_factory=list)
+    fused: list[Entry] = field(default_factory=list)
+    folded: list[Entry] = field(default_factory=list)
+    unfused: list[Entry] = field(default_factory=list)
+    costs: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.replaced)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.replaced)
+
+    @property
+    def headline(self) -> str:
+        total = len(self.replaced) + len(self.skipped)
+        text = f"sepconv_ext: {len(self.replaced)} of {total} convolutions replaced"
+        if self.fused:
+            separable = sum(entry.family == "separable" for entry in self.fused)
+            text += f", {len(self.fused)} chains fused ({separable} separable), {len(self.folded)} batch norms folded"
+        return text
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(outcome, family, count, which), one row for each outcome and family."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        outcomes = {
+            "replaced": self.replaced,
+            "fused": self.fused,
+            "folded": self.folded,
+            "not fused": self.unfused,
+            "skipped": self.skipped,
+        }
+        for outcome, entries in outcomes.items():
+            for entry in entries:
+                key = f"{outcome}: {entry.reason}" if entry.reason else outcome, entry.family
+                groups.setdefault(key, []).append(entry.name or "(the model itself)")
+        return [(outcome, family, str(len(names)), _abridged(names)) for (outcome, family), names in groups.items()]
+
+    def _tables(self) -> list[tuple]:
+        """The arguments of each table."""
+        tables = [(self.headline, _COLUMNS, self.rows(), ("count",))]
+        if self.costs:
+            rows = [(what, f"{before:,}", f"{after:,}") for what, (before, after) in self.costs.items()]
+            tables.append(("as it runs, in eval()", _COST_COLUMNS, rows, _COST_COLUMNS[1:]))
+        return tables
+
+    def __rich__(self):
+        from rich.console import Group
+
+        return Group(*(_table.rich_table(*table) for table in self._tables()))
+
+    def __str__(self) -> str:
+        return "\n".join(_table.text(*table) for table in self._tables())
+
+    __repr__ = __str__
+
+
+def _abridged(names: Iterable[str], shown: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:shown]) + (f", and {len(names) - shown} more" if len(names) > shown else "")
