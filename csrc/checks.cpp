@@ -212,6 +212,11 @@ SeparableShape check_separable(const Tensor& input, const Tensor& depthwise_weig
   return shape;
 }
 
+void check_sequence(const Tensor& input, const Tensor& weight) {
+  TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "input must have 3 or 2 dimensions, but has ", input.dim());
+  TORCH_CHECK(weight.dim() == 3, "weight must have 3 dimensions, but has ", weight.dim());
+}
+
 Tensor empty_output(const ConvShape& s, const Tensor& like) { return empty({s.N, s.K, s.P, s.Q}, s.y, like); }
 Tensor empty_grad_input(const ConvShape& s, const Tensor& like) { return empty({s.N, s.C, s.H, s.W}, s.x, like); }
 Tensor empty_grad_weight(const ConvShape& s, const Tensor& like) {

@@ -40,6 +40,9 @@ SeparableShape check_separable(const at::Tensor& input, const at::Tensor& depthw
                                const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
                                at::IntArrayRef padding, at::IntArrayRef dilation);
 
+// The ranks of a 1-D call, which is made of the 2-D one: what else may be wrong, the 2-D checks find.
+void check_sequence(const at::Tensor& input, const at::Tensor& weight);
+
 // Uninitialised memory for the result that a check described.
 at::Tensor empty_output(const ConvShape&, const at::Tensor& like);
 at::Tensor empty_grad_input(const ConvShape&, const at::Tensor& like);

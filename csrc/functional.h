@@ -4,7 +4,7 @@
 
 namespace sepconv {
 
-// Adds `conv2d`, F.conv2d's call with F.conv2d's argument parsing, to the module.
+// Adds `conv1d` and `conv2d`, the calls of torch.nn.functional with its argument parsing, to the module.
 void add_functional(pybind11::module_& module);
 
 }  // namespace sepconv

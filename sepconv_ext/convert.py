@@ -1,9 +1,10 @@
 """convert_ and revert_: a model's own convolutions on the kernels of this package, and back.
 
 A module is converted by giving it another class, not by putting another module in its place: `nn.Conv2d` becomes
-`sepconv_ext.nn.Conv2d`, which has the same attributes and differs in one method. So the Parameter objects, buffers,
-hooks, training and requires_grad flags, device, names, and every reference that anyone holds to the module (optimisers,
-a module registered under two names, the model itself where it is a single Conv2d) stay exactly what they were.
+`sepconv_ext.nn.Conv2d` and `nn.Conv1d` becomes `sepconv_ext.nn.Conv1d`, which have the same attributes and differ in
+one method. So the Parameter objects, buffers, hooks, training and requires_grad flags, device, names, and every
+reference that anyone holds to the module (optimisers, a module registered under two names, the model itself where it
+is a single Conv2d) stay exactly what they were.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch.nn.utils import parametrize
 from . import fuse as chains
 from .cost import cost
 from .fold import Chain
-from .nn import Conv2d
+from .nn import Conv1d, Conv2d
 from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert_", "revert_"]
+
+_OURS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
 
 # The class that a converted module had, kept on the module so that a copy or an unpickled model can be reverted too.
 _ORIGINAL = "_sepconv_original_class"
@@ -37,7 +40,7 @@ def convert_(
     """Moves a model's grouped, depthwise and pointwise convolutions to this package's kernels, in place.
 
     Args:
-        model: any module. It may itself be an nn.Conv2d: then it is converted in place like any other.
+        model: any module. It may itself be an nn.Conv2d or nn.Conv1d: then it is converted in place like any other.
         filter_fn: called with (name, module) for each convolution that could be replaced or fused; False keeps it as it
             is. A module that is registered under several names is asked about once, under its first name. Default: all.
         fuse: also let depthwise -> [batch norm] -> [activation] -> pointwise -> [batch norm] -> [activation] run as one
@@ -48,10 +51,10 @@ def convert_(
 
     Returns:
         A Report: which convolutions were replaced, and which were skipped and why. Skipped are dense convolutions
-        (groups = 1 with a kernel larger than 1x1, or with padding), subclasses of nn.Conv2d, lazy, quantised and
-        scripted modules, modules whose forward was replaced on the instance, and weights that are tensor subclasses,
-        integer or complex. With `fuse`, also what was fused and folded, and which depthwise convolution was not and
-        why.
+        (groups = 1 with a kernel of several taps, or with padding), subclasses of nn.Conv2d and nn.Conv1d, lazy,
+        quantised and scripted modules, modules whose forward was replaced on the instance, and weights that are tensor
+        subclasses, integer or complex. With `fuse`, also what was fused and folded, and which depthwise convolution was
+        not and why.
 
     Modules are changed, not exchanged: parameters, buffers, hooks, flags and references to the modules stay as they
     are. Copies and pickles of a converted model work; reading a pickle needs sepconv_ext installed. A state_dict does
@@ -83,7 +86,8 @@ def convert_(
             reason = "filter_fn said no"
         if reason is None:
             module.__dict__[_ORIGINAL] = type(module)
-            module.__class__ = Conv2d if type(module) is nn.Conv2d else _rebased(type(module), Conv2d)
+            ours = _OURS[_torch_class(module)]
+            module.__class__ = ours if type(module) in _OURS else _rebased(type(module), ours)
             report.replaced.append(Entry(name, family, module.extra_repr()))
         else:
             report.skipped.append(Entry(name, family, module.extra_repr(), reason))
@@ -107,12 +111,12 @@ def revert_(model: nn.Module) -> int:
     for module in converted:
         original = module.__dict__.pop(_ORIGINAL)
         current = type(module)
-        if current is Conv2d:
-            module.__class__ = nn.Conv2d
+        if current in _OURS.values():
+            module.__class__ = _torch_class(module)
         elif original.__dict__.keys() == current.__dict__.keys():
             module.__class__ = original
         else:  # parametrizations were added or removed since
-            module.__class__ = _rebased(current, nn.Conv2d)
+            module.__class__ = _rebased(current, _torch_class(module))
     return len(converted)
 
 
@@ -187,10 +191,16 @@ def _costs(model: nn.Module, fused: Sequence[Chain], before) -> dict[str, tuple[
     return costs
 
 
+def _torch_class(module: nn.Module) -> type[nn.Module]:
+    """The class of torch.nn that the module is of, whatever subclass it is."""
+    return nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
+
+
 def _is_convolution(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
-        return getattr(module, "original_name", "") == "Conv2d"
-    return isinstance(module, nn.Conv2d) or (_is_quantised(module) and type(module).__name__.startswith("Conv2d"))
+        return getattr(module, "original_name", "") in ("Conv1d", "Conv2d")
+    named = _is_quantised(module) and type(module).__name__.startswith(("Conv1d", "Conv2d"))
+    return isinstance(module, tuple(_OURS)) or named
 
 
 def _is_quantised(module: nn.Module) -> bool:
@@ -206,7 +216,7 @@ def _family(module: nn.Module) -> str:
     if groups > 1:
         return "grouped"
     unpadded = isinstance(module.padding, str) or not any(module.padding)
-    return "pointwise" if tuple(module.kernel_size) == (1, 1) and unpadded else "dense"
+    return "pointwise" if set(module.kernel_size) == {1} and unpadded else "dense"
 
 
 def _refusal(module: nn.Module, family: str) -> str | None:
@@ -215,7 +225,7 @@ def _refusal(module: nn.Module, family: str) -> str | None:
         return "a TorchScript module"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: its shape is known after the first forward"
-    if isinstance(module, Conv2d):
+    if isinstance(module, tuple(_OURS.values())):
         return "converted before" if _ORIGINAL in module.__dict__ else "already a sepconv_ext layer"
     if _is_quantised(module):
         return "quantised"
@@ -236,9 +246,9 @@ def _refusal(module: nn.Module, family: str) -> str | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """An nn.Conv2d itself, or the class that torch.nn.utils.parametrize puts in its place."""
+    """One of torch's own classes, or the class that torch.nn.utils.parametrize puts in its place."""
     cls = type(module)
-    return cls is nn.Conv2d or (cls.__bases__ == (nn.Conv2d,) and parametrize.is_parametrized(module))
+    return cls in _OURS or (cls.__bases__ == (_torch_class(module),) and parametrize.is_parametrized(module))
 
 
 def _rebased(cls: type, base: type) -> type:

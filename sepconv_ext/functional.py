@@ -1,4 +1,4 @@
-"""The stateless face: ``F.conv2d``'s call, and the depthwise, pointwise and separable calls with activations."""
+"""The stateless face: F.conv2d's and F.conv1d's calls; depthwise, pointwise and separable ones with activations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from . import _C
 
 # torch.fx keeps these calls whole, as it does F.conv2d, so that a converted model still traces.
-for _name in ("conv2d", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
+for _name in ("conv1d", "conv2d", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
     torch.fx.wrap(_name)
 
 IntOrPair = int | Sequence[int]
+IntOrSingle = int | Sequence[int]
 
 
 def _pair(name: str, value: IntOrPair) -> Sequence[int]:
@@ -82,6 +83,82 @@ def conv2d(
     if isinstance(padding, str) or torch.compiler.is_compiling():
         return _conv2d(input, weight, bias, stride, padding, dilation, groups, "identity")
     return _C.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _single(name: str, value: IntOrSingle) -> int:
+    if not isinstance(value, Sequence):
+        return value
+    if len(value) != 1:
+        raise RuntimeError(f"{name} must be one value, but is {value}")
+    return value[0]
+
+
+def _padding_1d(
+    padding: IntOrSingle | str, filters: Tensor, stride: Sequence[int], dilation: Sequence[int]
+) -> Sequence[int]:
+    """The padding of the one row, in numbers; ``'causal'`` puts all of it to the left."""
+    if padding == "causal":
+        return (0, 0, dilation[1] * (filters.shape[3] - 1), 0)
+    if padding in ("same", "valid"):
+        return _padding(padding, filters, stride, dilation)
+    if isinstance(padding, str):
+        raise RuntimeError(f"padding must be 'same', 'valid' or 'causal', but is {padding!r}")
+    return (0, _single("padding", padding))
+
+
+def _row(name: str, sequence: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """A sequence as an image of one row: a view."""
+    if sequence.dim() not in ranks:
+        raise RuntimeError(f"{name} must have {' or '.join(map(str, ranks))} dimensions, but has {sequence.dim()}")
+    return sequence.unsqueeze(-2)
+
+
+def _conv1d(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    """One row of conv2d, by views; what _C.conv1d does, for what it cannot: padding as a text, and torch.compile."""
+    row, filters = _row("input", input, (3, 2)), _row("weight", weight, (3,))
+    stride, dilation = (1, _single("stride", stride)), (1, _single("dilation", dilation))
+    padding = _padding_1d(padding, filters, stride, dilation)
+    batch = row if row.dim() == 4 else row.unsqueeze(0)
+    output = torch.ops.sepconv_ext.conv2d(batch, filters, bias, stride, padding, dilation, groups, "identity")
+    return output.squeeze(2) if row.dim() == 4 else output.squeeze(2).squeeze(0)
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrSingle = 1,
+    padding: IntOrSingle | str = 0,
+    dilation: IntOrSingle = 1,
+    groups: int = 1,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv1d`, by this package's kernels: the same arguments, result and errors.
+
+    The sequence is convolved as an image of one row, which costs views and no copy. A sequence ``[N, C, L]`` that lies
+    in memory as ``[N, L, C]`` (``x.transpose(1, 2)`` of a contiguous ``[N, L, C]``) is computed as it lies, by the
+    channels_last kernels, and the output lies in the same order; F.conv1d would copy it and return ``[N, K, L]``.
+
+    Args:
+        input: ``[N, C, L]`` or ``[C, L]``; any strides.
+        weight: ``[K, C / groups, S]``.
+        bias: ``[K]`` or None.
+        stride: one value. Default 1.
+        padding: zeros at both ends, one value; ``'same'``, ``'valid'``, or ``'causal'``: ``dilation * (S - 1)`` zeros
+            at the left alone, so that output q sees inputs up to ``q * stride`` and nothing later. Default 0.
+        dilation: distance between the filter's taps, one value. Default 1.
+        groups: divides C and K; ``groups == C`` is depthwise. Default 1.
+
+    Returns:
+        ``[N, K, Q]`` with ``Q = (L + 2 * padding - dilation * (S - 1) - 1) // stride + 1``;
+        ``Q = (L - 1) // stride + 1`` for ``'causal'``.
+
+    Raises:
+        What ``torch.nn.functional.conv1d`` raises: TypeError for arguments of a wrong type, RuntimeError for sizes,
+        dtypes and devices that do not fit.
+    """
+    if isinstance(padding, str) or torch.compiler.is_compiling():
+        return _conv1d(input, weight, bias, stride, padding, dilation, groups)
+    return _C.conv1d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def depthwise_conv2d(

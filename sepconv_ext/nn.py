@@ -1,4 +1,4 @@
-"""Drop-in modules: torch.nn.Conv2d's arguments, attributes and state_dict over the kernels of this package."""
+"""Drop-in modules: the arguments, attributes and state_dict of torch.nn's convolutions over this package's kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import functional
 from .fold import Chain, Stage
 from .reference import ACTIVATIONS
 
-__all__ = ["Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d"]
+__all__ = ["Conv1d", "Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d"]
 
 
 class Conv2d(nn.Conv2d):
@@ -31,6 +31,58 @@ class Conv2d(nn.Conv2d):
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
         return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class Conv1d(nn.Conv1d):
+    """A torch.nn.Conv1d whose convolution is `sepconv_ext.functional.conv1d`, with causal padding besides.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype: torch.nn.Conv1d's.
+        padding: torch.nn.Conv1d's, or "causal": dilation * (kernel_size - 1) values at the left alone, so that no
+            output sees a later input.
+        padding_mode: torch.nn.Conv1d's; with "causal" padding, what stands at the left.
+
+    Raises ValueError for an unknown padding or padding_mode. Input [N, C, L] or [C, L]; output [N, K, Q] or [K, Q]; in
+    the memory order [N, Q, K] where the input lies as [N, L, C]. The state_dict is torch.nn.Conv1d's.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: str | int | tuple[int] = 0,
+        dilation: int | tuple[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        causal = padding == "causal"
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            0 if causal else padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        if causal:
+            self.padding = padding
+            self._reversed_padding_repeated_twice = [self.dilation[0] * (self.kernel_size[0] - 1), 0]
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return functional.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class _FusedConv2d(Conv2d):
