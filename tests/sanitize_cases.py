@@ -26,6 +26,7 @@ CASES = [
     ((2, 5, 9, 11), (5, 1, 3, 3), {"padding": 1, "groups": 5}),  # depthwise, channels no vector divides
     ((2, 16, 13, 9), (16, 1, 5, 5), {"stride": 2, "padding": 2, "groups": 16}),
     ((1, 8, 17, 15), (8, 1, 7, 7), {"padding": 3, "groups": 8}),
+    ((3, 2, 19, 20), (2, 1, 13, 31), {"padding": (6, 15), "groups": 2}),
     ((2, 8, 10, 12), (16, 1, 3, 5), {"padding": (1, 4), "dilation": (1, 2), "groups": 8}),  # multiplier 2
     ((3, 24, 7, 5), (40, 24, 1, 1), {}),  # pointwise
     ((2, 33, 5, 5), (17, 33, 1, 1), {"stride": 2}),

@@ -74,6 +74,17 @@ EDGES = (
     Case("pointwise_full_tile", 1, 64, 4, 4, 128, 1, 1),
 )
 
+# Kernels of 7x7 and more on tensor cores: images side by side, strips, several tiles of columns and of taps, and every
+# number of steps along a window.
+LARGE = (
+    Case("large_k7_small_planes", 5, 2, 7, 7, 2, 7, 7, padding=(3, 3), groups=2, bias=True),
+    Case("large_k7_tall", 2, 1, 70, 9, 1, 7, 7, padding=(3, 3)),
+    Case("large_k9x13_multiplier", 1, 2, 19, 30, 4, 9, 13, padding=(4, 6), groups=2, bias=True),
+    Case("large_k13_no_padding", 1, 1, 29, 69, 1, 13, 13),
+    Case("large_k31", 1, 1, 20, 61, 1, 31, 31, padding=(15, 15), bias=True),
+    Case("large_k35x50", 1, 1, 18, 40, 1, 35, 50, padding=(17, 25)),
+)
+
 
 def _runs() -> Iterator[Run]:
     cases = [case for case in CASES if case.N > 0]  # nothing is launched for an empty batch
@@ -107,6 +118,12 @@ def _runs() -> Iterator[Run]:
             for layout in LAYOUTS:
                 for dtype in ("float32", "float16"):
                     yield made(case, map, layout, dtype)
+    for case in LARGE:
+        for map in MAPS if case.K == case.C else ("forward", "grad_weight"):
+            for dtype in ("float16", "bfloat16"):
+                yield made(case, map, "contiguous", dtype)
+        yield made(case, "forward", "contiguous", "float16", offset=1)
+        yield made(case, "grad_weight", "contiguous", "float16", splits=2)
     for dtype, vec in (("float32", 4), ("float16", 8)):  # a long activation over many values of a thread
         extra = {"kernel": "depthwise_direct", "vec": vec, "activation": "gelu"}
         yield made(BY_NAME["depthwise_k3"], "forward", "channels_last", dtype, **extra)

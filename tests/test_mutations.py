@@ -103,7 +103,7 @@ class Copy:
 def _texts(source: Path, planted: list[mutate.Mutant]) -> tuple[str, dict[str, str]]:
     files = (source, *(source.parent / name for name in HEADERS.get(source.name, ())))
     texts = {}
-    for path in {*files, source.parent / "common.cuh"}:
+    for path in {*files, *source.parent.glob("*.cuh")}:  # all, so that no header pulls in the original of another
         numbers = [i for i, m in enumerate(planted) if m.file == path]
         text = mutate.plant(path.read_text(), [planted[i] for i in numbers], numbers)
         texts[path.name] = mutate.limit_dtypes(text)

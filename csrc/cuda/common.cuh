@@ -109,6 +109,18 @@ cudaError_t dispatch_dtype(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
+// The same for the half types; others have no kernel where this is used.
+template <typename F>
+cudaError_t dispatch_half(DType dtype, F&& f) {
+  if (dtype == DType::float16) return f(TypeTag<__half>{});
+  if (dtype == DType::bfloat16) return f(TypeTag<__nv_bfloat16>{});
+  return cudaErrorInvalidValue;
+}
+
+// A number as a type, for a kernel's template parameter.
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+
 // ---- vectors: kN neighbouring elements that move as one load or store
 
 template <typename T, int kN>

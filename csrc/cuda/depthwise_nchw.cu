@@ -190,9 +190,6 @@ LaunchConfig make_config(const ConvShape& shape, Args& a, int64_t channels, int6
   return {dim3(static_cast<unsigned>(ceil_div<int64_t>(a.threads, kThreads))), dim3(kThreads), 0, stream};
 }
 
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
-
 // Calls f(type, kernel) with the two as types.
 template <typename F>
 cudaError_t dispatch(DType dtype, int64_t kernel, F&& f) {

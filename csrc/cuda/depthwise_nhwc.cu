@@ -261,9 +261,6 @@ LaunchConfig make_config(const ConvShape& shape, Args& a, int vec, int64_t colum
 }
 
 // Calls f(type, vector, kernel) with the three as types; float64 has no kernel here.
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
-
 template <typename F>
 cudaError_t dispatch(DType dtype, int vec, int64_t kernel, F&& f) {
   return dispatch_dtype(dtype, [&](auto tag) {

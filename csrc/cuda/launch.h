@@ -52,6 +52,17 @@ cudaError_t launch_depthwise_direct_grad_input(const ConvShape&, DType, const vo
 cudaError_t launch_depthwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                          void* workspace, const Tile&, cudaStream_t);
 
+// depthwise_toeplitz.cu: float16 and bfloat16, columns dense, stride 1, no dilation, at most kToeplitzTaps columns of taps;
+// any multiplier, but 1 for grad_input. A place has tile.lanes images and tile.rows rows of what is written (grad_weight:
+// of grad_y), the places go in tile.splits parts. tile.vec is 2 where the output's rows begin on 4 bytes and have even
+// width. workspace: as for launch_depthwise_grad_weight.
+cudaError_t launch_depthwise_toeplitz_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
+                                              void* y, const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_toeplitz_grad_input(const ConvShape&, DType, const void* grad_y, const void* w,
+                                                 void* grad_x, const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_toeplitz_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x,
+                                                  void* grad_w, void* workspace, const Tile&, cudaStream_t);
+
 // pointwise.cu: groups == 1, 1x1 without padding: a matrix product over pixels, in plain arithmetic of the
 // accumulation type. Requires ConvShape::is_pointwise() and N * H * W < 2^31; grad_input also stride 1. Any strides
 // of x, w and y, any alignment (16-byte loads are used where strides and pointers allow them), any number of

@@ -14,6 +14,7 @@ enum class Kernel : int {
   depthwise_nchw,
   depthwise_direct,
   depthwise_grad_weight,
+  depthwise_toeplitz,
   pointwise,
   pointwise_mma,
   grouped,

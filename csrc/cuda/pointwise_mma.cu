@@ -232,14 +232,6 @@ cudaError_t start(const Product<T>& p, int splits, cudaStream_t stream) {
   return p.b.along_k ? go(no, yes) : go(no, no);
 }
 
-// Calls f with the tag of a half type; other types have no kernel here.
-template <typename F>
-cudaError_t dispatch_half(DType dtype, F&& f) {
-  if (dtype == DType::float16) return f(TypeTag<__half>{});
-  if (dtype == DType::bfloat16) return f(TypeTag<__nv_bfloat16>{});
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t launch_pointwise_mma_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,

@@ -12,6 +12,8 @@ cudaError_t run_forward(const Plan& p, const ConvShape& shape, DType dtype, cons
     case Kernel::depthwise_nchw: return launch_depthwise_nchw_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_direct:
       return launch_depthwise_direct_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
+    case Kernel::depthwise_toeplitz:
+      return launch_depthwise_toeplitz_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::pointwise: return launch_pointwise_forward(shape, dtype, x, w, epilogue, y, stream);
     case Kernel::pointwise_mma: return launch_pointwise_mma_forward(shape, dtype, x, w, epilogue, y, stream);
     case Kernel::grouped: return launch_grouped_forward(shape, dtype, x, w, epilogue, y, workspace, stream);
@@ -28,6 +30,8 @@ cudaError_t run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, c
       return launch_depthwise_nchw_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_direct:
       return launch_depthwise_direct_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
+    case Kernel::depthwise_toeplitz:
+      return launch_depthwise_toeplitz_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::pointwise: return launch_pointwise_grad_input(shape, dtype, grad_y, w, grad_x, stream);
     case Kernel::pointwise_mma: return launch_pointwise_mma_grad_input(shape, dtype, grad_y, w, grad_x, stream);
     case Kernel::grouped: return launch_grouped_grad_input(shape, dtype, grad_y, w, grad_x, workspace, stream);
@@ -41,6 +45,8 @@ cudaError_t run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, 
   switch (p.kernel) {
     case Kernel::depthwise_grad_weight:
       return launch_depthwise_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
+    case Kernel::depthwise_toeplitz:
+      return launch_depthwise_toeplitz_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::pointwise:
       return launch_pointwise_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
     case Kernel::pointwise_mma:

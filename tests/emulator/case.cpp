@@ -85,8 +85,8 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   const std::string kernel = a.text("kernel", "auto");
   if (kernel != "auto") {
     static constexpr const char* kKernels[] = {
-        "depthwise_nhwc", "depthwise_nchw", "depthwise_direct", "depthwise_grad_weight",
-        "pointwise",      "pointwise_mma",  "grouped"};  // in the order of the enum
+        "depthwise_nhwc",     "depthwise_nchw", "depthwise_direct", "depthwise_grad_weight",
+        "depthwise_toeplitz", "pointwise",      "pointwise_mma",    "grouped"};  // in the order of the enum
     static_assert(std::size(kKernels) == static_cast<size_t>(Kernel::aten));
     p.kernel = static_cast<Kernel>(index_of(kKernels, kernel));
     p.name = "chosen by hand";
