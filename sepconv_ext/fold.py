@@ -83,9 +83,12 @@ class _Kept:
         )
 
     def renew(self, stages: Sequence[Stage], sources: Sequence[Tensor]) -> None:
+        """RuntimeError where the sources, or what is made of them, are no tensors that can be kept."""
         with torch.inference_mode(False), torch.no_grad():
             seen = [(tensor, tensor.detach(), tensor._version) for tensor in sources]
             made = [stage.weights() for stage in stages]
+            if not all(type(t) is Tensor and t.data_ptr() for pair in made for t in pair):
+                raise RuntimeError("made under a mode or a transform")
             if [_place(t) for pair in made for t in pair] == [_place(t) for pair in self.folded for t in pair]:
                 for old, new in zip(self.folded, made, strict=True):
                     for mine, theirs in zip(old, new, strict=True):
@@ -179,7 +182,7 @@ class Chain:
                     # What a graph computes has no value before its first replay: not to be kept.
                     return [stage.weights() for stage in self.stages]
                 self._kept.renew(normed, sources)
-        except RuntimeError:  # tensors without a storage or a version: of torch.func, fake, made in inference mode
+        except RuntimeError:  # no storage or no version: tensors of torch.func, fake, meta, made in inference mode
             return [stage.weights() for stage in self.stages]
         folded = iter(self._kept.folded)
         return [stage.weights() if stage.norm is None else next(folded) for stage in self.stages]

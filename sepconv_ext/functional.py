@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _C
 
 # torch.fx keeps these calls whole, as it does F.conv2d, so that a converted model still traces.
-for _name in ("conv1d", "conv2d", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
+for _name in ("_conv2d", "conv1d", "conv2d", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
     torch.fx.wrap(_name)
 
 IntOrPair = int | Sequence[int]

@@ -117,7 +117,7 @@ class Found:
 
 
 def find_chains(model: nn.Module) -> tuple[list[Found], str]:
-    """The chains of a model in the order of the calls, and, where it could not be looked at, why.
+    """The chains of a model in the order of its modules, and, where it could not be looked at, why.
 
     A depthwise convolution with a pointwise one right behind it begins a chain of two stages, any other convolution a
     chain of one. A chain counts only if the model has it in train() and in eval().
@@ -208,7 +208,8 @@ class _Finder:
         found: dict[fx.Node, Found] = {}
         taken: set[fx.Node] = set()
         convolutions = [node for node, module in self.modules.items() if isinstance(module, nn.Conv2d)]
-        for node in sorted(convolutions, key=lambda node: not _is_depthwise(self.modules[node])):
+        convolutions.sort(key=lambda node: not _is_depthwise(self.modules[node]))  # they choose first
+        for node in convolutions:
             if node in taken or self._refusal(self.modules[node]):
                 continue
             stage, follower, end = self._stage(node)
@@ -218,7 +219,8 @@ class _Finder:
                 stages.append(second)
                 taken.add(follower)
             found[node] = Found(tuple(stages), end)
-        return [found[node] for node in self.modules if node in found]
+        order = {module: i for i, module in enumerate(self.names)}
+        return [found[node] for node in sorted(found, key=lambda node: order[self.modules[node]])]
 
     def _is_second(self, node: fx.Node, follower: fx.Node) -> bool:
         conv = self.modules[follower]
