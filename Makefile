@@ -2,7 +2,8 @@
 # can be set on the command line, for example `make test TORCH="torch==2.13.0" VENV=.venv-cpu`.
 
 # PYTHON makes the virtual environment VENV. TORCH names which torch goes into it, as pip's arguments: by default the
-# newest, with the torchvision and timm that fit it; beside a torch of your choice they are left out (their tests skip).
+# newest, with the torchvision, timm and ONNX that fit it; beside a torch of your choice they are left out (their tests
+# skip).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
@@ -18,7 +19,7 @@ PIP := $(PY) -m pip install --quiet
 # The packages of an extra of pyproject.toml, each still in its quotes.
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) \
-  $(if $(TORCH),$(foreach argument,$(TORCH),"$(argument)") rich,torch $(call extra,bench))
+  $(if $(TORCH),$(foreach argument,$(TORCH),"$(argument)") rich,torch $(call extra,bench) $(call extra,onnx))
 # One stamp for each choice of torch, so that another choice installs anew.
 INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
