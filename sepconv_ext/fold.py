@@ -12,7 +12,7 @@ The folded weights are held apart from the modules' own: no Parameter changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from . import functional
 __all__ = ["Chain", "Stage", "fold"]
 
 Weights = tuple[Tensor, Tensor | None]
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass
@@ -35,13 +36,11 @@ class Stage:
     norm: nn.Module | None = None
     activation: str = "identity"
 
-    def sources(self) -> list[Tensor]:
-        """Every tensor that the folded weight and bias are made from."""
-        conv, norm = self.conv, self.norm
-        tensors = [conv.weight, conv.bias]
-        if norm is not None:
-            tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        return [tensor for tensor in tensors if tensor is not None]
+    def sources(self) -> Iterator[tuple[dict[str, Tensor | None], str]]:
+        """Every tensor that the folded weight and bias are made from: the dict where it is registered, and its name."""
+        for module, names in ((self.conv, ("weight", "bias")), (self.norm, ("weight", "bias", *_STATISTICS))):
+            for name in names if module is not None else ():
+                yield module._parameters if name in module._parameters else module._buffers, name
 
     def weights(self) -> Weights:
         return (self.conv.weight, self.conv.bias) if self.norm is None else fold(self.conv, self.norm)
@@ -67,25 +66,34 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> Weights:
 class _Kept:
     """Folded weights, kept until one of the tensors that they were made from changes.
 
-    A change shows in the tensor's identity, its storage or its version. (A write through `.data` shows in none of them:
-    then eval() or train(), which discard what is kept, must follow.) Weights that are made anew go into the old ones'
-    memory, so that a CUDA graph that was captured with them goes on with the new values.
+    A change shows in the tensor's identity, its version or its address (a write through `.data` shows in none of them).
+    Weights that are made anew go into the old ones' memory, so that a CUDA graph that was captured with them goes on
+    with the new values.
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, Tensor, int]] = []  # each source, an alias that keeps its storage, its version
+        self.seen: list[tuple[dict, str, Tensor | None, int, int]] = []  # dict and name, tensor, version, address
+        self.aliases: list[Tensor] = []  # hold the storages, so that no address is given to another
         self.folded: list[Weights] = []
 
-    def is_current(self, sources: Sequence[Tensor]) -> bool:
-        return len(self.seen) == len(sources) and all(
-            source is tensor and tensor._version == version and tensor.data_ptr() == alias.data_ptr()
-            for source, (tensor, alias, version) in zip(sources, self.seen, strict=True)
-        )
+    def is_current(self) -> bool:
+        for registered, name, tensor, version, address in self.seen:
+            now = registered.get(name)
+            if now is not tensor or (now is not None and (now._version != version or now.data_ptr() != address)):
+                return False
+        return bool(self.seen)
 
-    def renew(self, stages: Sequence[Stage], sources: Sequence[Tensor]) -> None:
+    def renew(self, stages: Sequence[Stage]) -> None:
         """RuntimeError where the sources, or what is made of them, are no tensors that can be kept."""
         with torch.inference_mode(False), torch.no_grad():
-            seen = [(tensor, tensor.detach(), tensor._version) for tensor in sources]
+            seen, aliases = [], []
+            for registered, name in (source for stage in stages for source in stage.sources()):
+                tensor = registered[name]
+                if tensor is None:
+                    seen.append((registered, name, None, 0, 0))
+                else:
+                    seen.append((registered, name, tensor, tensor._version, tensor.data_ptr()))
+                    aliases.append(tensor.detach())
             made = [stage.weights() for stage in stages]
             if not all(type(t) is Tensor and t.data_ptr() for pair in made for t in pair):
                 raise RuntimeError("made under a mode or a transform")
@@ -95,7 +103,7 @@ class _Kept:
                         mine.copy_(theirs)
             else:
                 self.folded = made
-        self.seen = seen
+        self.seen, self.aliases = seen, aliases
 
     # Copies and pickles start empty.
     def __deepcopy__(self, memo: dict) -> _Kept:
@@ -126,6 +134,7 @@ class Chain:
             members = [m for stage in stages for m in (stage.conv, stage.norm) if m is not None]
         self.members = tuple(members)
         self.norms = tuple(stage.norm for stage in stages if isinstance(stage.norm, _BatchNorm))
+        self._normed = tuple(stage for stage in stages if stage.norm is not None)
         self._watched = tuple(dict.fromkeys(inner for member in self.members for inner in member.modules()))
         self._kept = _Kept()
 
@@ -170,22 +179,24 @@ class Chain:
 
         Made anew, as part of the graph, where somebody differentiates by them, and where the call is being traced.
         """
-        normed = [stage for stage in self.stages if stage.norm is not None]
-        if not normed or torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy):
-            return [stage.weights() for stage in self.stages]
-        sources = [tensor for stage in normed for tensor in stage.sources()]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
-            return [stage.weights() for stage in self.stages]
+        if not self._normed or torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy):
+            return self._made_anew()
+        if torch.is_grad_enabled():
+            sources = (registered[name] for stage in self._normed for registered, name in stage.sources())
+            if any(tensor is not None and tensor.requires_grad for tensor in sources):
+                return self._made_anew()
         try:
-            if not self._kept.is_current(sources):
+            if not self._kept.is_current():
                 if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-                    # What a graph computes has no value before its first replay: not to be kept.
-                    return [stage.weights() for stage in self.stages]
-                self._kept.renew(normed, sources)
-        except RuntimeError:  # no storage or no version: tensors of torch.func, fake, meta, made in inference mode
-            return [stage.weights() for stage in self.stages]
+                    return self._made_anew()  # what a graph computes has no value before its first replay
+                self._kept.renew(self._normed)
+        except (RuntimeError, KeyError):  # no storage, no version (torch.func, fake, inference mode), not registered
+            return self._made_anew()
         folded = iter(self._kept.folded)
         return [stage.weights() if stage.norm is None else next(folded) for stage in self.stages]
+
+    def _made_anew(self) -> list[Weights]:
+        return [stage.weights() for stage in self.stages]
 
     def forget(self) -> None:
         """The next call folds anew."""
