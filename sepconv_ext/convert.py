@@ -145,7 +145,7 @@ def _fuse(
                 fused.append(part.bind(model))
                 _report_chain(report, part, fused[-1], module)
     for name, reason in lonely.items():
-        report.unfused.append(Entry(name, "depthwise", module(name).extra_repr(), reason))
+        report.unpaired.append(Entry(name, "depthwise", module(name).extra_repr(), reason))
     for chain in fused:
         chains.fuse_(chain)
     report.costs = _costs(model, fused, before)

@@ -182,7 +182,7 @@ class Chain:
         if not self._normed or torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy):
             return self._made_anew()
         if torch.is_grad_enabled():
-            sources = (registered[name] for stage in self._normed for registered, name in stage.sources())
+            sources = (registered.get(name) for stage in self._normed for registered, name in stage.sources())
             if any(tensor is not None and tensor.requires_grad for tensor in sources):
                 return self._made_anew()
         try:

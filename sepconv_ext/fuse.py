@@ -106,7 +106,7 @@ class Found:
         usable = [stage for stage in self.stages if may_use(stage.conv)]
         if len(usable) == len(self.stages):
             return [self]
-        return [Found((stage,), "filter_fn said no to the next") for stage in usable]
+        return [Found((stage,), "the pointwise convolution behind it was skipped") for stage in usable]
 
     def bind(self, model: nn.Module) -> Chain:
         module = model.get_submodule

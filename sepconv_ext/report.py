@@ -37,7 +37,7 @@ class Report:
         replaced, skipped: the convolutions. With `fuse=True` also:
         fused: the chains that run as one op.
         folded: the batch norms that are part of their convolution's weights.
-        unfused: the depthwise convolutions that run without a pointwise one, and why.
+        unpaired: the depthwise convolutions with which no pointwise one was fused, and why.
         costs: {"parameters": (before, after)} as the model runs, and "MACs" and "bytes" where convert_ was told an
             `input_size`.
     """
@@ -46,7 +46,7 @@ class Report:
     skipped: list[Entry] = field(default_factory=list)
     fused: list[Entry] = field(default_factory=list)
     folded: list[Entry] = field(default_factory=list)
-    unfused: list[Entry] = field(default_factory=list)
+    unpaired: list[Entry] = field(default_factory=list)
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Report:
             "replaced": self.replaced,
             "fused": self.fused,
             "folded": self.folded,
-            "not fused": self.unfused,
+            "not paired": self.unpaired,
             "skipped": self.skipped,
         }
         for outcome, entries in outcomes.items():

@@ -98,7 +98,7 @@ def why_not(model: nn.Module, x: Tensor) -> str:
     """The one reason why the one depthwise convolution of a model is in no separable chain."""
     report = fused(model, x)
     assert not [entry for entry in report.fused if entry.family == "separable"]
-    (entry,) = report.unfused
+    (entry,) = report.unpaired
     return entry.reason
 
 
@@ -115,7 +115,7 @@ def test_a_block_becomes_three_calls(x: Tensor) -> None:
     ]
     assert report.fused[2].summary == "depthwise, batch norm, relu6 -> pointwise, batch norm"
     assert [entry.name for entry in report.folded] == ["0.1", "1.1", "2.1", "3.1"]
-    assert not report.unfused and len(report) == 3
+    assert not report.unpaired and len(report) == 3
     ops = calls(model, x)
     assert ops["separable_conv2d"] == 1 and ops["conv2d"] == 1  # ours; the stem is torch's "convolution"
     assert ops["hardtanh"] == 1  # the stem's ReLU6 stays a module
@@ -326,14 +326,14 @@ def test_filter(x: Tensor) -> None:
     report = fused(model, x, filter_fn=no_projections)
     assert sorted(asked) == ["0.0", "1.0", "2.0", "3.0"]  # each once
     assert [(entry.name, entry.family) for entry in report.fused] == [("1.0", "pointwise"), ("2.0", "depthwise")]
-    assert [entry.reason for entry in report.unfused] == ["filter_fn said no to the next"]
+    assert [entry.reason for entry in report.unpaired] == ["the pointwise convolution behind it was skipped"]
 
 
 def test_fused_once(x: Tensor) -> None:
     model = mobile_block()
     fused(model, x)
     again = convert_(model, fuse=True)
-    assert not again and not again.fused and not again.unfused
+    assert not again and not again.fused and not again.unpaired
     assert revert_(model) == 3 and len(fused(model, x).fused) == 3
     # What was converted without fusing can be fused later.
     model = mobile_block()
@@ -445,7 +445,7 @@ def test_a_model_that_cannot_be_copied(x: Tensor) -> None:
     model.stream = (letter for letter in "generators have no copies")
     report = convert_(model, fuse=True)
     assert len(report) == 3 and not report.fused
-    assert "cannot be copied for tracing" in report.unfused[0].reason
+    assert "cannot be copied for tracing" in report.unpaired[0].reason
     model(x)
 
 
@@ -644,6 +644,33 @@ def test_hooks_that_come_later(x: Tensor) -> None:
     for handle in handles:
         handle.remove()
     assert calls(model, x)["separable_conv2d"] == 1
+
+
+def test_parametrizations_that_come_later(x: Tensor) -> None:
+    model, original = mobile_block(), mobile_block()
+    convert_(model, fuse=True)
+    for m in (model, original):
+        parametrizations.weight_norm(m[3][0])
+        m[3][0].parametrizations.weight.original0.data.mul_(2)
+    assert_same(model, original, x)
+    torch.testing.assert_close(model(x), original(x), rtol=1e-4, atol=1e-4)  # with gradients wanted
+    assert revert_(model) == 3
+    assert_same(model, original, x)
+
+
+def test_averaged_models(x: Tensor) -> None:
+    """torch's AveragedModel copies the model and writes into the copy."""
+    model, original = mobile_block(), mobile_block()
+    convert_(model, fuse=True)
+    averages = [torch.optim.swa_utils.AveragedModel(m).eval() for m in (model, original)]
+    for _ in range(2):
+        for m, average in zip((model, original), averages, strict=True):
+            with torch.no_grad():
+                average(x)
+                for p in m.parameters():
+                    p.mul_(1.1)
+            average.update_parameters(m)
+        assert_same(*averages, x)
 
 
 def test_cost_of_a_fused_model(x: Tensor) -> None:
