@@ -128,13 +128,13 @@ def _fuse(
 ) -> None:
     before = cost(model, input_size) if input_size is not None else None
     module = model.get_submodule
-    found, problem = chains.find_chains(model)
+    found = chains.find_chains(model)
     fused: list[Chain] = []
     lonely = {}  # depthwise convolutions without a pointwise one, and why
     for name, conv in model.named_modules():
         if isinstance(conv, Conv2d) and _family(conv) == "depthwise" and chains.chain_of(conv) is None:
-            lonely[name] = problem or "torch.fx sees no call of it, or several, or it has hooks or is parametrized"
-    for whole in found:
+            lonely[name] = found.refused.get(name, found.problem)
+    for whole in found.chains:
         for part in whole.only(lambda name: may_use(name, module(name))):
             first = part.stages[0].conv
             if len(part.stages) == 2:

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from .fold import Chain, Stage, has_hooks
 from .nn import Conv2d, DepthwiseConv2d, PointwiseConv2d
 
-__all__ = ["Found", "chain_of", "find_chains", "fuse_", "unfuse_"]
+__all__ = ["Findings", "Found", "chain_of", "find_chains", "fuse_", "unfuse_"]
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -116,8 +116,17 @@ class Found:
         )
 
 
-def find_chains(model: nn.Module) -> tuple[list[Found], str]:
-    """The chains of a model in the order of its modules, and, where it could not be looked at, why.
+@dataclass
+class Findings:
+    """The chains of a model in the order of its modules, and why a convolution is in none, by its name."""
+
+    chains: list[Found] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    problem: str = "torch.fx sees no call of it"  # of a convolution that is in neither
+
+
+def find_chains(model: nn.Module) -> Findings:
+    """Looks for chains.
 
     A depthwise convolution with a pointwise one right behind it begins a chain of two stages, any other convolution a
     chain of one. A chain counts only if the model has it in train() and in eval().
@@ -126,14 +135,20 @@ def find_chains(model: nn.Module) -> tuple[list[Found], str]:
     try:
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared if isinstance(tensor, Tensor)})
     except Exception as error:
-        return [], f"the model cannot be copied for tracing: {type(error).__name__}: {error}"
+        return Findings(problem=f"the model cannot be copied for tracing: {type(error).__name__}: {error}")
     names = {module: name for name, module in twin.named_modules()}
     modes = []
     for training in (model.training, not model.training):
         for module in names:
             module.training = training
-        modes.append(_Finder(twin, names).chains())
-    return [chain for chain in modes[0] if chain in modes[1]], ""
+        modes.append(_Finder(twin, names).findings())
+    now, otherwise = modes
+    differing = {chain.stages[0].conv: "train() and eval() differ there" for chain in now.chains}
+    now.chains = [chain for chain in now.chains if chain in otherwise.chains]
+    for chain in now.chains:
+        del differing[chain.stages[0].conv]
+    now.refused |= differing
+    return now
 
 
 class _Tracer(fx.Tracer):
@@ -204,23 +219,25 @@ class _Finder:
         in_parts = [root for root, _ in graphs] != [model]
         self.shared = {m for m in names if calls[m] > 1 or (in_parts and registered[m] > 1)}
 
-    def chains(self) -> list[Found]:
-        found: dict[fx.Node, Found] = {}
+    def findings(self) -> Findings:
+        found: dict[nn.Module, Found] = {}
+        refused: dict[str, str] = {}
         taken: set[fx.Node] = set()
         convolutions = [node for node, module in self.modules.items() if isinstance(module, nn.Conv2d)]
         convolutions.sort(key=lambda node: not _is_depthwise(self.modules[node]))  # they choose first
         for node in convolutions:
-            if node in taken or self._refusal(self.modules[node]):
-                continue
-            stage, follower, end = self._stage(node)
-            stages = [stage]
-            if follower is not None and self._is_second(node, follower):
-                second, _, end = self._stage(follower)
-                stages.append(second)
-                taken.add(follower)
-            found[node] = Found(tuple(stages), end)
-        order = {module: i for i, module in enumerate(self.names)}
-        return [found[node] for node in sorted(found, key=lambda node: order[self.modules[node]])]
+            conv = self.modules[node]
+            if refusal := self._refusal(conv):
+                refused[self.names[conv]] = f"it {refusal}"
+            elif node not in taken:
+                stage, follower, end = self._stage(node)
+                stages = [stage]
+                if follower is not None and self._is_second(node, follower):
+                    second, _, end = self._stage(follower)
+                    stages.append(second)
+                    taken.add(follower)
+                found[conv] = Found(tuple(stages), end)
+        return Findings([found[module] for module in self.names if module in found], refused)
 
     def _is_second(self, node: fx.Node, follower: fx.Node) -> bool:
         conv = self.modules[follower]

@@ -243,7 +243,7 @@ class Written(nn.Module):
 REFUSED = {
     "the convolution is called twice": (
         lambda m, x: m.pointwise(m.act(m.norm(m.depthwise(m.depthwise(x))))),
-        "or several",
+        "it is used in several places",
     ),
     "the pointwise one is called twice": (
         lambda m, x: m.pointwise(m.pointwise(m.act(m.norm(m.depthwise(x))))),
@@ -295,7 +295,7 @@ def test_parametrized_parts() -> None:
     assert "which is parametrized" in why_not(model, random((2, 4, 7, 8), torch.float32, "cpu"))
     model = Written(STRAIGHT)
     torch.nn.utils.spectral_norm(model.depthwise)  # works by a hook
-    assert "has hooks" in why_not(model, random((2, 4, 7, 8), torch.float32, "cpu"))
+    assert "it has hooks" in why_not(model, random((2, 4, 7, 8), torch.float32, "cpu"))
 
 
 def test_norms_that_cannot_be_folded() -> None:
@@ -411,7 +411,7 @@ def test_what_differs_between_train_and_eval() -> None:
     model = Written(forward)
     x = random((2, 4, 7, 8), torch.float32, "cpu")
     report = convert_(model, fuse=True)
-    assert not report.fused
+    assert not report.fused and [entry.reason for entry in report.unpaired] == ["train() and eval() differ there"]
     assert model.train()(x)[1].shape[1] == 4 and model.eval()(x).shape[1] == 4
 
 
@@ -710,6 +710,15 @@ def test_tracing_a_fused_model(x: Tensor) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(model, x)
     assert_same(traced, model, x)
+
+
+def test_scripting_needs_revert(x: Tensor) -> None:
+    model, original = mobile_block(), mobile_block()
+    convert_(model, fuse=True)
+    with pytest.raises(Exception):  # noqa: B017 (what torch.jit raises is its own affair, as long as it is loud)
+        torch.jit.script(model)
+    revert_(model)
+    assert_same(torch.jit.script(model), original, x)
 
 
 def test_fake_tensors(x: Tensor) -> None:
