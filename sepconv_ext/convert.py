@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from . import fuse as chains
 from .cost import cost
 from .fold import Chain
-from .nn import Conv1d, Conv2d
+from .nn import Conv1d, Conv2d, SeparableConv2d
 from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert_", "revert_"]
@@ -131,8 +131,9 @@ def _fuse(
     found = chains.find_chains(model)
     fused: list[Chain] = []
     lonely = {}  # depthwise convolutions without a pointwise one, and why
+    paired = {layer.depthwise for layer in model.modules() if isinstance(layer, SeparableConv2d)}
     for name, conv in model.named_modules():
-        if isinstance(conv, Conv2d) and _family(conv) == "depthwise" and chains.chain_of(conv) is None:
+        if isinstance(conv, Conv2d) and _family(conv) == "depthwise" and not (chains.chain_of(conv) or conv in paired):
             lonely[name] = found.refused.get(name, found.problem)
     for whole in found.chains:
         for part in whole.only(lambda name: may_use(name, module(name))):

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from .fold import Chain, Stage, has_hooks
-from .nn import Conv2d, DepthwiseConv2d, PointwiseConv2d
+from .nn import Conv2d, DepthwiseConv2d, PointwiseConv2d, SeparableConv2d
 
 __all__ = ["Findings", "Found", "chain_of", "find_chains", "fuse_", "unfuse_"]
 
@@ -99,7 +99,7 @@ class Found:
     def is_trivial(self) -> bool:
         """A convolution alone: nothing to fuse."""
         (stage, *more) = self.stages
-        return not more and len(stage.members) == 1
+        return not more and stage.members[-1] == stage.conv
 
     def only(self, may_use: Callable[[str], bool]) -> list[Found]:
         """The chain, or, where not all of its convolutions may be used, those stages that may."""
@@ -163,7 +163,12 @@ class _Tracer(fx.Tracer):
 
 
 def _is_part(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv2d, _BatchNorm)) or _is_frozen_norm(module) or _activation(module) is not None
+    """A module that is taken whole: what chains are made of, and the layer that is a chain already."""
+    return (
+        isinstance(module, (nn.Conv2d, _BatchNorm, SeparableConv2d))
+        or _is_frozen_norm(module)
+        or _activation(module) is not None
+    )
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:
@@ -230,10 +235,10 @@ class _Finder:
             if refusal := self._refusal(conv):
                 refused[self.names[conv]] = f"it {refusal}"
             elif node not in taken:
-                stage, follower, end = self._stage(node)
+                stage, passed, follower, end = self._stage(node, [])
                 stages = [stage]
                 if follower is not None and self._is_second(node, follower):
-                    second, _, end = self._stage(follower)
+                    second, _, _, end = self._stage(follower, passed)
                     stages.append(second)
                     taken.add(follower)
                 found[conv] = Found(tuple(stages), end)
@@ -243,11 +248,14 @@ class _Finder:
         conv = self.modules[follower]
         return _is_depthwise(self.modules[node]) and isinstance(conv, nn.Conv2d) and _is_pointwise(conv)
 
-    def _stage(self, node: fx.Node) -> tuple[FoundStage, fx.Node | None, str]:
-        """The stage that a convolution begins, the node behind it that may be fused too, and what ends it."""
+    def _stage(self, node: fx.Node, before: list[nn.Module]) -> tuple[FoundStage, list[nn.Module], fx.Node | None, str]:
+        """The stage that a convolution begins, with the identities before it.
+
+        And the node behind it that may be fused too, the identities on the way there, and what ends the stage.
+        """
         conv, norm = self.modules[node], None
         activation = getattr(conv, "activation", "identity")
-        members = [conv]
+        members = [*before, conv]
         passed, follower, end = self._next(node)
         if activation == "identity" and follower and (own := _norm_activation(self.modules[follower])):
             norm, activation = self.modules[follower], own
@@ -263,7 +271,7 @@ class _Finder:
             end = f"{type(self.modules[follower]).__name__} follows"
         name = self.names
         stage = FoundStage(name[conv], norm and name[norm], activation, tuple(name[member] for member in members))
-        return stage, follower, end
+        return stage, passed, follower, end
 
     def _next(self, node: fx.Node) -> tuple[list[nn.Module], fx.Node | None, str]:
         """The one module call that the output goes to, the identities on the way, and why there is none such."""
@@ -278,7 +286,7 @@ class _Finder:
                 return passed, None, f"{getattr(user.target, '__name__', user.target)}() follows"
             module = self.modules[user]
             if user.args != (node,) or user.kwargs:
-                return passed, None, f"{type(module).__name__} follows, with more than one argument"
+                return passed, None, f"{type(module).__name__} follows, called with more than its input or by keyword"
             if refusal := self._refusal(module):
                 return passed, None, f"{type(module).__name__} follows, which {refusal}"
             if type(module) is not nn.Identity:

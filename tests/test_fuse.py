@@ -195,13 +195,28 @@ def test_layers_of_ours_with_an_activation() -> None:
     assert calls(model, x) == {"separable_conv2d": 1}
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_separable_layers_are_chains_already(training: bool) -> None:
+    layer = sepconv_ext.nn.SeparableConv2d(4, 6, 3, norm="batch", activation="relu")
+    model = lived_in(nn.Sequential(nn.Conv2d(4, 4, 1), layer, nn.BatchNorm2d(6), depthwise(6), nn.Conv2d(6, 6, 1)))
+    report = fused(model.train(training), random((2, 4, 9, 8), torch.float32, "cpu"))
+    assert [entry.name for entry in report.fused] == ["3 -> 4"] and not report.unpaired
+    assert len(report) == 3  # and its own two convolutions were ours before
+
+
 def test_identities_on_the_way() -> None:
     """timm puts an nn.Identity where a block has no squeeze-and-excitation."""
     model = nn.Sequential(
         depthwise(4), nn.Identity(), nn.BatchNorm2d(4), nn.Identity(), nn.Identity(), nn.Conv2d(4, 6, 1)
     )
-    report = fused(model.eval(), random((2, 4, 9, 8), torch.float32, "cpu"))
+    x, seen = random((2, 4, 9, 8), torch.float32, "cpu"), []
+    report = fused(model.eval(), x)
     assert [entry.family for entry in report.fused] == ["separable"]
+    for i in (1, 3, 4):
+        hook = model[i].register_forward_hook(lambda module, arguments, output: seen.append(output.shape[1]))
+        model(x)
+        hook.remove()
+    assert seen == [4, 4, 4]  # what lies between, not the chain's output
 
 
 def test_norms_of_other_packages() -> None:
@@ -268,6 +283,7 @@ REFUSED = {
     ),
     "a function between": (lambda m, x: m.pointwise(F.relu(m.norm(m.depthwise(x)))), "relu() follows"),
     "a method between": (lambda m, x: m.pointwise(m.norm(m.depthwise(x)).relu()), "relu() follows"),
+    "a call by keyword": (lambda m, x: m.pointwise(m.act(input=m.depthwise(x))), "ReLU follows, called with more"),
     "nothing behind it": (lambda m, x: m.depthwise(m.pointwise(x)), "its output is returned"),
 }
 
