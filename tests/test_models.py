@@ -52,7 +52,7 @@ def network(name: str, pictures: Tensor) -> nn.Module:
 def test_a_fused_network_says_what_it_said(name: str) -> None:
     """As close to the float64 network as torch's own float32 layers are, and the same five best in the same order."""
     convolutions, replaced, pairs, norms, folded = MODELS[name]
-    pictures, _ = photographs(3, 64)
+    pictures, _ = photographs(2, 64)
     model = network(name, pictures)
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == convolutions
     assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == norms

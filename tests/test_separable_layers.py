@@ -195,12 +195,16 @@ def test_folded_weights_follow_every_change(device: str) -> None:
     def replace_parameter() -> None:
         layer.pointwise.weight = nn.Parameter(layer.pointwise.weight * 0.5)
 
+    def replace_data() -> None:
+        layer.depthwise.weight.data = layer.depthwise.weight.data * 3
+
     changes = [
         lambda: layer.depthwise.weight.mul_(2),
         lambda: layer.depthwise_norm.running_var.add_(1),
         lambda: layer.pointwise_norm.bias.sub_(0.3),
         lambda: layer.load_state_dict(other.state_dict()),
         replace_parameter,
+        replace_data,
         lambda: layer.half().float(),
         lambda: layer.to(memory_format=torch.channels_last),
         lambda: layer.pointwise_norm.train(),
