@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import sepconv_ext
-from sepconv_ext.functional import conv2d, depthwise_conv2d, pointwise_conv2d
+from sepconv_ext.functional import conv2d, depthwise_conv2d, pointwise_conv2d, separable_conv2d
 
 # input, weight, keywords
 CASES = [
@@ -65,6 +65,14 @@ def main() -> int:
         depthwise_conv2d(x, torch.randn(16, 1, 3, 3, device="cuda"), padding=1, activation=activation)
         pointwise_conv2d(x, torch.randn(8, 16, 1, 1, device="cuda"), activation=activation)
         checked += 2
+    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+        x, w, v = (torch.randn(s, device="cuda", dtype=dtype) for s in ((2, 24, 9, 7), (24, 1, 3, 3), (70, 24, 1, 1)))
+        x = x.contiguous(memory_format=layout)
+        got = separable_conv2d(x, w, v, padding=1, depthwise_activation="relu")
+        want = separable_conv2d(*(t.cpu().double() for t in (x, w, v)), padding=1, depthwise_activation="relu")
+        tolerance = DTYPES[dtype] * want.abs().max().item()
+        torch.testing.assert_close(got.cpu().double(), want, rtol=DTYPES[dtype], atol=tolerance)
+        checked += 1
     torch.cuda.synchronize()
     print(f"{checked} passed, 0 failed; kernels: {sepconv_ext.kernel_counts()}")
     return 0

@@ -85,6 +85,17 @@ LARGE = (
     Case("large_k35x50", 1, 1, 18, 40, 1, 35, 50, padding=(17, 25)),
 )
 
+# Depthwise stages, and how many channels the 1x1 convolution after them gives: one tile and several, full and not.
+SEPARABLE = (
+    ("depthwise_k3", 70),
+    ("depthwise_k3_c58", 24),
+    ("depthwise_k3_aligned", 64),
+    ("depthwise_multiplier2", 130),
+    ("depthwise_k5_stride2", 9),
+    ("depthwise_k3_dilation_stride", 264),
+    ("depthwise_k3_one_pixel", 8),
+)
+
 
 def _runs() -> Iterator[Run]:
     cases = [case for case in CASES if case.N > 0]  # nothing is launched for an empty batch
@@ -124,6 +135,15 @@ def _runs() -> Iterator[Run]:
                 yield made(case, map, "contiguous", dtype)
         yield made(case, "forward", "contiguous", "float16", offset=1)
         yield made(case, "grad_weight", "contiguous", "float16", splits=2)
+    for name, outputs in SEPARABLE:
+        for layout in (*LAYOUTS, "strided"):
+            for dtype in ("float32", "float16") if layout in LAYOUTS else (DTYPES[count % 4],):
+                second = {"pointwise_bias": outputs % 2, "pointwise_activation": ACTIVATIONS[count % 7]}
+                yield made(BY_NAME[name], "forward", layout, dtype, op="separable", outputs=outputs, **second)
+        yield made(BY_NAME[name], "forward", "channels_last", op="separable", outputs=outputs, offset=1)
+    for dtype in ("float64", "bfloat16"):
+        for layout in LAYOUTS:
+            yield made(BY_NAME["depthwise_k3"], "forward", layout, dtype, op="separable", outputs=70)
     for dtype, vec in (("float32", 4), ("float16", 8)):  # a long activation over many values of a thread
         extra = {"kernel": "depthwise_direct", "vec": vec, "activation": "gelu"}
         yield made(BY_NAME["depthwise_k3"], "forward", "channels_last", dtype, **extra)

@@ -35,7 +35,11 @@ SAMPLE = 8  # of the other faults, every so many-th
 MOST_RUNS, MOST_RACE_RUNS = 150, 32  # the cheapest
 SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.
-HEADERS = {"depthwise_direct.cu": ("common.cuh",), "pointwise.cu": ("pointwise.cuh",)}
+HEADERS = {
+    "depthwise_direct.cu": ("common.cuh",),
+    "pointwise.cu": ("pointwise.cuh",),
+    "separable.cu": ("separable.cuh",),
+}
 
 
 def known_survivors() -> dict[str, str]:

@@ -42,19 +42,22 @@ int64_t common_alignment(std::initializer_list<const void*> addresses) {
   return static_cast<int64_t>(bits & -bits);
 }
 
+void raise_if(cudaError_t error, const Plan& chosen) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // the error is reported here: later calls should not meet it again
+  TORCH_CHECK(false, "the CUDA kernel ", chosen.name, " could not be launched: ", cudaGetErrorString(error));
+}
+
 // Runs a plan that is not ATen's, and raises where the launch fails.
 void launch(const Plan& chosen, Map map, const ConvShape& shape, DType dtype, const Tensor& first, const Tensor& second,
             const Epilogue& epilogue, const Tensor& out) {
   count_kernel(chosen.name);
   Tensor workspace;
   if (chosen.workspace_bytes > 0) workspace = at::empty({chosen.workspace_bytes}, out.options().dtype(at::kByte));
-  const cudaError_t error =
+  raise_if(
       run(chosen, map, shape, dtype, first.const_data_ptr(), second.const_data_ptr(), epilogue, out.mutable_data_ptr(),
-          workspace.defined() ? workspace.mutable_data_ptr() : nullptr, c10::cuda::getCurrentCUDAStream());
-  if (error != cudaSuccess) {
-    (void)cudaGetLastError();  // the error is reported here: later calls should not meet it again
-    TORCH_CHECK(false, "the CUDA kernel ", chosen.name, " could not be launched: ", cudaGetErrorString(error));
-  }
+          workspace.defined() ? workspace.mutable_data_ptr() : nullptr, c10::cuda::getCurrentCUDAStream()),
+      chosen);
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
@@ -128,6 +131,31 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
 }
 
 // The fourth op has no fused kernel here yet: two launches through the first op, with the intermediate in memory.
+// The output by a fused kernel; nothing where the plan has none.
+std::optional<Tensor> separable_fused(const SeparableShape& shape, const separable::Call& call) {
+  const c10::cuda::CUDAGuard guard(call.input.device());
+  const DType dtype = dtype_of(call.input);
+  const Plan chosen = plan_separable(shape, dtype, device_facts(call.input.get_device()), strict());
+  if (chosen.kernel == Kernel::composite) return std::nullopt;
+  const Tensor output = empty_output(shape.pointwise, call.input);
+  if (output.numel() == 0) return output;
+  const auto dense = [](const std::optional<Tensor>& t) { return t && t->defined() ? t->contiguous() : Tensor(); };
+  const auto data = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
+  const Tensor depthwise_bias = dense(call.depthwise_bias), pointwise_bias = dense(call.pointwise_bias);
+  count_kernel(chosen.name);
+  raise_if(run_separable(chosen, shape, dtype,
+                         {call.input.const_data_ptr(),
+                          call.depthwise_weight.const_data_ptr(),
+                          {data(depthwise_bias), call.depthwise_activation},
+                          call.pointwise_weight.const_data_ptr(),
+                          {data(pointwise_bias), call.pointwise_activation},
+                          output.mutable_data_ptr(),
+                          nullptr},
+                         c10::cuda::getCurrentCUDAStream()),
+           chosen);
+  return output;
+}
+
 Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
                         const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
                         const std::optional<Tensor>& pointwise_bias, IntArrayRef stride, IntArrayRef padding,
@@ -147,8 +175,10 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
     count_aten("no kernel for this dtype");
     return aten::separable_conv2d(call);
   }
-  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
-  return separable::composite(call);
+  const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                               pointwise_bias, stride, padding, dilation);
+  const auto fused = separable_fused(shape, call);
+  return fused ? *fused : separable::composite(call);
 }
 
 std::tuple<Tensor, Tensor> separable_conv2d_training(
@@ -166,7 +196,14 @@ std::tuple<Tensor, Tensor> separable_conv2d_training(
                              aten::sym(dilation),
                              parse_activation(depthwise_activation),
                              parse_activation(pointwise_activation)};
-  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
+  const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                               pointwise_bias, stride, padding, dilation);
+  // A kept intermediate is written to memory anyway: by the depthwise kernels. In a half type it is rounded there before
+  // an activation whose derivative needs that, and the output must not depend on what is kept.
+  const bool same = !(input.element_size() == 2) || derivative_from_output(call.depthwise_activation);
+  if (output && !intermediate && same) {
+    if (const auto fused = separable_fused(shape, call)) return {*fused, at::empty({0}, input.options())};
+  }
   return separable::composite_training(call, output, intermediate);
 }
 

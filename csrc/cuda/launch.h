@@ -10,6 +10,7 @@
 
 #include "../activation.h"
 #include "../conv_shape.h"
+#include "../separable_shape.h"
 
 namespace sepconv::cuda {
 
@@ -96,6 +97,13 @@ cudaError_t launch_grouped_grad_input(const ConvShape&, DType, const void* grad_
 // right; workspace: splits * weight_elements() values of the accumulation type.
 cudaError_t launch_grouped_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                        int splits, void* workspace, cudaStream_t);
+
+// separable.cu: depthwise and 1x1 convolution in one; `columns` output channels a block: 64, or 128 but for float64 (more
+// output channels than that are right, and compute the depthwise stage again for each block). Any strides of memory.
+// Requires N * P * Q < 2^31, images below 2^31 elements and at most kSeparableTaps (tiling.h) taps. Writes y only.
+cudaError_t launch_separable(const SeparableShape&, DType, const SeparableMemory&, int columns, cudaStream_t);
+// separable_mma.cu: the same on tensor cores: float16 and bfloat16, compute capability 8.0 or newer, columns 64, 128 or 256.
+cudaError_t launch_separable_mma(const SeparableShape&, DType, const SeparableMemory&, int columns, cudaStream_t);
 
 // sum_partials.cu: the second stage of every grad_weight. partials is [splits, K, C / groups, R, S], dense, in the
 // accumulation type (double for float64, float otherwise); they are added in the order of the splits, so that the

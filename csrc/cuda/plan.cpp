@@ -275,6 +275,32 @@ Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_
   return grouped(map, s, dtype, s.groups == 1 ? "one group" : "groups of several channels");
 }
 
+Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& device, bool strict) {
+  const ConvShape &d = shape.depthwise, &p = shape.pointwise;
+  const auto composite = [](const char* reason) { return Plan{Kernel::composite, "composite", reason, {}, 0}; };
+  if (!narrow_images(d) || !narrow_images(p) || d.N * d.P * d.Q >= kNarrow / 64) {
+    return composite("an image of 2^31 elements or more");
+  }
+  if (d.R * d.S > kSeparableTaps)
+    return composite("more than 64 taps: the depthwise stage alone is bound by arithmetic");
+  const bool mma = is_half(dtype) && device.compute_capability >= 80;
+  const int64_t widest = mma ? 256 : dtype == DType::float64 ? 64 : 128;
+  const int64_t tiles = ceil_div(p.K, widest);
+  if (!strict) {  // predicted, not measured: benchmarks/NOTES.md
+    if (tiles > 1) return composite("more output channels than a block holds: the depthwise stage would be repeated");
+    if (ceil_div(d.N * d.P * d.Q, 64) < device.multiprocessors) return composite("too few pixels to fill the GPU");
+  }
+  int64_t columns = widest;
+  while (columns > 64 && p.K <= columns / 2) columns /= 2;
+  Plan chosen{mma ? Kernel::separable_mma : Kernel::separable,
+              mma ? "cuda_separable_mma" : "cuda_separable",
+              "the intermediate stays in shared memory",
+              {},
+              0};
+  chosen.tile.lanes = static_cast<int>(columns);
+  return chosen;
+}
+
 Explanation explain(const Plan& p) {
   std::string tile;
   const auto add = [&tile](const char* name, int value) {

@@ -18,7 +18,11 @@ enum class Kernel : int {
   pointwise,
   pointwise_mma,
   grouped,
-  aten
+  aten,
+  // separable_conv2d
+  separable,
+  separable_mma,
+  composite
 };
 
 struct Device {
@@ -38,11 +42,17 @@ struct Plan {
 // With `strict`, ATen is taken only for what no kernel here can run.
 Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict);
 
+// The fourth op: a fused kernel, with the output channels of a block in tile.lanes, or the composite of two calls that
+// have plans of their own. With `strict`, the fused kernel wherever it can run.
+Plan plan_separable(const SeparableShape&, DType, const Device&, bool strict);
+
 Explanation explain(const Plan&);
 
 // run.cpp: launches what the plan says. The operands are (x, w), (grad_y, w) or (grad_y, x) for the three maps; the
 // epilogue counts for the forward map only. Kernel::aten is not launched here: cudaErrorNotSupported.
 cudaError_t run(const Plan&, Map, const ConvShape&, DType, const void* first, const void* second, const Epilogue&,
                 void* out, void* workspace, cudaStream_t);
+// The same for plan_separable; Kernel::composite is not launched here.
+cudaError_t run_separable(const Plan&, const SeparableShape&, DType, const SeparableMemory&, cudaStream_t);
 
 }  // namespace sepconv::cuda

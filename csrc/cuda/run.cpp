@@ -68,4 +68,13 @@ cudaError_t run(const Plan& p, Map map, const ConvShape& shape, DType dtype, con
   return cudaErrorNotSupported;
 }
 
+cudaError_t run_separable(const Plan& p, const SeparableShape& shape, DType dtype, const SeparableMemory& memory,
+                          cudaStream_t stream) {
+  switch (p.kernel) {
+    case Kernel::separable: return launch_separable(shape, dtype, memory, p.tile.lanes, stream);
+    case Kernel::separable_mma: return launch_separable_mma(shape, dtype, memory, p.tile.lanes, stream);
+    default: return cudaErrorNotSupported;
+  }
+}
+
 }  // namespace sepconv::cuda

@@ -104,6 +104,9 @@ inline int64_t toeplitz_sections(int64_t R, int64_t S) {
   return toeplitz_few_taps(R, S) ? 1 : (R + 31) / 32 * ((S + 31) / 32);
 }
 
+// ---- separable.cu and separable_mma.cu: a chunk of filters stands in shared memory, 8 KB of it in float.
+inline constexpr int64_t kSeparableTaps = 64;
+
 // pointwise.cu and pointwise_mma.cu: a block sums a tile of 64 x 64 (or 128 x 64) weights.
 inline int pointwise_grad_weight_splits(const ConvShape& s) {
   return grad_weight_splits(((s.K + 63) / 64) * ((s.C + 63) / 64), s.N * s.P * s.Q, 256);

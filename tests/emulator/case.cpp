@@ -76,6 +76,31 @@ Case read_case(const Arguments& a) {
   return c;
 }
 
+Case read_pointwise(const Arguments& a, const Case& depthwise) {
+  const ConvShape& d = depthwise.shape;
+  Case c = depthwise;
+  c.bias = a.number("pointwise_bias", 0);
+  c.activation =
+      static_cast<Activation>(index_of(sepconv::kActivationNames, a.text("pointwise_activation", "identity")));
+  ConvShape& s = c.shape;
+  s = {};
+  s.N = d.N, s.C = d.K, s.H = s.P = d.P, s.W = s.Q = d.Q, s.K = a.number("outputs", 1), s.R = s.S = 1;
+  s.x = d.y;
+  s.y = make_strides({s.N, s.K, s.P, s.Q}, a.text("y_layout", a.text("layout", "contiguous")));
+  s.w = make_strides({s.K, s.C, 1, 1}, a.text("w_layout", "contiguous"));
+  return c;
+}
+
+bool is_separable(const Arguments& a) { return a.text("op", "conv2d") == "separable"; }
+
+sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& pointwise, const Arguments& a) {
+  using namespace sepconv::cuda;
+  const Device device{static_cast<int>(a.number("multiprocessors", 132)), static_cast<int>(a.number("sm", 90))};
+  Plan p = plan_separable({depthwise.shape, pointwise.shape}, depthwise.dtype, device, true);
+  p.tile.lanes = static_cast<int>(a.number("lanes", p.tile.lanes));
+  return p;
+}
+
 sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   using namespace sepconv::cuda;
   const Device device{static_cast<int>(a.number("multiprocessors", 132)), static_cast<int>(a.number("sm", 90))};

@@ -32,7 +32,13 @@ struct Case {
 
 Case read_case(const Arguments&);
 
+// With op=separable the case is the depthwise stage, and this is the 1x1 convolution on its output: outputs=,
+// pointwise_bias= and pointwise_activation=.
+Case read_pointwise(const Arguments&, const Case& depthwise);
+bool is_separable(const Arguments&);
+
 // The plan of the call, as csrc/cuda/bindings.cpp makes it, with what the command line overrules.
 sepconv::cuda::Plan make_plan(const Case&, const Arguments&);
+sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& pointwise, const Arguments&);
 
 }  // namespace emulator

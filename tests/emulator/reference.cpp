@@ -58,4 +58,41 @@ std::vector<Expected> reference(Map map, const sepconv::ConvShape& s, const Buff
   return result;
 }
 
+double Expected::bound(sepconv::DType dtype) const {
+  const double unit = unit_roundoff(dtype);
+  const double accumulate = dtype == sepconv::DType::float64 ? unit : unit_roundoff(sepconv::DType::float32);
+  const double smallest = dtype == sepconv::DType::float16 ? 0x1p-25 : 1e-38;
+  // The activations' slopes are below 1.2; their own error is a few units of the accumulation type.
+  return 1.2 * (accumulate * ((terms + 2) * magnitude + 8 * std::fabs(value)) + inherited) +
+         1.01 * unit * std::fabs(value) + smallest;
+}
+
+std::vector<Expected> reference_pointwise(const sepconv::ConvShape& s, const std::vector<Expected>& depthwise,
+                                          sepconv::DType dtype, const Buffer& weight, const Buffer* bias,
+                                          sepconv::Activation activation) {
+  std::vector<Expected> result(s.output_elements());
+  const int64_t plane = s.P * s.Q;
+  for (int64_t n = 0; n < s.N; ++n)
+    for (int64_t k = 0; k < s.K; ++k)
+      for (int64_t pixel = 0; pixel < plane; ++pixel) {
+        Expected& e = result[(n * s.K + k) * plane + pixel];
+        for (int64_t c = 0; c < s.C; ++c) {
+          const Expected& h = depthwise[(n * s.C + c) * plane + pixel];
+          const double w = weight.at(k, c, 0, 0);
+          e.value += h.value * w;
+          e.magnitude += std::fabs(h.value * w);
+          e.inherited += h.bound(dtype) * std::fabs(w);
+          ++e.terms;
+        }
+        if (bias) {
+          const double value = bias->at(0, k, 0, 0);
+          e.value += value;
+          e.magnitude += std::fabs(value);
+          ++e.terms;
+        }
+        e.value = activate(activation, e.value);
+      }
+  return result;
+}
+
 }  // namespace emulator

@@ -13,11 +13,20 @@ namespace emulator {
 struct Expected {
   double value = 0, magnitude = 0;
   int64_t terms = 0;
+  double inherited = 0;  // error that the operands themselves may have
+
+  // What roundings alone can explain, of a kernel that reads and writes `dtype`.
+  double bound(sepconv::DType) const;
 };
 
 // Elements in the order of the result's logical dimensions. a and b are the map's two operands: (x, w), (grad_y, w) or
 // (grad_y, x). bias may be null.
 std::vector<Expected> reference(sepconv::Map, const sepconv::ConvShape&, const Buffer& a, const Buffer& b,
                                 const Buffer* bias, sepconv::Activation);
+
+// The 1x1 convolution of what the map forward gave for a depthwise stage, whose errors it inherits.
+std::vector<Expected> reference_pointwise(const sepconv::ConvShape& pointwise, const std::vector<Expected>& depthwise,
+                                          sepconv::DType, const Buffer& weight, const Buffer* bias,
+                                          sepconv::Activation);
 
 }  // namespace emulator

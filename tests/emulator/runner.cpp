@@ -5,7 +5,7 @@
 //          stride=1,1 padding=1,1,1,1 dilation=1,1 bias=1 activation=relu seeds=0:8
 //
 // The plan chooses the kernel; kernel=, vec=, rows=, lanes=, splits=, window= and wide= overrule it, sm= and
-// multiprocessors= are the GPU that it plans for. "--" stands between several cases. Exit status 0: all are right for every
+// multiprocessors= are the GPU that it plans for. op=separable adds a 1x1 convolution (case.h). "--" stands between several cases. Exit status 0: all are right for every
 // seed. Otherwise the last lines say what was wrong, where, and in which CUDA thread.
 #include <unistd.h>
 
@@ -31,10 +31,6 @@ namespace {
 
 // Fails where |actual - expected| exceeds what roundings alone can explain.
 std::string compare(const Case& c, const Buffer& out, const std::vector<Expected>& expected, const Sizes& sizes) {
-  const double unit = unit_roundoff(c.dtype);
-  const double accumulate = c.dtype == DType::float64 ? unit : unit_roundoff(DType::float32);
-  // The activations' slopes are below 1.2; their own error is a few units of the accumulation type.
-  const double smallest = c.dtype == DType::float16 ? 0x1p-25 : 1e-38;
   int64_t wrong = 0;
   std::string first;
   size_t i = 0;
@@ -44,8 +40,7 @@ std::string compare(const Case& c, const Buffer& out, const std::vector<Expected
         for (int64_t q = 0; q < sizes.w; ++q, ++i) {
           const Expected& e = expected[i];
           const double actual = out.at(n, k, p, q);
-          const double bound = 1.2 * accumulate * ((e.terms + 2) * e.magnitude + 8 * std::fabs(e.value)) +
-                               1.01 * unit * std::fabs(e.value) + smallest;
+          const double bound = e.bound(c.dtype);
           if (std::fabs(actual - e.value) <= bound) continue;
           if (!wrong++) {
             char line[300];
@@ -58,13 +53,73 @@ std::string compare(const Case& c, const Buffer& out, const std::vector<Expected
   return std::to_string(wrong) + " of " + std::to_string(expected.size()) + " elements are wrong; first: " + first;
 }
 
+// Starts the kernels of a case, with everything watched that they write. Empty: they ran.
+template <typename Start>
+std::string run_watched(uint64_t seed, Buffer& out, Buffer& workspace, const Start& start) {
+  set_seed(seed);
+  race::forget();
+  race::watch(out.data(), out.bytes());
+  race::watch(workspace.data(), workspace.bytes());
+  const uint64_t launches = counters().launches;
+  try {
+    const cudaError_t error = start();
+    if (error != cudaSuccess) return "the door returns CUDA error " + std::to_string(error);
+  } catch (const Fault& fault) {
+    return fault.what();
+  }
+  return counters().launches == launches ? "no kernel was launched" : "";
+}
+
+std::string judge(const Case& c, const Buffer& out, const std::vector<Expected>& expected, const Sizes& sizes) {
+  const std::string wrong = compare(c, out, expected, sizes);
+  if (!wrong.empty()) return wrong;
+  if (const int64_t bytes = out.gap_bytes_written()) {
+    return std::to_string(bytes) + " bytes between the output's elements were written";
+  }
+  return {};
+}
+
+Sizes bias_sizes(const ConvShape& s) { return {1, s.K, 1, 1}; }
+
+// op=separable. Empty: right.
+std::string run_separable(const Case& d, const Arguments& arguments, uint64_t seed) {
+  const Case p = read_pointwise(arguments, d);
+  const ConvShape &ds = d.shape, &ps = p.shape;
+  const Sizes y_sizes{ps.N, ps.K, ps.P, ps.Q};
+  Buffer x({ds.N, ds.C, ds.H, ds.W}, ds.x, d.dtype, d.offset), w({ds.K, 1, ds.R, ds.S}, ds.w, d.dtype, d.offset);
+  Buffer v({ps.K, ps.C, 1, 1}, ps.w, d.dtype, d.offset), y(y_sizes, ps.y, d.dtype, d.offset);
+  Buffer w_bias(bias_sizes(ds), make_strides(bias_sizes(ds), "contiguous"), d.dtype, d.offset);
+  Buffer v_bias(bias_sizes(ps), make_strides(bias_sizes(ps), "contiguous"), d.dtype, d.offset);
+  Buffer* inputs[] = {&x, &w, &v, &w_bias, &v_bias};
+  for (uint64_t i = 0; i < 5; ++i) inputs[i]->fill_random(seed * 5 + i);
+  Buffer* const first_bias = d.bias ? &w_bias : nullptr;
+  Buffer* const second_bias = p.bias ? &v_bias : nullptr;
+  const auto data = [](Buffer* buffer) { return buffer ? buffer->data() : nullptr; };
+  const sepconv::cuda::Plan plan = make_separable_plan(d, p, arguments);
+  if (seed == 0) printf("plan: %s\n", plan.name);
+  Buffer workspace(0);
+  const std::string failed = run_watched(seed, y, workspace, [&] {
+    return sepconv::cuda::run_separable(plan, {ds, ps}, d.dtype,
+                                        {x.data(),
+                                         w.data(),
+                                         {data(first_bias), d.activation},
+                                         v.data(),
+                                         {data(second_bias), p.activation},
+                                         y.data(),
+                                         nullptr},
+                                        nullptr);
+  });
+  if (!failed.empty()) return failed;
+  const auto h = reference(Map::forward, ds, x, w, first_bias, d.activation);
+  return judge(p, y, reference_pointwise(ps, h, d.dtype, v, second_bias, p.activation), y_sizes);
+}
+
 // Empty: right.
 std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   const ConvShape& s = c.shape;
   const Sizes x_sizes{s.N, s.C, s.H, s.W}, y_sizes{s.N, s.K, s.P, s.Q}, w_sizes{s.K, s.channels_per_group(), s.R, s.S};
-  const Sizes bias_sizes{1, s.K, 1, 1};
   Buffer x(x_sizes, s.x, c.dtype, c.offset), y(y_sizes, s.y, c.dtype, c.offset), w(w_sizes, s.w, c.dtype, c.offset);
-  Buffer bias(bias_sizes, make_strides(bias_sizes, "contiguous"), c.dtype, c.offset);
+  Buffer bias(bias_sizes(s), make_strides(bias_sizes(s), "contiguous"), c.dtype, c.offset);
   Buffer& out = c.map == Map::forward ? y : c.map == Map::grad_input ? x : w;
   Buffer& first = c.map == Map::forward ? x : y;
   Buffer& second = c.map == Map::grad_weight ? x : w;
@@ -78,29 +133,15 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   if (seed == 0) printf("plan: %s\n", plan.name);
   Buffer workspace(plan.workspace_bytes);  // not a byte larger than planned
 
-  set_seed(seed);
-  race::forget();
-  race::watch(out.data(), out.bytes());
-  race::watch(workspace.data(), workspace.bytes());
-  const uint64_t launches = counters().launches;
-  try {
-    const cudaError_t error =
-        sepconv::cuda::run(plan, c.map, s, c.dtype, first.data(), second.data(),
-                           {has_bias ? bias.data() : nullptr, activation}, out.data(), workspace.data(), nullptr);
-    if (error != cudaSuccess) return "the door returns CUDA error " + std::to_string(error);
-  } catch (const Fault& fault) {
-    return fault.what();
-  }
-  if (counters().launches == launches) return "no kernel was launched";
+  const std::string failed = run_watched(seed, out, workspace, [&] {
+    return sepconv::cuda::run(plan, c.map, s, c.dtype, first.data(), second.data(),
+                              {has_bias ? bias.data() : nullptr, activation}, out.data(), workspace.data(), nullptr);
+  });
+  if (!failed.empty()) return failed;
 
   const auto expected = reference(c.map, s, first, second, has_bias ? &bias : nullptr, activation);
   const Sizes& sizes = c.map == Map::forward ? y_sizes : c.map == Map::grad_input ? x_sizes : w_sizes;
-  const std::string wrong = compare(c, out, expected, sizes);
-  if (!wrong.empty()) return wrong;
-  if (const int64_t bytes = out.gap_bytes_written()) {
-    return std::to_string(bytes) + " bytes between the output's elements were written";
-  }
-  return {};
+  return judge(c, out, expected, sizes);
 }
 
 }  // namespace
@@ -123,7 +164,7 @@ int main(int count, char** values) {
       const auto seeds = arguments.numbers("seeds", "0:1", ':');  // first and one past the last
       for (int64_t seed = seeds.at(0); seed < seeds.at(1); ++seed) {
         fprintf(stderr, "case %zu seed %lld\n", i, (long long)seed);  // what a sanitizer's report belongs to
-        const std::string wrong = run(c, arguments, seed);
+        const std::string wrong = is_separable(arguments) ? run_separable(c, arguments, seed) : run(c, arguments, seed);
         if (wrong.empty()) continue;
         printf("FAULT with seed %lld: %s\n", (long long)seed, wrong.c_str());
         return 1;
