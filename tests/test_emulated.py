@@ -72,6 +72,8 @@ EDGES = (
     Case("pointwise_one_more", 1, 33, 3, 11, 33, 1, 1, bias=True),
     # Tiles of the result that are full to the last corner.
     Case("pointwise_full_tile", 1, 64, 4, 4, 128, 1, 1),
+    # One channel more than whole chunks of a fused kernel.
+    Case("depthwise_one_more", 1, 33, 6, 5, 33, 3, 3, padding=(1, 1), groups=33),
 )
 
 # Kernels of 7x7 and more on tensor cores: images side by side, strips, several tiles of columns and of taps, and every
@@ -141,9 +143,9 @@ def _runs() -> Iterator[Run]:
                 second = {"pointwise_bias": outputs % 2, "pointwise_activation": ACTIVATIONS[count % 7]}
                 yield made(BY_NAME[name], "forward", layout, dtype, op="separable", outputs=outputs, **second)
         yield made(BY_NAME[name], "forward", "channels_last", op="separable", outputs=outputs, offset=1)
-    for dtype in ("float64", "bfloat16"):
+    for dtype in DTYPES:
         for layout in LAYOUTS:
-            yield made(BY_NAME["depthwise_k3"], "forward", layout, dtype, op="separable", outputs=70)
+            yield made(EDGES[-1], "forward", layout, dtype, op="separable", outputs=70)
     for dtype, vec in (("float32", 4), ("float16", 8)):  # a long activation over many values of a thread
         extra = {"kernel": "depthwise_direct", "vec": vec, "activation": "gelu"}
         yield made(BY_NAME["depthwise_k3"], "forward", "channels_last", dtype, **extra)
