@@ -6,6 +6,8 @@
 #include <array>
 #include <vector>
 
+#include "spatial_passes.h"
+
 namespace sepconv::aten {
 namespace {
 
@@ -106,6 +108,14 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymInt
   const Padding sides(padding);
   const Tensor weight = at::empty_strided_symint(weight_size, weight_stride, grad_output.options());
   return backward(grad_output, sides.apply(input), weight, stride, sides, dilation, groups, /*by_input=*/false);
+}
+
+Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const Tensor& row, SymIntArrayRef padding) {
+  const SpatialPasses passes(input.sym_size(1), column, row, padding);
+  const Tensor between = conv2d(input, passes.column, std::nullopt, passes.one, passes.column_padding, passes.one,
+                                passes.groups, Activation::identity);
+  return conv2d(between, passes.row, std::nullopt, passes.one, passes.row_padding, passes.one, passes.groups,
+                Activation::identity);
 }
 
 }  // namespace sepconv::aten

@@ -29,6 +29,10 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
 
 at::Tensor separable_conv2d(const separable::Call&);
 
+// A column and a row filter as two depthwise convolutions.
+at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
+                                    c10::SymIntArrayRef padding);
+
 // The activation alone, differentiable.
 at::Tensor activate(const at::Tensor&, Activation);
 

@@ -217,6 +217,24 @@ void check_sequence(const Tensor& input, const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 3, "weight must have 3 dimensions, but has ", weight.dim());
 }
 
+ConvShape check_spatial_separable(const Tensor& input, const Tensor& column, const Tensor& row, IntArrayRef padding) {
+  check_tensor("input", input, input, "input");
+  check_rank("input", input.dim());
+  const int64_t C = input.size(1);
+  const auto check_filter = [&](const char* name, const char* length, const Tensor& filter) {
+    check_tensor(name, filter, input, "input");
+    TORCH_CHECK(filter.dim() == 2 && (filter.size(0) == C || filter.size(0) == 1), name, " must have size [", C, ", ",
+                length, "], one filter a channel of input, or [1, ", length, "], but has ", filter.sizes());
+  };
+  check_filter("column", "R", column);
+  check_filter("row", "S", row);
+  ConvShape shape = check_geometry(input.sizes(), {C, 1, column.size(1), row.size(1)}, {{1, 1}, padding, {1, 1}, C},
+                                   "column and row");
+  shape.x = strides_of(input);
+  shape.y = dense_strides(C, shape.P, shape.Q, suggests_channels_last(input));
+  return shape;
+}
+
 Tensor empty_output(const ConvShape& s, const Tensor& like) { return empty({s.N, s.K, s.P, s.Q}, s.y, like); }
 Tensor empty_grad_input(const ConvShape& s, const Tensor& like) { return empty({s.N, s.C, s.H, s.W}, s.x, like); }
 Tensor empty_grad_weight(const ConvShape& s, const Tensor& like) {

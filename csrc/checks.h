@@ -43,6 +43,10 @@ SeparableShape check_separable(const at::Tensor& input, const at::Tensor& depthw
 // The ranks of a 1-D call, which is made of the 2-D one: what else may be wrong, the 2-D checks find.
 void check_sequence(const at::Tensor& input, const at::Tensor& weight);
 
+// A spatially separable call as the depthwise shape that it computes; `w` of the shape is not set. padding as above.
+ConvShape check_spatial_separable(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
+                                  at::IntArrayRef padding);
+
 // Uninitialised memory for the result that a check described.
 at::Tensor empty_output(const ConvShape&, const at::Tensor& like);
 at::Tensor empty_grad_input(const ConvShape&, const at::Tensor& like);

@@ -48,6 +48,14 @@ struct ConvShape {
   int64_t output_elements() const { return N * K * P * Q; }
 };
 
+// The two filters of a spatially separable convolution, whose shape is a depthwise ConvShape of stride 1 with K = C: R
+// numbers down a column and S along a row for each channel, dense. The distance from one channel's filter to the next is
+// 0 where one filter serves them all.
+struct SpatialFilters {
+  const void *column, *row;
+  int64_t column_channel, row_channel;
+};
+
 // The layout of an image whose dimensions are (N, channels, rows, columns). A dimension of size 1 has no say, so a tensor
 // may be both; nchw is then the answer.
 inline Layout image_layout(int64_t channels, int64_t rows, int64_t columns, int64_t batch, const Strides& s) {

@@ -46,6 +46,7 @@ TORCH_LIBRARY(sepconv_ext, m) {
       "Tensor pointwise_weight, Tensor? pointwise_bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
       "str depthwise_activation, str pointwise_activation, bool output, bool intermediate) -> (Tensor, Tensor)",
       tags);
+  m.def("spatial_separable_conv2d(Tensor input, Tensor column, Tensor row, SymInt[] padding) -> Tensor", tags);
 }
 
 namespace sepconv {
@@ -97,6 +98,12 @@ std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
   static const auto op = typed_op<decltype(separable_conv2d_training)>("sepconv_ext::separable_conv2d_training");
   return op.call(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation,
                  depthwise_activation, pointwise_activation, output, intermediate);
+}
+
+at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
+                                    c10::SymIntArrayRef padding) {
+  static const auto op = typed_op<decltype(spatial_separable_conv2d)>("sepconv_ext::spatial_separable_conv2d");
+  return op.call(input, column, row, padding);
 }
 
 }  // namespace ops

@@ -36,4 +36,7 @@ std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, std::string_view depthwise_activation,
     std::string_view pointwise_activation, bool output, bool intermediate);
 
+at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
+                                    c10::SymIntArrayRef padding);
+
 }  // namespace sepconv::ops

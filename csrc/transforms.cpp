@@ -42,6 +42,15 @@ Tensor separable_conv2d_autocast(const Tensor& input, const Tensor& depthwise_we
                                pointwise_activation, save_intermediate);
 }
 
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor spatial_separable_conv2d_autocast(const Tensor& input, const Tensor& column, const Tensor& row,
+                                         SymIntArrayRef padding) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const at::ScalarType type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
+  return ops::spatial_separable_conv2d(cast(input), cast(column), cast(row), padding);
+}
+
 // torch.func traces through differentiable functions; C++ autograd functions are closed to it. The whole call is made
 // of ATen's functions instead, at the door of the outermost transform.
 Tensor conv2d_functorch(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -77,16 +86,24 @@ Tensor separable_conv2d_functorch(const Tensor& input, const Tensor& depthwise_w
                                  parse_activation(pointwise_activation)});
 }
 
+Tensor spatial_separable_conv2d_functorch(const Tensor& input, const Tensor& column, const Tensor& row,
+                                          SymIntArrayRef padding) {
+  count_aten("a torch.func transform");
+  return aten::spatial_separable_conv2d(input, column, row, padding);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCPU, m) {
   m.impl("conv2d", conv2d_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("separable_conv2d", separable_conv2d_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("spatial_separable_conv2d", spatial_separable_conv2d_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCUDA, m) {
   m.impl("conv2d", conv2d_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("separable_conv2d", separable_conv2d_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("spatial_separable_conv2d", spatial_separable_conv2d_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) {
@@ -94,6 +111,7 @@ TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) {
   m.impl("conv2d_grad_input", conv2d_grad_input_functorch);
   m.impl("conv2d_grad_weight", conv2d_grad_weight_functorch);
   m.impl("separable_conv2d", separable_conv2d_functorch);
+  m.impl("spatial_separable_conv2d", spatial_separable_conv2d_functorch);
 }
 
 }  // namespace sepconv

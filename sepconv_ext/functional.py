@@ -12,6 +12,7 @@ from . import _C
 # torch.fx keeps these calls whole, as it does F.conv2d, so that a converted model still traces.
 for _name in ("_conv2d", "conv1d", "conv2d", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
     torch.fx.wrap(_name)
+torch.fx.wrap("spatial_separable_conv2d")
 
 IntOrPair = int | Sequence[int]
 IntOrSingle = int | Sequence[int]
@@ -26,7 +27,9 @@ def _pair(name: str, value: IntOrPair) -> Sequence[int]:
     return (value[0], value[-1])
 
 
-def _padding(padding: IntOrPair | str, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
+def _padding(
+    padding: IntOrPair | str, weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Sequence[int]:
     """Padding in numbers: (h, w), or (top, bottom, left, right) for ``'same'``: its odd pixel goes below and right."""
     if padding == "valid":
         return (0, 0)
@@ -36,9 +39,9 @@ def _padding(padding: IntOrPair | str, weight: Tensor, stride: Sequence[int], di
         return _pair("padding", padding)
     if not all(s == 1 for s in stride):
         raise RuntimeError(f"padding='same' needs a stride of 1, but stride is {tuple(stride)}")
-    if weight.dim() != 4:
-        raise RuntimeError(f"weight must have 4 dimensions, but has {weight.dim()}")
-    rows, columns = (dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1))
+    if len(weight_size) != 4:
+        raise RuntimeError(f"weight must have 4 dimensions, but has {len(weight_size)}")
+    rows, columns = (dilation[i] * (weight_size[2 + i] - 1) for i in (0, 1))
     return (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)
 
 
@@ -48,7 +51,7 @@ def _conv2d(input, weight, bias, stride, padding, dilation, groups, activation) 
         batch = input.unsqueeze(0)
         return _conv2d(batch, weight, bias, stride, padding, dilation, groups, activation).squeeze(0)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    padding = _padding(padding, weight, stride, dilation)
+    padding = _padding(padding, weight.shape, stride, dilation)
     return torch.ops.sepconv_ext.conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
 
 
@@ -100,7 +103,7 @@ def _padding_1d(
     if padding == "causal":
         return (0, 0, dilation[1] * (filters.shape[3] - 1), 0)
     if padding in ("same", "valid"):
-        return _padding(padding, filters, stride, dilation)
+        return _padding(padding, filters.shape, stride, dilation)
     if isinstance(padding, str):
         raise RuntimeError(f"padding must be 'same', 'valid' or 'causal', but is {padding!r}")
     return (0, _single("padding", padding))
@@ -254,7 +257,7 @@ def separable_conv2d(
             batch, depthwise_weight, pointwise_weight, *arguments, *activations, save_intermediate
         ).squeeze(0)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    padding = _padding(padding, depthwise_weight, stride, dilation)
+    padding = _padding(padding, depthwise_weight.shape, stride, dilation)
     return torch.ops.sepconv_ext.separable_conv2d(
         input,
         depthwise_weight,
@@ -268,6 +271,32 @@ def separable_conv2d(
         pointwise_activation,
         save_intermediate,
     )
+def spatial_separable_conv2d(input: Tensor, column: Tensor, row: Tensor, padding: IntOrPair | str = 0) -> Tensor:
+    """Filters every channel down its columns, then along its rows: a depthwise convolution whose filter is a product.
+
+    ``y[n, c, p, q] = sum over r, s of column[c, r] * row[c, s] * x[n, c, p + r - top, q + s - left]``: R + S products
+    a pixel instead of R * S, in one pass through memory: what lies between the two filters stays in the cache, in the
+    type that sums are kept in. Gaussian, box and Sobel filters are such products;
+    :func:`sepconv_ext.factorize.separate` finds the pair, or the best sum of pairs, of any filter.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.
+        column: ``[C, R]``, a vertical filter for each channel; or ``[R]`` or ``[1, R]``, one for all.
+        row: ``[C, S]``, ``[S]`` or ``[1, S]``: the horizontal filters.
+        padding: zeros around the image, one value or (height, width), ``'same'`` or ``'valid'``. Default 0.
+
+    Returns:
+        ``[N, C, P, Q]`` with ``P = H + 2 * padding - R + 1`` and ``Q = W + 2 * padding - S + 1``; in channels_last
+        where the input is.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit.
+    """
+    if input.dim() == 3:
+        return spatial_separable_conv2d(input.unsqueeze(0), column, row, padding).squeeze(0)
+    column, row = (filter.unsqueeze(0) if filter.dim() == 1 else filter for filter in (column, row))
+    padding = _padding(padding, (1, 1, column.shape[-1], row.shape[-1]), (1, 1), (1, 1))
+    return torch.ops.sepconv_ext.spatial_separable_conv2d(input, column, row, padding)
 
 
 def explain(
@@ -293,6 +322,6 @@ def explain(
         and ``workspace_bytes``; its text is one line.
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    padding = _padding(padding, weight, stride, dilation)
+    padding = _padding(padding, weight.shape, stride, dilation)
     image = input.unsqueeze(0) if input.dim() == 3 else input
     return _C.explain(map, image, weight, bias, stride, padding, dilation, groups)

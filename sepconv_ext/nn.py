@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
@@ -12,7 +14,7 @@ from . import functional
 from .fold import Chain, Stage
 from .reference import ACTIVATIONS
 
-__all__ = ["Conv1d", "Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d"]
+__all__ = ["Conv1d", "Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d", "SpatialSeparableConv2d"]
 
 
 class Conv2d(nn.Conv2d):
@@ -310,3 +312,75 @@ def _same(kernel_size: Any, stride: Any, dilation: Any) -> str | tuple[int, int]
             f"but kernel_size is {kernel_size}, dilation is {dilation} and stride is {stride}"
         )
     return "same"
+
+
+class SpatialSeparableConv2d(nn.Module):
+    """A filter down the columns of each channel and then one along its rows, in one pass through memory.
+
+    Equal to a depthwise convolution whose filter is the product `column[c, :, None] * row[c]`, at R + S products a
+    pixel instead of R * S.
+
+    Args:
+        channels: C of the input and of the output.
+        kernel_size: R and S; one value or (height, width).
+        padding: zeros around the image: one value, (height, width), "same" or "valid". Default: "same".
+        padding_mode: "zeros" (default), "reflect", "replicate" or "circular".
+        shared: one pair of filters serves every channel. Default: False.
+        device, dtype: of the parameters.
+
+    Parameters: `column` [C, R] and `row` [C, S], or [1, R] and [1, S] where they are shared. Initialised so that their
+    product has the variance that torch.nn.Conv2d gives a depthwise weight, 1 / (3 * R * S). Input [N, C, H, W] or
+    [C, H, W], output [N, C, P, Q] or [C, P, Q]. There is no stride, dilation or bias.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        padding: str | int | tuple[int, int] = "same",
+        padding_mode: str = "zeros",
+        shared: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        # An nn.Conv2d without memory knows how to read and refuse these arguments.
+        plan = nn.Conv2d(channels, channels, kernel_size, 1, padding, padding_mode=padding_mode, device="meta")
+        self.channels, self.kernel_size, self.shared = channels, plan.kernel_size, shared
+        self.padding, self.padding_mode = plan.padding, padding_mode
+        self._pad = plan._reversed_padding_repeated_twice
+        filters = 1 if shared else channels
+        for name, size in zip(("column", "row"), self.kernel_size, strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(filters, size, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    @classmethod
+    def from_filters(cls, column: Tensor, row: Tensor, channels: int, **arguments: Any) -> SpatialSeparableConv2d:
+        """A layer with these filters: column [R], row [S], shared by all channels, or [C, R] and [C, S].
+
+        `arguments`: padding, padding_mode. The filters are copied, and learn: `layer.requires_grad_(False)` fixes them.
+        """
+        shared = column.dim() == 1 and row.dim() == 1
+        size = (column.shape[-1], row.shape[-1])
+        layer = cls(channels, size, shared=shared, device=column.device, dtype=column.dtype, **arguments)
+        with torch.no_grad():
+            layer.column.copy_(column)
+            layer.row.copy_(row)
+        return layer
+
+    def reset_parameters(self) -> None:
+        for filter in (self.column, self.row):
+            bound = math.sqrt(math.sqrt(3) / filter.shape[1])
+            nn.init.uniform_(filter, -bound, bound)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.padding_mode == "zeros":
+            return functional.spatial_separable_conv2d(input, self.column, self.row, self.padding)
+        padded = F.pad(input, self._pad, mode=self.padding_mode)
+        return functional.spatial_separable_conv2d(padded, self.column, self.row)
+
+    def extra_repr(self) -> str:
+        text = f"{self.channels}, kernel_size={self.kernel_size}, padding={self.padding!r}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
+        return f"{text}, shared=True" if self.shared else text

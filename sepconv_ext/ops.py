@@ -1,8 +1,9 @@
 """The ops as torch's own machinery sees them: shapes and strides without data, and operation counts.
 
 The schemas and the kernels are registered by ``_C`` (csrc/library.cpp); they are called as
-``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input``, ``.conv2d_grad_weight`` and ``.separable_conv2d``. A fifth,
-``separable_conv2d_training``, is the fourth as its gradient needs it; it has no gradient itself.
+``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input``, ``.conv2d_grad_weight``, ``.separable_conv2d`` and
+``.spatial_separable_conv2d``. A sixth, ``separable_conv2d_training``, is the fourth as its gradient needs it; it has no
+gradient itself.
 """
 
 from __future__ import annotations
@@ -97,6 +98,17 @@ def _(input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, ac
     results = _separable(input, depthwise, pointwise, stride, padding, dilation)
     wanted = (output, intermediate)
     return tuple(result if asked else input.new_empty(0) for result, asked in zip(results, wanted, strict=True))
+@torch.library.register_fake("sepconv_ext::spatial_separable_conv2d")
+def _(input, column, row, padding):
+    torch._check(input.dim() == 4, lambda: f"input must have 4 dimensions, but has {input.dim()}")
+    for name, filter in (("column", column), ("row", row)):
+        torch._check(filter.dim() == 2, lambda: f"{name} must have 2 dimensions, but has {filter.dim()}")  # noqa: B023
+        torch._check(
+            filter.shape[0] == 1 or filter.shape[0] == input.shape[1],
+            lambda: f"{name} must be one filter or {input.shape[1]}, but is {filter.shape[0]}",  # noqa: B023
+        )
+    size = _output_size(input.shape, (input.shape[1], 1, column.shape[1], row.shape[1]), (1, 1), padding, (1, 1))
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=suggest_memory_format(input))
 
 
 # Two operations a multiply-accumulate, the same number for all three maps: N*P*Q * K * (C / groups) * R*S.
@@ -132,3 +144,8 @@ def _(
     input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, act_d, act_p, output, intermediate, **__
 ) -> int:
     return _separable_flops(input, depthwise, pointwise, stride, padding, dilation, output)
+# The column pass makes P rows of W columns, the row pass P rows of Q.
+@register_flop_formula(torch.ops.sepconv_ext.spatial_separable_conv2d)
+def _(input, column, row, *_, out_shape=None, **__) -> int:
+    N, C, P, Q = out_shape
+    return 2 * N * C * P * (input[3] * column[1] + Q * row[1])

@@ -8,6 +8,7 @@
 #include "../explain.h"
 #include "../runtime.h"
 #include "../separable.h"
+#include "../spatial_passes.h"
 #include "huge_pages.h"
 #include "kernels.h"
 #include "plan.h"
@@ -228,6 +229,20 @@ std::tuple<Tensor, Tensor> separable_conv2d_training(
   return separable::composite_training(call, output, intermediate);
 }
 
+Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const Tensor& row, IntArrayRef padding) {
+  if (!has_kernel_dtype(input)) {  // in inference mode only, as in conv2d
+    count_aten("no kernel for this dtype");
+    return aten::spatial_separable_conv2d(input, column, row, aten::sym(padding));
+  }
+  const ConvShape shape = check_spatial_separable(input, column, row, padding);
+  Tensor output = empty_output(shape, input);
+  if (output.numel() == 0) return output;
+  count_kernel("cpu_spatial_separable");
+  const SpatialTensors filters(column, row);
+  spatial_separable_forward(shape, dtype_of(input), input.const_data_ptr(), filters.raw(), output.mutable_data_ptr());
+  return output;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sepconv_ext, CPU, m) {
@@ -236,6 +251,7 @@ TORCH_LIBRARY_IMPL(sepconv_ext, CPU, m) {
   m.impl("conv2d_grad_weight", conv2d_grad_weight);
   m.impl("separable_conv2d", separable_conv2d);
   m.impl("separable_conv2d_training", separable_conv2d_training);
+  m.impl("spatial_separable_conv2d", spatial_separable_conv2d);
 }
 
 }  // namespace sepconv::cpu

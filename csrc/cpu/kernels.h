@@ -33,6 +33,9 @@ void pointwise_forward(const ConvShape&, DType, const void* x, const void* w, co
 void pointwise_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
+// spatial_separable.cpp: a column and a row filter over every channel; y is Layout::nchw or nhwc, x has any strides.
+void spatial_separable_forward(const ConvShape&, DType, const void* x, const SpatialFilters&, void* y);
+
 // isa.cpp: the instruction sets that this binary holds kernels for, worst first, and the one in use: the best that the
 // processor has, or the one that the environment variable SEPCONV_CPU_ISA names (baseline, avx2, avx512).
 enum class Isa : int { baseline, avx2, avx512 };
