@@ -67,7 +67,7 @@ struct SpatialSeparable : torch::autograd::Function<SpatialSeparable> {
       result[1] = filter_grad(column, ops::conv2d_grad_weight(between, input, weight, dense, one, down, one, C));
     }
     if (ctx->needs_input_grad(2)) {
-      const Tensor between = ops::conv2d(input, passes.column, std::nullopt, one, down, one, C, "identity");
+      const Tensor between = passes.between(input);
       const std::array<SymInt, 4> weight{C, 1, 1, S}, dense{S, S, S, 1};
       result[2] = filter_grad(row, ops::conv2d_grad_weight(grad, between, weight, dense, one, along, one, C));
     }

@@ -7,6 +7,7 @@
 #include <array>
 
 #include "conv_shape.h"
+#include "ops.h"
 
 namespace sepconv {
 
@@ -27,6 +28,14 @@ struct SpatialPasses {
     }
     column = column_filter.unsqueeze(1).unsqueeze(3).expand_symint({groups, 1, column_filter.sym_size(1), 1});
     row = row_filter.unsqueeze(1).unsqueeze(2).expand_symint({groups, 1, 1, row_filter.sym_size(1)});
+  }
+
+  // The two calls, by the op table.
+  at::Tensor between(const at::Tensor& input) const {
+    return ops::conv2d(input, column, std::nullopt, one, column_padding, one, groups, "identity");
+  }
+  at::Tensor run(const at::Tensor& input) const {
+    return ops::conv2d(between(input), row, std::nullopt, one, row_padding, one, groups, "identity");
   }
 };
 

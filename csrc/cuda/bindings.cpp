@@ -15,7 +15,9 @@
 #include "../explain.h"
 #include "../runtime.h"
 #include "../separable.h"
+#include "../spatial_passes.h"
 #include "plan.h"
+#include "tiling.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -42,10 +44,10 @@ int64_t common_alignment(std::initializer_list<const void*> addresses) {
   return static_cast<int64_t>(bits & -bits);
 }
 
-void raise_if(cudaError_t error, const Plan& chosen) {
+void raise_if(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // the error is reported here: later calls should not meet it again
-  TORCH_CHECK(false, "the CUDA kernel ", chosen.name, " could not be launched: ", cudaGetErrorString(error));
+  TORCH_CHECK(false, "the CUDA kernel ", kernel, " could not be launched: ", cudaGetErrorString(error));
 }
 
 // Runs a plan that is not ATen's, and raises where the launch fails.
@@ -57,7 +59,7 @@ void launch(const Plan& chosen, Map map, const ConvShape& shape, DType dtype, co
   raise_if(
       run(chosen, map, shape, dtype, first.const_data_ptr(), second.const_data_ptr(), epilogue, out.mutable_data_ptr(),
           workspace.defined() ? workspace.mutable_data_ptr() : nullptr, c10::cuda::getCurrentCUDAStream()),
-      chosen);
+      chosen.name);
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
@@ -152,7 +154,7 @@ std::optional<Tensor> separable_fused(const SeparableShape& shape, const separab
                           output.mutable_data_ptr(),
                           nullptr},
                          c10::cuda::getCurrentCUDAStream()),
-           chosen);
+           chosen.name);
   return output;
 }
 
@@ -207,6 +209,27 @@ std::tuple<Tensor, Tensor> separable_conv2d_training(
   return separable::composite_training(call, output, intermediate);
 }
 
+// One kernel where the filters fit its tile, else two depthwise convolutions.
+Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const Tensor& row, IntArrayRef padding) {
+  if (!has_kernel_dtype(input)) {  // in inference mode only, as in conv2d
+    count_aten("no kernel for this dtype");
+    return aten::spatial_separable_conv2d(input, column, row, aten::sym(padding));
+  }
+  const ConvShape shape = check_spatial_separable(input, column, row, padding);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const DType dtype = dtype_of(input);
+  if (spatial_tile(shape, dtype).columns == 0)
+    return SpatialPasses(shape.C, column, row, aten::sym(padding)).run(input);
+  Tensor output = empty_output(shape, input);
+  if (output.numel() == 0) return output;
+  count_kernel("cuda_spatial_separable");
+  const SpatialTensors filters(column, row);
+  raise_if(launch_spatial_separable(shape, dtype, input.const_data_ptr(), filters.raw(), output.mutable_data_ptr(),
+                                    c10::cuda::getCurrentCUDAStream()),
+           "cuda_spatial_separable");
+  return output;
+}
+
 }  // namespace
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int device) {
@@ -223,6 +246,7 @@ TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) {
   m.impl("conv2d", sepconv::cuda::conv2d);
   m.impl("conv2d_grad_input", sepconv::cuda::conv2d_grad_input);
   m.impl("conv2d_grad_weight", sepconv::cuda::conv2d_grad_weight);
+  m.impl("spatial_separable_conv2d", sepconv::cuda::spatial_separable_conv2d);
   m.impl("separable_conv2d", sepconv::cuda::separable_conv2d);
   m.impl("separable_conv2d_training", sepconv::cuda::separable_conv2d_training);
 }

@@ -105,6 +105,11 @@ cudaError_t launch_separable(const SeparableShape&, DType, const SeparableMemory
 // separable_mma.cu: the same on tensor cores: float16 and bfloat16, compute capability 8.0 or newer, columns 64, 128 or 256.
 cudaError_t launch_separable_mma(const SeparableShape&, DType, const SeparableMemory&, int columns, cudaStream_t);
 
+// spatial_separable.cu: a column and a row filter over every channel, where spatial_tile (tiling.h) finds a tile. x and
+// y have any strides.
+cudaError_t launch_spatial_separable(const ConvShape&, DType, const void* x, const SpatialFilters&, void* y,
+                                     cudaStream_t);
+
 // sum_partials.cu: the second stage of every grad_weight. partials is [splits, K, C / groups, R, S], dense, in the
 // accumulation type (double for float64, float otherwise); they are added in the order of the splits, so that the
 // result has the same bits in every run, and stored with the weight's strides.

@@ -112,4 +112,38 @@ inline int pointwise_grad_weight_splits(const ConvShape& s) {
   return grad_weight_splits(((s.K + 63) / 64) * ((s.C + 63) / 64), s.N * s.P * s.Q, 256);
 }
 
+// ---- spatial_separable.cu: a block computes this many rows, and this many columns and channels, through a tile of
+// shared memory that every GPU has without being asked.
+inline constexpr int kSpatialRows = 8;
+inline constexpr int64_t kSpatialSharedBytes = 48 << 10;
+
+struct SpatialTile {
+  int columns = 0, channels = 0;  // 0 columns: the filters or the image are too large for the kernel
+  int64_t smem_bytes = 0;
+};
+
+inline int64_t spatial_blocks(const ConvShape& s, const SpatialTile& tile) {
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  return s.N * parts(s.C, tile.channels) * parts(s.P, kSpatialRows) * parts(s.Q, tile.columns);
+}
+
+// As many columns as make lines of 512 elements; fewer, and then fewer channels, where the halo of a long filter needs
+// the memory.
+inline SpatialTile spatial_tile(const ConvShape& s, DType dtype) {
+  constexpr int64_t kLine = 512, kLeastColumns = 8, kLimit = (int64_t{1} << 31) - 4096;
+  const auto bytes = [&](int64_t columns, int64_t channels) {
+    return kSpatialRows * (columns + s.S - 1) * channels * (dtype == DType::float64 ? 8 : 4);
+  };
+  if (std::max({s.C, s.H + s.P + s.R + s.pad_h, s.W + s.Q + s.S + s.pad_w}) >= kLimit) return {};
+  const bool channels_dense = s.C > 1 && s.x.c == 1 && s.y.c == 1;
+  for (int64_t channels = channels_dense ? std::min<int64_t>(s.C, 32) : 1; channels >= 1; channels /= 2) {
+    const int64_t line = std::min(s.Q, std::max(kLine / channels, kLeastColumns));
+    for (int64_t columns = line; columns >= std::min(line, kLeastColumns); columns = columns > 1 ? columns / 2 : 0) {
+      const SpatialTile tile{static_cast<int>(columns), static_cast<int>(channels), bytes(columns, channels)};
+      if (tile.smem_bytes <= kSpatialSharedBytes && spatial_blocks(s, tile) < kLimit) return tile;
+    }
+  }
+  return {};
+}
+
 }  // namespace sepconv::cuda

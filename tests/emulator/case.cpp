@@ -58,6 +58,8 @@ Case read_case(const Arguments& a) {
   c.dtype = static_cast<DType>(index_of(kDTypes, a.text("dtype", "float32")));
   c.activation = static_cast<Activation>(index_of(sepconv::kActivationNames, a.text("activation", "identity")));
   c.bias = a.number("bias", 0);
+  c.spatial = a.text("op", "conv2d") == "spatial_separable";
+  c.shared_column = a.number("shared", 0) & 1, c.shared_row = a.number("shared", 0) & 2;
   c.offset = a.number("offset", 0);
   ConvShape& s = c.shape;
   s.N = a.number("N", 1), s.C = a.number("C", 1), s.H = a.number("H", 1), s.W = a.number("W", 1);
@@ -103,6 +105,7 @@ sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& point
 
 sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   using namespace sepconv::cuda;
+  if (c.spatial) return {Kernel::aten, "cuda_spatial_separable", "", {}, 0};
   const Device device{static_cast<int>(a.number("multiprocessors", 132)), static_cast<int>(a.number("sm", 90))};
   const int64_t unit = c.offset * static_cast<int64_t>(dtype_bytes(c.dtype));
   const int64_t alignment = unit ? std::min<int64_t>(unit & -unit, 16) : 16;

@@ -27,7 +27,9 @@ struct Case {
   sepconv::ConvShape shape;
   bool bias;
   sepconv::Activation activation;
-  int64_t offset;  // elements by which every tensor lies off its allocation's alignment
+  bool spatial;                    // a column and a row filter in the place of the weight
+  bool shared_column, shared_row;  // one for all channels
+  int64_t offset;                  // elements by which every tensor lies off its allocation's alignment
 };
 
 Case read_case(const Arguments&);

@@ -95,4 +95,26 @@ std::vector<Expected> reference_pointwise(const sepconv::ConvShape& s, const std
   return result;
 }
 
+std::vector<Expected> spatial_reference(const sepconv::ConvShape& s, const Buffer& x, const Buffer& column,
+                                        const Buffer& row, bool shared_column, bool shared_row) {
+  std::vector<Expected> result;
+  for (int64_t n = 0; n < s.N; ++n)
+    for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t p = 0; p < s.P; ++p)
+        for (int64_t q = 0; q < s.Q; ++q) {
+          Expected& e = result.emplace_back();
+          e.terms = s.R + s.S;  // roundings: the column's sum, then the row's
+          for (int64_t r = 0; r < s.R; ++r)
+            for (int64_t t = 0; t < s.S; ++t) {
+              const int64_t h = p + r - s.pad_h, w = q + t - s.pad_w;
+              if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
+              const double product =
+                  x.at(n, c, h, w) * column.at(shared_column ? 0 : c, 0, 0, r) * row.at(shared_row ? 0 : c, 0, 0, t);
+              e.value += product;
+              e.magnitude += std::fabs(product);
+            }
+        }
+  return result;
+}
+
 }  // namespace emulator

@@ -29,4 +29,8 @@ std::vector<Expected> reference_pointwise(const sepconv::ConvShape& pointwise, c
                                           sepconv::DType, const Buffer& weight, const Buffer* bias,
                                           sepconv::Activation);
 
+// The same for a column and a row filter: [C or 1, 1, 1, R] and [C or 1, 1, 1, S].
+std::vector<Expected> spatial_reference(const sepconv::ConvShape&, const Buffer& x, const Buffer& column,
+                                        const Buffer& row, bool shared_column, bool shared_row);
+
 }  // namespace emulator

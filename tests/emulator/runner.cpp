@@ -114,6 +114,26 @@ std::string run_separable(const Case& d, const Arguments& arguments, uint64_t se
   return judge(p, y, reference_pointwise(ps, h, d.dtype, v, second_bias, p.activation), y_sizes);
 }
 
+// op=spatial_separable: a column and a row filter, each of its own memory. Empty: right.
+std::string run_spatial(const Case& c, uint64_t seed) {
+  const ConvShape& s = c.shape;
+  const Sizes x_sizes{s.N, s.C, s.H, s.W}, y_sizes{s.N, s.C, s.P, s.Q};
+  const Sizes column_sizes{c.shared_column ? 1 : s.C, 1, 1, s.R}, row_sizes{c.shared_row ? 1 : s.C, 1, 1, s.S};
+  Buffer x(x_sizes, s.x, c.dtype, c.offset), y(y_sizes, s.y, c.dtype, c.offset);
+  Buffer column(column_sizes, make_strides(column_sizes, "contiguous"), c.dtype, c.offset);
+  Buffer row(row_sizes, make_strides(row_sizes, "contiguous"), c.dtype, c.offset);
+  x.fill_random(seed * 3 + 1);
+  column.fill_random(seed * 3 + 2);
+  row.fill_random(seed * 3 + 3);
+  const sepconv::SpatialFilters filters{column.data(), row.data(), c.shared_column ? 0 : s.R, c.shared_row ? 0 : s.S};
+  Buffer workspace(0);
+  const std::string failed = run_watched(seed, y, workspace, [&] {
+    return sepconv::cuda::launch_spatial_separable(s, c.dtype, x.data(), filters, y.data(), nullptr);
+  });
+  if (!failed.empty()) return failed;
+  return judge(c, y, spatial_reference(s, x, column, row, c.shared_column, c.shared_row), y_sizes);
+}
+
 // Empty: right.
 std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   const ConvShape& s = c.shape;
@@ -164,7 +184,9 @@ int main(int count, char** values) {
       const auto seeds = arguments.numbers("seeds", "0:1", ':');  // first and one past the last
       for (int64_t seed = seeds.at(0); seed < seeds.at(1); ++seed) {
         fprintf(stderr, "case %zu seed %lld\n", i, (long long)seed);  // what a sanitizer's report belongs to
-        const std::string wrong = is_separable(arguments) ? run_separable(c, arguments, seed) : run(c, arguments, seed);
+        const std::string wrong = c.spatial                 ? run_spatial(c, seed)
+                                  : is_separable(arguments) ? run_separable(c, arguments, seed)
+                                                            : run(c, arguments, seed);
         if (wrong.empty()) continue;
         printf("FAULT with seed %lld: %s\n", (long long)seed, wrong.c_str());
         return 1;
