@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import _table
+from .nn import SeparableConv2d, SpatialSeparableConv2d
 
 __all__ = ["Cost", "LayerCost", "cost"]
 
@@ -246,10 +247,11 @@ def _plain_attention() -> Iterator[None]:
 
 
 _PRODUCTS = (nn.modules.conv._ConvNd, nn.Linear)
+_LAYERS = (*_PRODUCTS, nn.modules.batchnorm._NormBase, SeparableConv2d, SpatialSeparableConv2d)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    if isinstance(module, _PRODUCTS):
+    if isinstance(module, _LAYERS):
         return True
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
@@ -261,8 +263,9 @@ def _kind(module: nn.Module) -> str:
         if module.groups > 1:
             return "depthwise" if module.groups == module.in_channels else "grouped"
         return "pointwise" if all(k == 1 for k in module.kernel_size) else "dense"
-    if isinstance(module, nn.Linear):
-        return "linear"
+    for layer, kind in ((nn.Linear, "linear"), (SeparableConv2d, "separable"), (SpatialSeparableConv2d, "spatial")):
+        if isinstance(module, layer):
+            return kind
     name = type(module).__name__
     return "norm" if "Norm" in name else name
 
@@ -273,6 +276,13 @@ def _macs(module: nn.Module, input: Tensor, output: Tensor) -> int:
         return input.numel() * math.prod(module.weight.shape[1:])
     if isinstance(module, _PRODUCTS):
         return output.numel() * math.prod(module.weight.shape[1:])
+    if isinstance(module, SeparableConv2d):
+        weights = module.depthwise.weight.numel() + module.pointwise.weight.numel()
+        return output.numel() // module.pointwise.out_channels * weights
+    if isinstance(module, SpatialSeparableConv2d):
+        (R, S), Q = module.kernel_size, output.shape[-1]
+        W = input.shape[-1] if module.padding_mode == "zeros" else Q + S - 1
+        return output.numel() // Q * (R * W + S * Q)
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .nn import DepthwiseConv2d, PointwiseConv2d
+from .nn import SeparableConv2d
 
 __all__ = ["Separated", "SeparatedConv", "is_separable", "merge", "separable_from_conv", "separate"]
 
@@ -31,7 +31,7 @@ class Separated(NamedTuple):
 class SeparatedConv(NamedTuple):
     """What `separable_from_conv` returns."""
 
-    layer: nn.Module  # takes the place of the dense convolution
+    layer: SeparableConv2d  # takes the place of the dense convolution
     error: float  # relative error of the weight that the layer stands for, in the Frobenius norm
     errors: list[float]  # the same for multiplier 1, 2, ..., min(K, R * S)
 
@@ -125,25 +125,24 @@ def separable_from_conv(conv: nn.Conv2d, multiplier: int = 1) -> SeparatedConv:
     scale = s[:, :multiplier].sqrt()  # [C, T]
     depthwise_weight = (scale[:, :, None] * vh[:, :multiplier]).reshape(C * multiplier, 1, R, S)
     pointwise_weight = (u[:, :, :multiplier] * scale[:, None]).permute(1, 0, 2).reshape(K, C * multiplier, 1, 1)
-    made = dict(device=weight.device, dtype=weight.dtype)
-    depthwise = DepthwiseConv2d(
+    layer = SeparableConv2d(
         C,
+        K,
         conv.kernel_size,
         conv.stride,
         conv.padding,
         conv.dilation,
-        multiplier=multiplier,
+        multiplier,
         bias=False,
         padding_mode=conv.padding_mode,
-        **made,
-    )
-    pointwise = PointwiseConv2d(C * multiplier, K, bias=conv.bias is not None, **made)
+        device=weight.device,
+        dtype=weight.dtype,
+    ).train(conv.training)
     with torch.no_grad():
-        depthwise.weight.copy_(depthwise_weight)
-        pointwise.weight.copy_(pointwise_weight)
-        if conv.bias is not None:
-            pointwise.bias.copy_(conv.bias)
-    layer = nn.Sequential(depthwise, pointwise).train(conv.training)
+        layer.depthwise.weight.copy_(depthwise_weight)
+        layer.pointwise.weight.copy_(pointwise_weight)
+    if conv.bias is not None:
+        layer.pointwise.bias = nn.Parameter(conv.bias.detach().clone())
     return SeparatedConv(layer, errors[multiplier - 1], errors)
 
 
@@ -155,9 +154,9 @@ def merge(separable: nn.Module) -> nn.Conv2d:
     pair for every input, up to rounding.
 
     Args:
-        separable: an nn.SeparableConv2d without norms and without an activation between its stages, or an nn.Sequential
-            of the two convolutions (nn.Identity may stand among them). A pointwise stage may have a stride, and groups
-            that divide the input channels.
+        separable: a SeparableConv2d of this package without norms and activations, or an nn.Sequential of the two
+            convolutions (nn.Identity may stand among them), whose pointwise one may have a stride, and groups that
+            divide the input channels.
 
     Returns:
         A torch.nn.Conv2d on the same device, in the same dtype and training mode, with the pointwise stage's groups.
@@ -219,9 +218,12 @@ def _relative_errors(singular_values: Tensor) -> Tensor:
 
 def _stages(separable: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
     """The two convolutions of a pair that has nothing between them and nothing behind, or the reason why it is none."""
-    if not isinstance(separable, nn.Sequential):
-        raise TypeError(f"separable must be an nn.Sequential of two convolutions, but is a {type(separable).__name__}")
-    stages = [stage for stage in separable._modules.values() if not isinstance(stage, nn.Identity)]
+    if not isinstance(separable, (SeparableConv2d, nn.Sequential)):
+        raise TypeError(
+            "separable must be a SeparableConv2d or an nn.Sequential of two convolutions, but is a "
+            f"{type(separable).__name__}"
+        )
+    stages = [stage for stage in separable._modules.values() if not isinstance(stage, (nn.Identity, type(None)))]
     if sum(isinstance(stage, nn.Conv2d) for stage in stages) != 2 or not isinstance(stages[0], nn.Conv2d):
         raise TypeError(f"separable must hold two convolutions, but holds {[type(stage).__name__ for stage in stages]}")
     others = [stage for stage in stages if not isinstance(stage, nn.Conv2d)]
@@ -229,12 +231,10 @@ def _stages(separable: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
         raise ValueError(
             f"no single convolution equals a pair with a {type(others[0]).__name__}: fold or remove it first"
         )
-    for stage in stages:
-        activation = getattr(stage, "activation", "identity")
-        if activation != "identity":
-            raise ValueError(
-                f"no single convolution equals a pair with an activation, but one stage has {activation!r}"
-            )
+    for module in (*stages, separable):
+        for name in ("activation", "depthwise_activation"):
+            if (activation := getattr(module, name, "identity")) != "identity":
+                raise ValueError(f"no single convolution equals a pair with an activation: {name} is {activation!r}")
     depthwise, pointwise = stages
     if depthwise.groups != depthwise.in_channels:
         raise ValueError(

@@ -19,7 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import sepconv_ext
-from sepconv_ext.functional import conv2d, depthwise_conv2d, pointwise_conv2d, separable_conv2d
+from sepconv_ext.functional import (
+    conv2d,
+    depthwise_conv2d,
+    pointwise_conv2d,
+    separable_conv2d,
+    spatial_separable_conv2d,
+)
 
 # input, weight, keywords
 CASES = [
@@ -72,6 +78,12 @@ def main() -> int:
         want = separable_conv2d(*(t.cpu().double() for t in (x, w, v)), padding=1, depthwise_activation="relu")
         tolerance = DTYPES[dtype] * want.abs().max().item()
         torch.testing.assert_close(got.cpu().double(), want, rtol=DTYPES[dtype], atol=tolerance)
+        checked += 1
+    for layout in LAYOUTS:  # a column and a row filter for each channel: two tiles of columns, of rows and of channels
+        x = torch.randn(2, 37, 9, 30).contiguous(memory_format=layout)
+        column, row = torch.randn(37, 5), torch.randn(37, 4)
+        y = spatial_separable_conv2d(x.cuda(), column.cuda(), row.cuda(), padding="same").cpu()
+        torch.testing.assert_close(y, spatial_separable_conv2d(x, column, row, padding="same"), rtol=1e-4, atol=1e-4)
         checked += 1
     torch.cuda.synchronize()
     print(f"{checked} passed, 0 failed; kernels: {sepconv_ext.kernel_counts()}")

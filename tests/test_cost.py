@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sepconv_ext
 from sepconv_ext import functional
 from sepconv_ext.cost import Cost, cost
-from sepconv_ext.nn import Conv2d, DepthwiseConv2d, PointwiseConv2d
+from sepconv_ext.nn import Conv2d, DepthwiseConv2d, PointwiseConv2d, SeparableConv2d, SpatialSeparableConv2d
 
 N, C, K, H, W = 2, 8, 12, 10, 9
 P, Q = 5, 9  # stride (2, 1), padding 1, 3x3
@@ -74,6 +74,37 @@ def test_a_separable_pair_costs_what_the_formula_says() -> None:
         "depthwise": N * H * W * C * 9 * T,
         "pointwise": N * H * W * C * T * K,
     }
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_a_separable_layer_is_one_layer(norm: str | None) -> None:
+    """Its intermediate costs no bytes; the counting leaves nothing behind in what the layer keeps folded."""
+    T = 2
+    layer = SeparableConv2d(C, K, 3, stride=2, multiplier=T, norm=norm, activation="relu").eval()
+    x = torch.randn(N, C, H, W)
+    with torch.no_grad():
+        before = layer(x)
+        report = cost(layer, (N, C, H, W))
+        assert torch.equal(layer(x), before)
+    assert [part.kind for part in report.layers] == ["separable"]
+    assert report.macs == N * 5 * 5 * (C * 9 * T + C * T * K) == counted(layer, x)
+    parameters = sum(p.numel() for p in layer.parameters())
+    assert report.bytes == 4 * (N * C * H * W + parameters + N * K * 5 * 5)
+    fresh = SeparableConv2d(C, K, 3, norm=norm).eval()
+    cost(fresh, (N, C, H, W))
+    assert type(fresh(x)) is torch.Tensor
+
+
+@pytest.mark.parametrize("padding,W_between", [("same", W), (0, W), ((0, 3), W), ("reflect", W + 4)], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_spatially_separable_layer(shared: bool, padding: object, W_between: int) -> None:
+    mode = dict(padding_mode="reflect") if padding == "reflect" else dict(padding=padding)
+    layer = SpatialSeparableConv2d(C, (3, 5), shared=shared, **mode)
+    report = cost(layer, (N, C, H, W))
+    _, _, P, Q = report.layers[0].output_size
+    assert report.layers[0].kind == "spatial"
+    assert report.macs == N * C * P * (3 * W_between + 5 * Q) == counted(layer, torch.zeros(N, C, H, W))
+    assert report.parameters == (1 if shared else C) * 8
 
 
 NETWORKS = ["mobilenet_v2", "resnext50_32x4d", "convnext_tiny", "shufflenet_v2_x1_0"]

@@ -98,6 +98,15 @@ SEPARABLE = (
     ("depthwise_k3_one_pixel", 8),
 )
 
+# Column and row filters: tiles of rows, columns and channels with and without a rest, halos on every side.
+SPATIAL = (
+    Case("spatial_k3x5", 2, 3, 9, 20, 3, 3, 5, padding=(1, 2), groups=3),
+    Case("spatial_k7x4_c37", 1, 37, 11, 20, 37, 7, 4, padding="same", groups=37),
+    Case("spatial_k1x3_two_tiles", 1, 2, 8, 530, 2, 1, 3, groups=2),
+    Case("spatial_k9x1_one_channel", 2, 1, 17, 7, 1, 9, 1, padding=(9, 3), groups=1),
+    Case("spatial_k5x45_c32", 1, 32, 4, 12, 32, 5, 45, padding=(2, 22), groups=32),
+)
+
 
 def _runs() -> Iterator[Run]:
     cases = [case for case in CASES if case.N > 0]  # nothing is launched for an empty batch
@@ -168,6 +177,12 @@ def _runs() -> Iterator[Run]:
         for map in ("forward", "grad_input"):
             for layout in LAYOUTS:
                 yield made(BY_NAME[name], map, layout, DTYPES[count % 2], rows=3)
+    for case in SPATIAL:
+        for layout in (*LAYOUTS, "strided"):
+            for dtype in ("float32", "float16", DTYPES[2 + count % 2]):
+                made(case, "forward", layout)  # takes a turn
+                extra = {"kernel": "spatial_separable", "op": "spatial_separable", "shared": count % 4}
+                yield Run(case, "forward", dtype, layout, extra=extra | ({"offset": 1} if count % 3 == 0 else {}))
 
 
 RUNS = list(_runs())

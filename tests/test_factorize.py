@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from harness import random
 from sepconv_ext.factorize import is_separable, merge, separable_from_conv, separate
-from sepconv_ext.nn import DepthwiseConv2d, PointwiseConv2d
+from sepconv_ext.nn import DepthwiseConv2d, PointwiseConv2d, SeparableConv2d
 
 
 def gaussian(size: int, sigma: float) -> torch.Tensor:
@@ -163,7 +165,7 @@ def test_no_nearer_layer_of_the_same_multiplier() -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    depthwise, pointwise = layer.parameters()
+    depthwise, pointwise = layer.depthwise.weight, layer.pointwise.weight
     optimizer = torch.optim.LBFGS([depthwise, pointwise], max_iter=300)
 
     def loss() -> torch.Tensor:
@@ -229,6 +231,14 @@ def test_merge_equals_the_pair(depthwise: dict, pointwise: dict) -> None:
     torch.testing.assert_close(merged(x), pair(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_merge_of_a_separable_layer(bias: bool, stride: int) -> None:
+    layer = SeparableConv2d(4, 7, 3, stride=stride, multiplier=2, bias=bias).double()
+    x = random((2, 4, 9, 8), torch.float64, "cpu")
+    torch.testing.assert_close(merge(layer)(x), layer(x), rtol=1e-10, atol=1e-12)
+
+
 def test_merge_keeps_dtype_and_takes_no_part_in_autograd() -> None:
     pair = nn.Sequential(DepthwiseConv2d(4, 3, dtype=torch.bfloat16), PointwiseConv2d(4, 5, dtype=torch.bfloat16))
     merged = merge(pair)
@@ -241,8 +251,8 @@ REFUSED = {
     "relu": (nn.Sequential(D, nn.ReLU(), P), ValueError, "a pair with a ReLU"),
     "relu_behind": (nn.Sequential(D, P, nn.ReLU()), ValueError, "a pair with a ReLU"),
     "batch_norm": (nn.Sequential(D, nn.BatchNorm2d(4), P), ValueError, "BatchNorm2d: fold or remove it first"),
-    "fused": (nn.Sequential(DepthwiseConv2d(4, 3, activation="relu6"), P), ValueError, "one stage has 'relu6'"),
-    "fused_behind": (nn.Sequential(D, PointwiseConv2d(4, 5, activation="silu")), ValueError, "one stage has 'silu'"),
+    "fused": (nn.Sequential(DepthwiseConv2d(4, 3, activation="relu6"), P), ValueError, "activation is 'relu6'"),
+    "fused_behind": (nn.Sequential(D, PointwiseConv2d(4, 5, activation="silu")), ValueError, "activation is 'silu'"),
     "not_depthwise": (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), P), ValueError, "depthwise .*groups = 2"),
     "not_pointwise": (nn.Sequential(D, nn.Conv2d(4, 5, 3)), ValueError, "must be 1x1 on 4 channels, but is 3x3 on 4"),
     "channels": (nn.Sequential(D, PointwiseConv2d(8, 5)), ValueError, "on 4 channels, but is 1x1 on 8"),
@@ -262,6 +272,11 @@ REFUSED = {
         ValueError,
         "4 groups",
     ),
+    "separable": (SeparableConv2d(4, 5, 3, activation="relu"), ValueError, "an activation: activation is 'relu'"),
+    "separable_between": (
+        SeparableConv2d(4, 5, 3, depthwise_activation="relu"), ValueError, "depthwise_activation is 'relu'"
+    ),
+    "separable_norm": (SeparableConv2d(4, 5, 3, norm="batch"), ValueError, "a pair with a BatchNorm2d"),
     "one": (nn.Sequential(D), TypeError, "must hold two convolutions"),
     "three": (nn.Sequential(D, P, P), TypeError, "must hold two convolutions"),
     "not_a_pair": (nn.Conv2d(4, 4, 3), TypeError, "but is a Conv2d"),
@@ -285,3 +300,20 @@ def test_depthwise_bias_under_padding_is_exact_and_f_conv2d_agrees() -> None:
         pair[1].weight.fill_(2)
         y = merge(pair)(torch.ones(1, 1, 3, 3))
     torch.testing.assert_close(y, 2 * (F.conv2d(torch.ones(1, 1, 3, 3), depthwise, padding=1) + 10))
+
+
+# ---- the example -----------------------------------------------------------------------------------------------------
+
+
+def test_the_example_separates_a_photographs_blur(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for needed in ("matplotlib", "skimage"):
+        pytest.importorskip(needed)
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "separate_blur.py"))
+    results = example["main"](tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 50_000
+    assert results["Gaussian"].filter_errors[0] < 1e-6 and results["Gaussian"].image_errors[0] < 1e-5
+    for name in ("out of focus", "moving camera"):
+        result = results[name]
+        assert result.filter_errors[0] > 0.1 and result.filter_errors == sorted(result.filter_errors, reverse=True)
+        assert result.image_errors[-1] < 0.1 * result.image_errors[0]
+    assert "Gaussian       within 1% with 1 pair(s), 42 products a pixel (dense: 441)" in capsys.readouterr().out

@@ -67,7 +67,7 @@ def runs_of(source: Path) -> list[Run]:
             continue
         c = run.case
         odd = c.C % 8 != 0 or (c.C // c.groups) % 4 != 0
-        edge = c.name if c in test_emulated.EDGES else ""
+        edge = c.name if c in (*test_emulated.EDGES, *test_emulated.SPATIAL) else ""
         curved = run.activation in ("gelu", "silu", "sigmoid", "tanh")
         key = (
             edge,
@@ -85,7 +85,7 @@ def runs_of(source: Path) -> list[Run]:
             key = ("", run.layout, run.dtype, *sorted(run.extra.items()))
         if key not in chosen or _cost(run) < _cost(chosen[key]):
             chosen[key] = run
-    edges = [run for run in chosen.values() if run.case in test_emulated.EDGES]
+    edges = [run for run in chosen.values() if run.case in (*test_emulated.EDGES, *test_emulated.SPATIAL)]
     rest = sorted((run for run in chosen.values() if run not in edges), key=_cost)
     return sorted([*edges, *rest[:MOST_RUNS]], key=_cost)
 
