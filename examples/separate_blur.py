@@ -66,15 +66,15 @@ def show(photo: Tensor, results: dict[str, Result], path: Path) -> None:
     figure = plt.figure(figsize=(11, 7.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.5, 1))
     axes = top.subplots(2, len(results) + 1)
-    axes[0, 0].imshow(photo.permute(1, 2, 0))
+    axes[0, 0].imshow(photo.permute(1, 2, 0).numpy())
     axes[0, 0].set_title("photograph")
     axes[1, 0].axis("off")
     for i, (name, result) in enumerate(results.items(), start=1):
         for row, image, title in ((0, result.blurred, name), (1, result.one_pair, "one column, one row")):
-            axes[row, i].imshow(image.permute(1, 2, 0).clamp(0, 1))
+            axes[row, i].imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
             axes[row, i].set_title(title)
         inset = axes[0, i].inset_axes((0.68, 0.0, 0.32, 0.32))
-        inset.imshow(result.kernel, cmap="gray")
+        inset.imshow(result.kernel.numpy(), cmap="gray")
         inset.set(xticks=[], yticks=[])
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
