@@ -45,7 +45,7 @@ class Result:
     blurred: Tensor
     one_pair: Tensor
     filter_errors: list[float] = field(default_factory=list)  # Frobenius norm, relative
-    image_errors: list[float] = field(default_factory=list)  # root mean square, relative to the blurred image's
+    image_errors: list[float] = field(default_factory=list)  # root mean square, relative to the contrast (standard deviation)
 
 
 def take_apart(photo: Tensor, kernel: Tensor, ranks: int) -> Result:
@@ -55,7 +55,7 @@ def take_apart(photo: Tensor, kernel: Tensor, ranks: int) -> Result:
     column, row, _, errors = separate(kernel, ranks)
     pairs = [spatial_separable_conv2d(photo, column[i], row[i]) for i in range(ranks)]
     sums = torch.stack(pairs).cumsum(0)
-    missed = (sums - blurred).square().mean((1, 2, 3)) / blurred.square().mean()
+    missed = (sums - blurred).square().mean((1, 2, 3)) / blurred.var()
     return Result(kernel, blurred, sums[0], errors[:ranks].tolist(), missed.sqrt().tolist())
 
 
