@@ -45,7 +45,7 @@ class Result:
     blurred: Tensor
     one_pair: Tensor
     filter_errors: list[float] = field(default_factory=list)  # Frobenius norm, relative
-    image_errors: list[float] = field(default_factory=list)  # root mean square, relative to the contrast (standard deviation)
+    image_errors: list[float] = field(default_factory=list)  # root mean square, relative to the contrast
 
 
 def take_apart(photo: Tensor, kernel: Tensor, ranks: int) -> Result:

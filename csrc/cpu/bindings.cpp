@@ -235,7 +235,7 @@ Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const
     return aten::spatial_separable_conv2d(input, column, row, aten::sym(padding));
   }
   const ConvShape shape = check_spatial_separable(input, column, row, padding);
-  Tensor output = empty_output(shape, input);
+  Tensor output = on_huge_pages(empty_output(shape, input));
   if (output.numel() == 0) return output;
   count_kernel("cpu_spatial_separable");
   const SpatialTensors filters(column, row);
