@@ -613,6 +613,17 @@ def test_load_state_dict_into_a_fused_model(x: Tensor) -> None:
     assert_same(model, other, x)
 
 
+def test_a_parameter_that_is_taken_away(x: Tensor) -> None:
+    model, original = mobile_block(), mobile_block()
+    convert_(model, fuse=True)
+    with torch.no_grad():
+        model(x)
+    for m in (model, original):
+        m[3][1].bias = None
+        m[2][1].weight = None
+    assert_same(model, original, x)
+
+
 def test_moved_models(x: Tensor) -> None:
     model, original = mobile_block(), mobile_block()
     convert_(model, fuse=True)
@@ -629,6 +640,9 @@ def test_copies_and_pickles(x: Tensor) -> None:
     convert_(model, fuse=True)
     with torch.no_grad():
         expected = model(x)
+    fresh = mobile_block()
+    convert_(fresh, fuse=True)
+    assert len(pickle.dumps(model)) < len(pickle.dumps(fresh)) + 200  # what is folded is not stored
     saved = io.BytesIO()
     torch.save(model, saved)
     saved.seek(0)
@@ -637,10 +651,11 @@ def test_copies_and_pickles(x: Tensor) -> None:
         with torch.no_grad():
             assert torch.equal(copied(x), expected)
             for p in copied.parameters():
-                p.zero_()
-            assert copied(x).count_nonzero() == 0
+                p.mul_(1.25)
+            changed = copied(x)
             assert torch.equal(model(x), expected)  # the copy's chain is made of the copy's modules
         assert revert_(copied) == 3 and "separable_conv2d" not in calls(copied, x)
+        torch.testing.assert_close(changed, copied(x).detach(), rtol=1e-4, atol=1e-4)
     assert calls(model, x)["separable_conv2d"] == 1
 
 
@@ -726,6 +741,18 @@ def test_tracing_a_fused_model(x: Tensor) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(model, x)
     assert_same(traced, model, x)
+
+
+def test_a_graph_follows_its_parameters(x: Tensor) -> None:
+    """Folding is part of what torch.fx traces, also where nobody wants gradients: nothing folded is baked in."""
+    model = mobile_block()
+    convert_(model, fuse=True)
+    with torch.no_grad():
+        model(x)
+        graph = torch.fx.symbolic_trace(model)
+        model[2][0].weight.mul_(1.5)
+        model[3][1].running_var.add_(1)
+    assert_same(graph, model, x)
 
 
 def test_scripting_needs_revert(x: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sepconv_ext
 from harness import ACTIVATIONS, only_our_kernels, random
 from sepconv_ext import convert_, reference
 from sepconv_ext.nn import Conv2d, SeparableConv2d
@@ -321,6 +322,18 @@ def test_copies_and_pickles(arguments: dict) -> None:
     fresh.load_state_dict(layer.state_dict())
     with torch.no_grad():
         assert torch.equal(fresh(x), expected)
+
+
+def test_save_intermediate_spares_the_backward_pass_a_convolution() -> None:
+    x = random((1, 4, 7, 7), torch.float32, "cpu").requires_grad_()
+    runs = []
+    for keep in (False, True):
+        layer = SeparableConv2d(4, 6, 3, depthwise_activation="relu", save_intermediate=keep)
+        y = layer(x)
+        sepconv_ext.reset_kernel_counts()
+        y.sum().backward()
+        runs.append(sum(sepconv_ext.kernel_counts().values()))
+    assert runs[1] < runs[0]
 
 
 def test_channels_last_stays(device: str) -> None:
