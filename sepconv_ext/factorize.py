@@ -170,16 +170,17 @@ def merge(separable: nn.Module) -> nn.Conv2d:
     if C % groups:
         raise ValueError(f"the pointwise stage has {groups} groups, which must divide the {C} input channels")
     stride = tuple(a * b for a, b in zip(depthwise.stride, pointwise.stride, strict=True))
+    padding, padding_mode = _merged_padding(depthwise, pointwise)
     merged = nn.Conv2d(
         C,
         pointwise.out_channels,
         depthwise.kernel_size,
         stride,
-        _merged_padding(depthwise, pointwise),
+        padding,
         depthwise.dilation,
         groups,
         bias=depthwise.bias is not None or pointwise.bias is not None,
-        padding_mode=depthwise.padding_mode,
+        padding_mode=padding_mode,
         device=depthwise.weight.device,
         dtype=depthwise.weight.dtype,
     ).train(separable.training)
@@ -249,8 +250,8 @@ def _stages(separable: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
     return depthwise, pointwise
 
 
-def _merged_padding(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> str | tuple[int, ...]:
-    """What the single convolution pads its input with."""
+def _merged_padding(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> tuple[str | tuple[int, ...], str]:
+    """The padding of the single convolution, and its mode."""
     if not isinstance(pointwise.padding, str) and any(pointwise.padding):
         # Zeros around the intermediate are what zeros around the input give, only if the first stage is 1x1 and adds
         # nothing of its own.
@@ -261,13 +262,13 @@ def _merged_padding(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> str | tuple[i
                 f"the second convolution pads the result of the first (padding = {pointwise.padding}): no single "
                 "convolution equals that, unless the first one is 1x1, without padding and without bias"
             )
-        return tuple(p * s for p, s in zip(pointwise.padding, depthwise.stride, strict=True))
+        return tuple(p * s for p, s in zip(pointwise.padding, depthwise.stride, strict=True)), "zeros"
     if depthwise.padding != "same" or pointwise.stride == (1, 1):
-        return depthwise.padding
+        return depthwise.padding, depthwise.padding_mode
     total = [d * (k - 1) for d, k in zip(depthwise.dilation, depthwise.kernel_size, strict=True)]
     if any(n % 2 for n in total):
         raise ValueError(
             f"padding='same' of a {depthwise.kernel_size} kernel pads unevenly, which an nn.Conv2d of stride "
             f"{pointwise.stride} cannot"
         )
-    return tuple(n // 2 for n in total)
+    return tuple(n // 2 for n in total), depthwise.padding_mode

@@ -217,6 +217,7 @@ def pairs():
     yield dict(kernel_size=2, padding="same"), dict(groups=2)
     yield dict(kernel_size=3, multiplier=2), dict(groups=4)
     yield dict(kernel_size=1, stride=2, bias=False), dict(padding=(2, 1), stride=(1, 2))
+    yield dict(kernel_size=1, bias=False, padding_mode="reflect"), dict(padding=1)
 
 
 @pytest.mark.parametrize("depthwise,pointwise", list(pairs()), ids=str)

@@ -1,6 +1,7 @@
 // Spatially separable convolution: a column filter and then a row filter over every channel, in one pass through memory.
 //
-//   y[n, c, p, q] = sum over s of row[c, s] * t[q + s - pad_w],  t[w] = sum over r of column[c, r] * x[n, c, p + r - pad_h, w]
+//   t[p, w] = sum over r of column[c, r] * x[n, c, p + r - pad_h, w]
+//   y[n, c, p, q] = sum over s of row[c, s] * t[p, q + s - pad_w]
 //
 // Loop-to-data map. A line is what lies next to each other in memory: a row of one plane (NCHW), or a row of pixels with
 // all their channels (channels_last), where the neighbour of a pixel is C elements away and a vector holds neighbouring

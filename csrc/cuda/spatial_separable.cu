@@ -1,6 +1,7 @@
 // Spatially separable convolution: a column filter and then a row filter over every channel, in one pass through memory.
 //
-//   y[n, c, p, q] = sum over s of row[c, s] * t[p, q + s - pad_w],  t[p, w] = sum over r of column[c, r] * x[n, c, p + r - pad_h, w]
+//   t[p, w] = sum over r of column[c, r] * x[n, c, p + r - pad_h, w]
+//   y[n, c, p, q] = sum over s of row[c, s] * t[p, q + s - pad_w]
 //
 // Thread-to-data map. A block computes kRows output rows, a.columns output columns and a.channels channels of one image
 // (one channel where columns are dense, up to 32 neighbours where channels are). First its threads go over the elements
