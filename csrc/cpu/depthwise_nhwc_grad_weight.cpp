@@ -4,10 +4,11 @@
 //       grad_y[n, p, q, c] * x[n, p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w, c]
 //
 // Loop-to-data map. A vector holds neighbouring channels. A task is a part of the N * P output rows and a chunk of
-// the channels whose sums fit the first-level cache; inside it the loops go: a group of output rows, a block of
+// the channels whose sums fit the first-level cache; inside it the loops go: a tile of some kRowGroup output rows and
 // kColumns output columns, channel vector, up to three kernel rows. The sums of those kernel rows stay in registers
-// while the group of rows goes by; then they are added to the task's sums. So grad_y and x come from memory once, and
-// a long sum is a sum of short ones.
+// while the rows of the tile go by; then they are added to the task's sums. So grad_y and x come from memory once, and
+// a long sum is a sum of short ones. Meanwhile the same pixels of the next vector are fetched into the first-level
+// cache.
 //
 // The parts depend on the shape alone, and are added in order by a second pass: the result does not depend on the
 // number of threads.
@@ -25,120 +26,14 @@ void depthwise_nhwc_grad_weight(const ConvShape& shape, DType dtype, const void*
 }  // namespace sepconv::cpu
 #else
 
-inline constexpr int kMaxTaps = 7;               // taps of a kernel row whose sums share registers
-inline constexpr int kColumns = 7;               // output columns of a block; divides the widths 7, 14, 28, 56, 112
-inline constexpr int64_t kRowGroup = 8;          // output rows that go by before sums leave their registers
+#include "depthwise_nhwc_grad_weight_block.h"
+
+inline constexpr int64_t kRowGroup = 14;         // output rows of a tile, about; divides 14, 28, 56, 112
 inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at
 inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
-// Kernel rows whose sums are kept in registers together: the more of them, the more additions are independent.
-constexpr int max_rows(int taps) { return SEPCONV_ISA_LEVEL == 2 ? 3 : std::clamp(12 / taps, 1, 3); }
-
-// What one call of a block function sees: one channel vector, output rows [p0, p1), columns from q (`count` of them),
-// kernel rows from r0 on and taps from s0 on, as many as the function is made for. All the input rows meant here
-// exist.
-template <typename T>
-struct Block {
-  const T* x;             // [H, W, C] of the image, at the vector's first channel
-  const T* grad_y;        // [P, Q, C], likewise
-  accumulate_t<T>* sums;  // [R, S, kLanes]
-  int64_t p0, p1, q, r0 = 0, s0 = 0;
-  int count;
-  int64_t rows = 0;  // for the generic function: kernel rows from r0 on
-  const T* x_ahead =
-      nullptr;  // if not null: a pixel of x and one of grad_y, that the next block starts with; what output row p
-  const T* grad_y_ahead;  // fetches lies p steps below
-};
-
-// Needs C >= kLanes and dilation_w 1.
-template <typename T, int kTaps, int kStride, int kRows>
-void block(const ConvShape& k, const Block<T>& b) {
-  using A = accumulate_t<T>;
-  constexpr int L = kLanes<A>;
-  const int64_t C = k.C, x_row = k.dilation_h * k.W * C, x_step = k.stride_h * k.W * C, y_row = k.Q * C;
-  const int64_t column = b.q * kStride - k.pad_w + b.s0;  // of tap 0 of output column 0
-  const int count = b.count;
-  const int64_t from = -column, to = std::min<int64_t>(k.W - column, (count - 1) * kStride + kTaps);
-  const T* x_first = b.x + ((b.p0 * k.stride_h - k.pad_h + b.r0 * k.dilation_h) * k.W + column) * C;
-  const T* g = b.grad_y + (b.p0 * k.Q + b.q) * C;
-  Vector<A> sums[kRows][kTaps] = {};
-  for (int64_t p = b.p0; p < b.p1; ++p) {
-    Vector<A> grads[kColumns];
-    const T* g_pixel = g;
-#pragma GCC unroll 8
-    for (int q = 0; q < kColumns; ++q) {
-      grads[q] = q < count ? load(g_pixel) : Vector<A>{};
-      g_pixel += C;
-    }
-    const T* x = x_first;
-#pragma GCC unroll 32
-    for (int j = 0; j < (kColumns - 1) * kStride + kTaps; ++j) {
-      if (j >= from && j < to) {
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const Vector<A> value = load(x + r * x_row);
-#pragma GCC unroll 8
-          for (int s = 0; s < kTaps; ++s) {
-            if (j >= s && (j - s) % kStride == 0 && (j - s) / kStride < kColumns) {
-              sums[r][s] += value * grads[(j - s) / kStride];
-            }
-          }
-        }
-      }
-      x += C;
-    }
-    if (b.x_ahead != nullptr) {
-      const T* x_ahead = b.x_ahead + p * x_step;
-      const T* y_ahead = b.grad_y_ahead + p * y_row;
-#pragma GCC unroll 32
-      for (int j = 0; j < (kColumns - 1) * kStride + kTaps; ++j) {
-        __builtin_prefetch(x_ahead);
-        if (kStride == 2) __builtin_prefetch(x_ahead - k.W * C);
-        x_ahead += C;
-      }
-#pragma GCC unroll 8
-      for (int q = 0; q < kColumns; ++q) {
-        __builtin_prefetch(y_ahead);
-        y_ahead += C;
-      }
-    }
-    x_first += x_step;
-    g += y_row;
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int s = 0; s < kTaps; ++s) {
-      A* sum = b.sums + ((b.r0 + r) * k.S + b.s0 + s) * L;
-      store(sum, load(sum) + sums[r][s]);
-    }
-  }
-}
-
-// Any stride, dilation and number of channels.
-template <typename T>
-void block_generic(const ConvShape& k, const Block<T>& b) {
-  using A = accumulate_t<T>;
-  constexpr int L = kLanes<A>;
-  const int lanes = static_cast<int>(std::min<int64_t>(k.C, L));
-  for (int64_t r = b.r0; r < b.r0 + b.rows; ++r) {
-    for (int64_t s = 0; s < k.S; ++s) {
-      Vector<A> sum{};
-      for (int64_t p = b.p0; p < b.p1; ++p) {
-        const int64_t row = p * k.stride_h - k.pad_h + r * k.dilation_h;
-        for (int64_t q = b.q; q < b.q + b.count; ++q) {
-          const int64_t column = q * k.stride_w - k.pad_w + s * k.dilation_w;
-          if (column < 0 || column >= k.W) continue;
-          sum +=
-              load_first(b.grad_y + (p * k.Q + q) * k.C, lanes) * load_first(b.x + (row * k.W + column) * k.C, lanes);
-        }
-      }
-      A* to = b.sums + (r * k.S + s) * L;
-      store(to, load(to) + sum);
-    }
-  }
-}
+inline constexpr int64_t kOnceBytes = 10 << 20;  // of x and grad_y, up to which block_once is faster for small kernels
 
 // The block functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps -
 // 1 taps.
@@ -151,25 +46,42 @@ struct Kernel {
   };
   Functions longer, shorter;  // for passes of `taps`, and of one tap less
   int64_t passes = 1, taps = 0;
+  bool once = false;  // the functions are block_once
 
   explicit Kernel(const ConvShape& k) {
     if (k.C < kLanes<accumulate_t<T>> || (k.dilation_w != 1 && k.S > 1) || k.stride_w > 2) return;
+    // block_once needs 32 registers. block is better at waiting for memory, which counts where the kernel is small; but
+    // it takes the output rows apart that see different kernel rows, and those are many where the kernel is large.
+    const int64_t bytes = k.N * k.C * (k.H * k.W + k.P * k.Q) * static_cast<int64_t>(sizeof(T));
+    once = SEPCONV_ISA_LEVEL == 2 && k.stride_h == 1 && k.stride_w == 1 && k.dilation_h == 1 &&
+           (k.R > kMaxTaps || k.R >= k.H || (k.R <= 3 && bytes <= kOnceBytes));
     passes = (k.S + kMaxTaps - 1) / kMaxTaps;
     taps = (k.S + passes - 1) / passes;
     longer = functions(taps, k.stride_w), shorter = functions(taps - 1, k.stride_w);
     if (taps * passes != k.S && shorter.max_rows == 0) longer = {};
   }
   bool generic() const { return longer.max_rows == 0; }
+  // How many kernel rows to take together of those left: rather 2 + 2 than 3 + 1.
+  int64_t rows_of(int64_t left) const { return std::min<int64_t>(left == 4 ? 2 : left, longer.max_rows); }
 
  private:
+  // Kernel rows whose sums are kept in registers together: the more of them, the more additions are independent.
   template <int kTaps, int kStride>
-  static Functions make() {
-    constexpr int kMax = max_rows(kTaps);
+  Functions make() const {
+    constexpr int kMax = SEPCONV_ISA_LEVEL == 2 ? 3 : std::clamp(12 / kTaps, 1, 3);
+    if constexpr (SEPCONV_ISA_LEVEL == 2 && kStride == 1) {
+      constexpr int kMaxOnce = std::clamp(31 / (kTaps + kColumns), 1, 3);
+      if (once) {
+        return {{nullptr, block_once<T, kTaps, 1, 1>, block_once<T, kTaps, 1, std::min(2, kMaxOnce)>,
+                 block_once<T, kTaps, 1, kMaxOnce>},
+                kMaxOnce};
+      }
+    }
     return {{nullptr, block<T, kTaps, kStride, 1>, block<T, kTaps, kStride, std::min(2, kMax)>,
-             block<T, kTaps, kStride, std::min(3, kMax)>},
+             block<T, kTaps, kStride, kMax>},
             kMax};
   }
-  static Functions functions(int64_t taps, int64_t stride) {
+  Functions functions(int64_t taps, int64_t stride) const {
     switch (taps * 2 + stride) {
       case 3: return make<1, 1>();
       case 5: return make<2, 1>();
@@ -202,7 +114,7 @@ struct Partition {
     chunks = (vectors + chunk - 1) / chunk;
     const int64_t wanted = std::min((kTasks + chunks - 1) / chunks, worth);
     images = std::clamp<int64_t>(k.N, 1, wanted);
-    strips = std::clamp<int64_t>(wanted / images, 1, k.P / kRowGroup + 1);
+    strips = std::clamp<int64_t>(wanted / images, 1, std::max<int64_t>(k.P / kRowGroup, 1));
     parts = images * strips;
   }
 };
@@ -224,9 +136,9 @@ struct SumTask {
     A* own = sums + part * cut.vectors * size;
     std::fill(own + v0 * size, own + v1 * size, A(0));
     const int64_t group = part / cut.strips, strip = part % cut.strips;
+    const int64_t p0 = k.P * strip / cut.strips, p1 = k.P * (strip + 1) / cut.strips;
+    const int64_t groups = std::max<int64_t>((p1 - p0 + kRowGroup / 2) / kRowGroup, 1);
     for (int64_t n = k.N * group / cut.images; n < k.N * (group + 1) / cut.images; ++n) {
-      const int64_t p0 = k.P * strip / cut.strips, p1 = k.P * (strip + 1) / cut.strips;
-      const int64_t groups = (p1 - p0 + kRowGroup - 1) / kRowGroup;
       for (int64_t i = 0; i < groups; ++i) {
         add_group(n, p0 + (p1 - p0) * i / groups, p0 + (p1 - p0) * (i + 1) / groups, v0, v1, own);
       }
@@ -236,22 +148,23 @@ struct SumTask {
  private:
   // Output rows [p, end) of image n, channel vectors [v0, v1).
   void add_group(int64_t n, int64_t p, int64_t end, int64_t v0, int64_t v1, A* sums) const {
-    Block<T> b;
-    const T* x_ahead;
-    for (b.q = 0; b.q < k.Q; b.q += kColumns) {
-      b.count = static_cast<int>(std::min<int64_t>(kColumns, k.Q - b.q));
+    for (int64_t q = 0; q < k.Q; q += kColumns) {
       for (int64_t v = v0; v < v1; ++v) {
         const int64_t c = first_channel(v);
-        b.x = x + n * k.H * k.W * k.C + c;
-        b.grad_y = grad_y + n * k.P * k.Q * k.C + c;
-        b.sums = sums + v * k.R * k.S * kLanes<A>;
-        // The next block is the next vector of the same pixels, or the first vector of the next ones.
+        Block<T> b{x + n * k.H * k.W * k.C + c, grad_y + n * k.P * k.Q * k.C + c, sums + v * k.R * k.S * kLanes<A>};
+        b.p0 = p, b.p1 = end, b.q = q;
+        b.count = static_cast<int>(std::min<int64_t>(kColumns, k.Q - q));
+        // Next come the next vector of the same pixels, or the first vector of the next ones.
         const bool last = v + 1 == v1;
-        const int64_t q = last ? b.q + kColumns : b.q, c_next = last ? first_channel(v0) : first_channel(v + 1);
-        const int64_t newest = (p == 0 ? 0 : k.R - 1) * k.dilation_h - (p == 0 ? 0 : k.pad_h);
-        x_ahead = q >= k.Q ? nullptr : b.x + (newest * k.W + q * k.stride_w - k.pad_w) * k.C + c_next - c;
-        b.grad_y_ahead = b.grad_y + q * k.C + c_next - c;
-        add_rows(b, p, end, x_ahead);
+        if (!last || q + kColumns < k.Q) {
+          b.grad_y_ahead = first_channel(last ? v0 : v + 1) - c + (last ? kColumns * k.C : 0);
+          b.x_ahead = b.grad_y_ahead + (last ? kColumns * (k.stride_w - 1) * k.C : 0);
+        }
+        if (kernel.once) {
+          add_once(b);
+        } else {
+          add_runs(b);
+        }
       }
     }
   }
@@ -269,9 +182,35 @@ struct SumTask {
     return row < k.H ? std::min(k.R, (k.H - row + k.dilation_h - 1) / k.dilation_h) : 0;
   }
 
-  // Output rows [p, end), in runs that see the same kernel rows.
-  void add_rows(Block<T>& b, int64_t p, int64_t end, const T* x_ahead) const {
-    for (; p < end; p = b.p1) {
+  // All passes for `rows` kernel rows from b.r0 on.
+  void add_passes(Block<T>& b, int64_t rows) const {
+    b.s0 = 0;
+    for (int64_t pass = 0; pass < kernel.passes; ++pass) {
+      const int64_t s1 = k.S * (pass + 1) / kernel.passes;
+      const auto& functions = s1 - b.s0 == kernel.taps ? kernel.longer : kernel.shorter;
+      functions.by_rows[rows](k, b);
+      b.s0 = s1;
+      ++b.call;
+    }
+  }
+
+  // A tile by block_once.
+  void add_once(Block<T>& b) const {
+    const int64_t p0 = b.p0, p1 = b.p1, max_rows = kernel.longer.max_rows;
+    b.calls = (k.R + max_rows - 1) / max_rows * kernel.passes;
+    for (int64_t rows; b.r0 < k.R; b.r0 += rows) {
+      rows = kernel.rows_of(k.R - b.r0);
+      // Output rows that one of these kernel rows joins with an input row.
+      b.p0 = std::max(p0, k.pad_h - (b.r0 + rows - 1));
+      b.p1 = std::min(p1, k.H + k.pad_h - b.r0);
+      if (b.p0 < b.p1) add_passes(b, rows);
+    }
+  }
+
+  // A tile by block or block_generic, in runs of output rows that see the same kernel rows.
+  void add_runs(Block<T>& b) const {
+    const int64_t end = b.p1, x_ahead = b.x_ahead, newest = (k.R - 1) * k.dilation_h * k.W * k.C;
+    for (int64_t p = b.p0; p < end; p = b.p1) {
       const int64_t first = first_row(p), last = end_row(p);
       b.p0 = p, b.p1 = p + 1;
       while (b.p1 < end && first_row(b.p1) == first && end_row(b.p1) == last) ++b.p1;
@@ -281,20 +220,13 @@ struct SumTask {
         block_generic(k, b);
         continue;
       }
-      b.s0 = 0;
-      for (int64_t pass = 0; pass < kernel.passes; ++pass) {
-        const int64_t s1 = k.S * (pass + 1) / kernel.passes;
-        const auto& functions = s1 - b.s0 == kernel.taps ? kernel.longer : kernel.shorter;
-        for (b.r0 = first; b.r0 < last;) {
-          const int64_t left = last - b.r0;
-          // Rather 2 + 2 rows than 3 + 1.
-          const int64_t rows =
-              left == 4 ? std::min(2, functions.max_rows) : std::min<int64_t>(left, functions.max_rows);
-          b.x_ahead = b.r0 + rows == last && s1 == k.S ? x_ahead : nullptr;
-          functions.by_rows[rows](k, b);
-          b.r0 += rows;
-        }
-        b.s0 = s1;
+      const int64_t max_rows = kernel.longer.max_rows;
+      b.calls = (last - first + max_rows - 1) / max_rows * kernel.passes, b.call = 0;
+      int64_t rows;
+      for (b.r0 = first; b.r0 < last; b.r0 += rows) {
+        rows = kernel.rows_of(last - b.r0);
+        b.x_ahead = x_ahead == 0 ? 0 : x_ahead + newest - b.r0 * k.dilation_h * k.W * k.C;
+        add_passes(b, rows);
       }
     }
   }

@@ -55,7 +55,7 @@ const char* onednn_is_faster_nchw(Map map, const ConvShape& s, DType dtype) {
 const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dtype) {
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
   if (s.K != s.C) return map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
-  if (s.C <= 16) return "16 channels last or fewer: oneDNN is faster";
+  if (s.C < 16 || (s.C == 16 && map != Map::grad_weight)) return "16 channels last or fewer: oneDNN is faster";
   if (dtype == DType::bfloat16 && taps <= 9 && pixels > 28 * 28) {
     return "bfloat16 3x3 on large channels_last images: oneDNN multiplies without widening";
   }
@@ -63,9 +63,6 @@ const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dt
     if (s.dilation_h > 1 || s.dilation_w > 1) return "dilated channels_last: oneDNN is faster";
     if (s.stride_h > 1 && s.C >= 480 && pixels >= 19 * 19) return "many channels last, strided: oneDNN is faster";
     if (s.C < 96 && s.C % 16 != 0 && pixels > 28 * 28) return "few channels last, no whole vectors: oneDNN is faster";
-  }
-  if (map == Map::grad_weight && taps <= 9 && pixels <= 14 * 14 && s.C % 256 == 0) {
-    return "3x3 on small images whose pixels fall into the same cache sets: oneDNN is faster";
   }
   return nullptr;
 }
