@@ -123,13 +123,14 @@ class Chain:
     Args:
         stages: one stage with any nn.Conv2d, or a depthwise and a pointwise one.
         members: the modules whose work the chain does. Default: the stages' own.
-
-    `save_intermediate` is separable_conv2d's: an attribute, False at first.
+        save_intermediate: separable_conv2d's. Default: False.
     """
 
-    def __init__(self, stages: Sequence[Stage], members: Sequence[nn.Module] | None = None) -> None:
-        self.save_intermediate = False
+    def __init__(
+        self, stages: Sequence[Stage], members: Sequence[nn.Module] | None = None, save_intermediate: bool = False
+    ) -> None:
         self.stages = tuple(stages)
+        self.save_intermediate = save_intermediate
         if members is None:
             members = [m for stage in stages for m in (stage.conv, stage.norm) if m is not None]
         self.members = tuple(members)

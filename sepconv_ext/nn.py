@@ -260,10 +260,13 @@ class SeparableConv2d(nn.Module):
         self.depthwise_activation = depthwise_activation
         self.activation = activation
         self.save_intermediate = save_intermediate
-        self._fused: Chain | None = None
+        self._built_of = self._parts()
+        self._chain = self._built()
 
     def forward(self, input: Tensor) -> Tensor:
-        chain = self._chain()
+        if self._built_of != self._parts():  # an exchanged module, another activation
+            self._built_of, self._chain = self._parts(), self._built()
+        chain = self._chain
         if chain is not None and chain.is_fused:
             return chain(input)
         if chain is not None:
@@ -281,19 +284,15 @@ class SeparableConv2d(nn.Module):
             (self.pointwise, self.pointwise_norm, self.activation),
         )
 
-    def _chain(self) -> Chain | None:
-        """The parts as one op; None where a part was exchanged for something else, parametrized for example."""
-        stages, chain = self._stages(), self._fused
-        if chain is None or any(
-            (stage.conv, stage.norm, stage.activation) != parts
-            for stage, parts in zip(chain.stages, stages, strict=True)
-        ):
-            norms = (type(None), nn.BatchNorm2d, nn.SyncBatchNorm)
-            if not all(type(conv) is Conv2d and type(norm) in norms for conv, norm, _ in stages):
-                return None
-            chain = self._fused = Chain([Stage(*parts) for parts in stages])
-        chain.save_intermediate = self.save_intermediate
-        return chain
+    def _parts(self) -> tuple:
+        return (*self._stages(), self.save_intermediate)
+
+    def _built(self) -> Chain | None:
+        """The parts as one op; None where one was exchanged for something else, parametrized for example."""
+        norms = (type(None), nn.BatchNorm2d, nn.SyncBatchNorm)
+        if not all(type(conv) is Conv2d and type(norm) in norms for conv, norm, _ in self._stages()):
+            return None
+        return Chain([Stage(*parts) for parts in self._stages()], save_intermediate=self.save_intermediate)
 
     def extra_repr(self) -> str:
         named = dict(depthwise_activation=self.depthwise_activation, activation=self.activation)

@@ -224,14 +224,14 @@ def test_kept_weights_are_not_made_again() -> None:
     x = random((1, 8, 6, 6), torch.float32, "cpu")
     with torch.no_grad():
         layer(x)
-        first = layer._fused.weights(x)
+        first = layer._chain.weights(x)
         assert all(
             a is b
-            for one, two in zip(first, layer._fused.weights(x), strict=True)
+            for one, two in zip(first, layer._chain.weights(x), strict=True)
             for a, b in zip(one, two, strict=True)
         )
         layer.pointwise.weight.mul_(2)
-        second = layer._fused.weights(x)
+        second = layer._chain.weights(x)
     # In the same memory, so that a captured CUDA graph reads them.
     assert [t.data_ptr() for pair in first for t in pair] == [t.data_ptr() for pair in second for t in pair]
 
