@@ -182,7 +182,7 @@ def _costs(model: nn.Module, fused: Sequence[Chain], before) -> dict[str, tuple[
         )
         parameters += held - folded
         if before:
-            rows = [layers[names[m]] for m in modules if names[m] in layers]  # norms with an activation are no layers
+            rows = [layers[names[m]] for m in modules if names[m] in layers]  # a frozen norm is no layer
             ends = math.prod(rows[0].input_size) + math.prod(rows[-1].output_size)
             bytes += sum(row.bytes for row in rows) - (ends + folded) * before.dtype.itemsize
     total = sum(p.numel() for p in model.parameters())
