@@ -15,6 +15,8 @@ using at::Tensor;
 using c10::SymInt;
 using c10::SymIntArrayRef;
 
+const std::array<SymInt, 2> kNoPadding{0, 0};
+
 // ATen pads both sides alike. Padding of (top, bottom, left, right) becomes the part that both sides share, and what is
 // missing at each side, in the order of constant_pad_nd (left, right, top, bottom).
 struct Padding {
@@ -60,6 +62,58 @@ Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& we
 
 }  // namespace
 
+Tensor pad(const Tensor& image, SymIntArrayRef padding, PaddingMode mode) {
+  const SymInt &top = padding[0], &bottom = padding[padding.size() == 4 ? 1 : 0];
+  const SymInt &left = padding[padding.size() / 2], &right = padding[padding.size() - 1];
+  const std::array<SymInt, 4> sides{left, right, top, bottom};
+  return at::pad_symint(image, sides, kPaddingModeNames[static_cast<int>(mode)]);
+}
+
+namespace {
+
+// Along one dimension: the pixels from `from` to `to` - 1 of t as an image of `size` pixels, which has them from `at` on.
+Tensor placed(const Tensor& t, int64_t dim, const SymInt& from, const SymInt& to, const SymInt& at,
+              const SymInt& size) {
+  std::vector<SymInt> around(2 * (4 - dim));
+  around[2 * (3 - dim)] = at;
+  around[2 * (3 - dim) + 1] = size - at - (to - from);
+  return at::constant_pad_nd_symint(t.slice_symint(dim, from, to), around, 0);
+}
+
+// fold() along one dimension.
+Tensor fold_dimension(const Tensor& padded, int64_t dim, const SymInt& size, const SymInt& before, const SymInt& after,
+                      PaddingMode mode) {
+  const SymInt end = before + size;  // of the image, in the padded one
+  Tensor sum = padded.slice_symint(dim, before, end);
+  const auto add = [&](const Tensor& images, const SymInt& at) {
+    sum = sum + placed(images, dim, 0, images.sym_size(dim), at, size);
+  };
+  const Tensor leading = padded.slice_symint(dim, 0, before), trailing = padded.slice_symint(dim, end, end + after);
+  switch (mode) {
+    case PaddingMode::reflect:
+      if (before != 0) add(leading.flip(dim), 1);
+      if (after != 0) add(trailing.flip(dim), size - 1 - after);
+      break;
+    case PaddingMode::replicate:
+      if (before != 0) add(leading.sum(dim, /*keepdim=*/true), 0);
+      if (after != 0) add(trailing.sum(dim, /*keepdim=*/true), size - 1);
+      break;
+    default:
+      if (before != 0) add(leading, size - before);
+      if (after != 0) add(trailing, 0);
+  }
+  return sum;
+}
+
+}  // namespace
+
+Tensor fold(const Tensor& grad_padded, SymIntArrayRef image_size, SymIntArrayRef padding, PaddingMode mode) {
+  const SymInt &top = padding[0], &bottom = padding[padding.size() == 4 ? 1 : 0];
+  const SymInt &left = padding[padding.size() / 2], &right = padding[padding.size() - 1];
+  const Tensor rows = fold_dimension(grad_padded, 2, image_size[2], top, bottom, mode);
+  return fold_dimension(rows, 3, image_size[3], left, right, mode);
+}
+
 Tensor activate(const Tensor& t, Activation activation) {
   switch (activation) {
     case Activation::identity: return t;
@@ -76,7 +130,11 @@ Tensor activate(const Tensor& t, Activation activation) {
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, SymIntArrayRef stride,
-              SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, Activation activation) {
+              SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, Activation activation,
+              PaddingMode mode) {
+  if (mode != PaddingMode::zeros) {
+    return conv2d(pad(input, padding, mode), weight, bias, stride, kNoPadding, dilation, groups, activation);
+  }
   const Padding sides(padding);
   const Tensor output =
       at::conv2d_symint(sides.apply(input), weight, bias, stride, SymIntArrayRef(sides.shared), dilation, groups);
@@ -93,7 +151,13 @@ Tensor separable_conv2d(const separable::Call& c) {
 
 Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                          SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                         SymIntArrayRef dilation, const SymInt& groups) {
+                         SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
+  if (mode != PaddingMode::zeros) {
+    const Tensor padded = pad(layout_only(input_size, input_stride, grad_output), padding, mode);
+    const Tensor grad = conv2d_grad_input(grad_output, weight, padded.sym_sizes(), padded.sym_strides(), stride,
+                                          kNoPadding, dilation, groups);
+    return fold(grad, input_size, padding, mode);
+  }
   const Padding sides(padding);
   const Tensor input = layout_only(input_size, input_stride, grad_output);
   const Tensor grad =
@@ -104,7 +168,11 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymInt
 
 Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
                           SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                          SymIntArrayRef dilation, const SymInt& groups) {
+                          SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
+  if (mode != PaddingMode::zeros) {
+    return conv2d_grad_weight(grad_output, pad(input, padding, mode), weight_size, weight_stride, stride, kNoPadding,
+                              dilation, groups);
+  }
   const Padding sides(padding);
   const Tensor weight = at::empty_strided_symint(weight_size, weight_stride, grad_output.options());
   return backward(grad_output, sides.apply(input), weight, stride, sides, dilation, groups, /*by_input=*/false);

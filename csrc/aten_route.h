@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "activation.h"
+#include "padding_mode.h"
 #include "separable.h"
 
 namespace sepconv::aten {
@@ -17,21 +18,28 @@ inline c10::SymIntArrayRef sym(at::IntArrayRef values) { return c10::fromIntArra
 // Differentiable, and open to every transform of torch (forward-mode AD, vmap): built from ATen's own functions.
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                  const c10::SymInt& groups, Activation activation);
+                  const c10::SymInt& groups, Activation activation, PaddingMode = PaddingMode::zeros);
 
 at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
                              c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                             c10::SymIntArrayRef dilation, const c10::SymInt& groups);
+                             c10::SymIntArrayRef dilation, const c10::SymInt& groups, PaddingMode = PaddingMode::zeros);
 
 at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
                               c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
-                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, const c10::SymInt& groups);
+                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, const c10::SymInt& groups,
+                              PaddingMode = PaddingMode::zeros);
 
 at::Tensor separable_conv2d(const separable::Call&);
 
 // A column and a row filter as two depthwise convolutions.
 at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
                                     c10::SymIntArrayRef padding);
+
+// The image with its padding, a copy; and the gradient by the image of one by the padded image: every pixel's images are
+// added to it. Padding is (h, w) or (top, bottom, left, right); the mode is not zeros.
+at::Tensor pad(const at::Tensor& image, c10::SymIntArrayRef padding, PaddingMode);
+at::Tensor fold(const at::Tensor& grad_padded, c10::SymIntArrayRef image_size, c10::SymIntArrayRef padding,
+                PaddingMode);
 
 // The activation alone, differentiable.
 at::Tensor activate(const at::Tensor&, Activation);

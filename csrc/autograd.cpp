@@ -7,7 +7,7 @@
 //   gx = Cx(g, w)          d -> C(d, w)      for g               d -> Cw(g, d)     for w
 //   gw = Cw(g, x)          d -> C(x, d)      for g               d -> Cx(g, d)     for x
 //
-// Each formula calls the ops themselves, so derivatives of every order follow.
+// This holds in every padding mode: the padded input depends on the input linearly. Each formula calls the ops themselves, so derivatives of every order follow.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -89,41 +89,45 @@ bool differentiates(std::initializer_list<const Tensor*> tensors) {
 
 namespace {
 
+const char* name_of(PaddingMode mode) { return kPaddingModeNames[static_cast<int>(mode)]; }
+
 // The arguments that are not tensors, as autograd keeps them from forward to backward.
 struct SavedArgs {
   std::vector<SymInt> stride, padding, dilation;
   SymInt groups;
+  const char* padding_mode;
 
   static SavedArgs load(AutogradContext* ctx) {
     auto& data = ctx->saved_data;
     return {data["stride"].toSymIntVector(), data["padding"].toSymIntVector(), data["dilation"].toSymIntVector(),
-            data["groups"].toSymInt()};
+            data["groups"].toSymInt(), name_of(static_cast<PaddingMode>(data["padding_mode"].toInt()))};
   }
   static void store(AutogradContext* ctx, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                    const SymInt& groups) {
+                    const SymInt& groups, PaddingMode mode) {
     auto& data = ctx->saved_data;
     data["stride"] = stride, data["padding"] = padding, data["dilation"] = dilation, data["groups"] = groups;
+    data["padding_mode"] = static_cast<int64_t>(mode);
   }
 
   Tensor C(const Tensor& x, const Tensor& w) const {
-    return ops::conv2d(x, w, std::nullopt, stride, padding, dilation, groups, "identity");
+    return ops::conv2d(x, w, std::nullopt, stride, padding, dilation, groups, "identity", padding_mode);
   }
   Tensor Cx(const Tensor& g, const Tensor& w, SymIntArrayRef size, SymIntArrayRef strides) const {
-    return ops::conv2d_grad_input(g, w, size, strides, stride, padding, dilation, groups);
+    return ops::conv2d_grad_input(g, w, size, strides, stride, padding, dilation, groups, padding_mode);
   }
   Tensor Cw(const Tensor& g, const Tensor& x, SymIntArrayRef size, SymIntArrayRef strides) const {
-    return ops::conv2d_grad_weight(g, x, size, strides, stride, padding, dilation, groups);
+    return ops::conv2d_grad_weight(g, x, size, strides, stride, padding, dilation, groups, padding_mode);
   }
 };
 
 struct Conv2d : torch::autograd::Function<Conv2d> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const std::optional<Tensor>& bias, SymIntArrayRef stride, SymIntArrayRef padding,
-                        SymIntArrayRef dilation, const SymInt& groups, Activation activation) {
+                        SymIntArrayRef dilation, const SymInt& groups, Activation activation, PaddingMode mode) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor output = ops::conv2d(input, weight, bias, stride, padding, dilation, groups,
-                                      kActivationNames[static_cast<int>(activation)]);
-    SavedArgs::store(ctx, stride, padding, dilation, groups);
+                                      kActivationNames[static_cast<int>(activation)], name_of(mode));
+    SavedArgs::store(ctx, stride, padding, dilation, groups, mode);
     SavedGeometry::store(ctx, "input", input);
     SavedGeometry::store(ctx, "weight", weight);
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
@@ -141,7 +145,7 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
     const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
     const Tensor grad = activation_backward(grads[0], output, activation);
 
-    variable_list result(8);
+    variable_list result(9);
     if (ctx->needs_input_grad(0)) {
       const SavedGeometry geometry = SavedGeometry::load(ctx, "input");
       result[0] = args.Cx(grad, weight, geometry.size, geometry.stride);
@@ -158,20 +162,21 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
 struct Conv2dGradInput : torch::autograd::Function<Conv2dGradInput> {
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight,
                         SymIntArrayRef input_size, SymIntArrayRef input_stride, SymIntArrayRef stride,
-                        SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups) {
+                        SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    SavedArgs::store(ctx, stride, padding, dilation, groups);
+    SavedArgs::store(ctx, stride, padding, dilation, groups, mode);
     SavedGeometry::store(ctx, "weight", weight);
     ctx->save_for_backward(
         {saved_if(weight.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), weight)});
-    return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
+    return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups,
+                                  name_of(mode));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &d = grads[0], &grad_output = saved[0], &weight = saved[1];
     const SavedArgs args = SavedArgs::load(ctx);
-    variable_list result(8);
+    variable_list result(9);
     if (ctx->needs_input_grad(0)) result[0] = args.C(d, weight);
     if (ctx->needs_input_grad(1)) {
       const SavedGeometry geometry = SavedGeometry::load(ctx, "weight");
@@ -184,20 +189,21 @@ struct Conv2dGradInput : torch::autograd::Function<Conv2dGradInput> {
 struct Conv2dGradWeight : torch::autograd::Function<Conv2dGradWeight> {
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
                         SymIntArrayRef weight_size, SymIntArrayRef weight_stride, SymIntArrayRef stride,
-                        SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups) {
+                        SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    SavedArgs::store(ctx, stride, padding, dilation, groups);
+    SavedArgs::store(ctx, stride, padding, dilation, groups, mode);
     SavedGeometry::store(ctx, "input", input);
     ctx->save_for_backward(
         {saved_if(input.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), input)});
-    return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
+    return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups,
+                                   name_of(mode));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &d = grads[0], &grad_output = saved[0], &input = saved[1];
     const SavedArgs args = SavedArgs::load(ctx);
-    variable_list result(8);
+    variable_list result(9);
     if (ctx->needs_input_grad(0)) result[0] = args.C(input, d);
     if (ctx->needs_input_grad(1)) {
       const SavedGeometry geometry = SavedGeometry::load(ctx, "input");
@@ -208,53 +214,62 @@ struct Conv2dGradWeight : torch::autograd::Function<Conv2dGradWeight> {
 };
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, SymIntArrayRef stride,
-              SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, std::string_view activation_name) {
+              SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, std::string_view activation_name,
+              std::string_view padding_mode) {
   const Activation activation = parse_activation(activation_name);
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   const auto tensors = {&input, &weight, &tensor_or_none(bias)};
   if (const char* reason = needs_aten(tensors)) {
     count_aten(reason);
-    return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, activation);
+    return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, activation, mode);
   }
   if (!differentiates(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return ops::conv2d(input, weight, bias, stride, padding, dilation, std::move(groups), activation_name);
+    return ops::conv2d(input, weight, bias, stride, padding, dilation, std::move(groups), activation_name,
+                       padding_mode);
   }
   if (!derivative_from_output(activation)) {
     // The derivative needs the value before the activation, which has to be written for it: nothing to fuse.
-    const Tensor before = Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, Activation::identity);
+    const Tensor before =
+        Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, Activation::identity, mode);
     return aten::activate(before, activation);
   }
-  return Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, activation);
+  return Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, activation, mode);
 }
 
 Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                          SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                         SymIntArrayRef dilation, SymInt groups) {
+                         SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   if (const char* reason = needs_aten({&grad_output, &weight})) {
     count_aten(reason);
-    return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
+    return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups,
+                                   mode);
   }
   if (!differentiates({&grad_output, &weight})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation,
-                                  std::move(groups));
+                                  std::move(groups), padding_mode);
   }
-  return Conv2dGradInput::apply(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
+  return Conv2dGradInput::apply(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups, mode);
 }
 
 Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
                           SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                          SymIntArrayRef dilation, SymInt groups) {
+                          SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   if (const char* reason = needs_aten({&grad_output, &input})) {
     count_aten(reason);
-    return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
+    return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups,
+                                    mode);
   }
   if (!differentiates({&grad_output, &input})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation,
-                                   std::move(groups));
+                                   std::move(groups), padding_mode);
   }
-  return Conv2dGradWeight::apply(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
+  return Conv2dGradWeight::apply(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups,
+                                 mode);
 }
 
 }  // namespace

@@ -77,6 +77,19 @@ int64_t output_size(const char* weight_name, const char* name, int64_t size, int
   return (size + padding - extent) / stride + 1;
 }
 
+// F.pad's rules: a reflection has no edge twice, and neither it nor a circle goes round more than once.
+void check_padding_mode(PaddingMode mode, const char* name, int64_t size, int64_t before, int64_t after) {
+  if (mode == PaddingMode::zeros || (before == 0 && after == 0)) return;
+  const auto stop = [&](const char* rule) {
+    TORCH_CHECK(false, "padding of mode ", kPaddingModeNames[static_cast<int>(mode)], " must be ", rule, " input's ",
+                name, ", ", size, ", but is ", before, " before it and ", after, " after it");
+  };
+  const int64_t most = std::max(before, after);
+  if (mode == PaddingMode::reflect && most >= size) stop("less than");
+  if (mode == PaddingMode::circular && most > size) stop("at most");
+  TORCH_CHECK(size > 0, "input must have a ", name, " of at least 1 to be padded, but has 0");
+}
+
 // Everything that follows from two sizes and the arguments, tensors unseen.
 ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& args,
                          const char* weight_name = "weight") {
@@ -103,6 +116,9 @@ ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& 
   const bool asymmetric = padding.size() == 4;
   const int64_t pad_top = padding[0], pad_bottom = asymmetric ? padding[1] : padding[0];
   const int64_t pad_left = asymmetric ? padding[2] : padding[1], pad_right = asymmetric ? padding[3] : padding[1];
+
+  check_padding_mode(args.padding_mode, "height", input[2], pad_top, pad_bottom);
+  check_padding_mode(args.padding_mode, "width", input[3], pad_left, pad_right);
 
   ConvShape shape;
   shape.N = input[0], shape.C = C, shape.H = input[2], shape.W = input[3];
@@ -241,13 +257,27 @@ Tensor empty_grad_weight(const ConvShape& s, const Tensor& like) {
   return empty({s.K, s.channels_per_group(), s.R, s.S}, s.w, like);
 }
 
-Activation parse_activation(std::string_view name) {
-  for (int i = 0; i < kActivationCount; ++i) {
-    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+namespace {
+
+// The place of a name in a list of them, or a ValueError that lists them.
+template <int kCount>
+int parse_name(const char* argument, std::string_view name, const char* const (&names)[kCount]) {
+  for (int i = 0; i < kCount; ++i) {
+    if (name == names[i]) return i;
   }
-  std::string known = kActivationNames[0];
-  for (int i = 1; i < kActivationCount; ++i) known += std::string(", ") + kActivationNames[i];
-  TORCH_CHECK_VALUE(false, "activation must be one of ", known, ", but is '", name, "'");
+  std::string known = names[0];
+  for (int i = 1; i < kCount; ++i) known += std::string(", ") + names[i];
+  TORCH_CHECK_VALUE(false, argument, " must be one of ", known, ", but is '", name, "'");
+}
+
+}  // namespace
+
+Activation parse_activation(std::string_view name) {
+  return static_cast<Activation>(parse_name("activation", name, kActivationNames));
+}
+
+PaddingMode parse_padding_mode(std::string_view name) {
+  return static_cast<PaddingMode>(parse_name("padding_mode", name, kPaddingModeNames));
 }
 
 bool has_kernel_dtype(const Tensor& t) {

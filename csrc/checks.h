@@ -11,6 +11,7 @@
 
 #include "activation.h"
 #include "conv_shape.h"
+#include "padding_mode.h"
 #include "separable_shape.h"
 
 namespace sepconv {
@@ -19,6 +20,7 @@ namespace sepconv {
 struct ConvArgs {
   at::IntArrayRef stride, padding, dilation;
   int64_t groups;
+  PaddingMode padding_mode = PaddingMode::zeros;
 };
 
 // The geometry of a forward call. The output's strides are chosen here: channels_last where the input or the weight
@@ -60,6 +62,7 @@ at::Tensor with_strides(const Strides& promised, const at::Tensor& computed, con
 }
 
 Activation parse_activation(std::string_view name);
+PaddingMode parse_padding_mode(std::string_view name);
 
 // True for the four types that kernels are written for; everything else (complex, integers, quantised) goes to ATen.
 bool has_kernel_dtype(const at::Tensor&);

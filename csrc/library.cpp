@@ -4,6 +4,7 @@
 //   padding            (h, w), or (top, bottom, left, right)
 //   *_size, *_stride   the size of the result, and the memory strides that it should follow
 //   activation         a name of activation.h
+//   padding_mode       a name of padding_mode.h
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -24,15 +25,15 @@ TORCH_LIBRARY(sepconv_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-      "SymInt groups, str activation) -> Tensor",
+      "SymInt groups, str activation, str padding_mode=\"zeros\") -> Tensor",
       tags);
   m.def(
       "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[] input_size, SymInt[] input_stride, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode=\"zeros\") -> Tensor",
       tags);
   m.def(
       "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[] weight_size, SymInt[] weight_stride, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode=\"zeros\") -> Tensor",
       tags);
   m.def(
       "separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor? depthwise_bias, Tensor pointwise_weight, "
@@ -60,23 +61,26 @@ auto typed_op(const char* name) {
 
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                  c10::SymInt groups, std::string_view activation) {
+                  c10::SymInt groups, std::string_view activation, std::string_view padding_mode) {
   static const auto op = typed_op<decltype(conv2d)>("sepconv_ext::conv2d");
-  return op.call(input, weight, bias, stride, padding, dilation, std::move(groups), activation);
+  return op.call(input, weight, bias, stride, padding, dilation, std::move(groups), activation, padding_mode);
 }
 
 at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
                              c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                             c10::SymIntArrayRef dilation, c10::SymInt groups) {
+                             c10::SymIntArrayRef dilation, c10::SymInt groups, std::string_view padding_mode) {
   static const auto op = typed_op<decltype(conv2d_grad_input)>("sepconv_ext::conv2d_grad_input");
-  return op.call(grad_output, weight, input_size, input_stride, stride, padding, dilation, std::move(groups));
+  return op.call(grad_output, weight, input_size, input_stride, stride, padding, dilation, std::move(groups),
+                 padding_mode);
 }
 
 at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
                               c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
-                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups) {
+                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
+                              std::string_view padding_mode) {
   static const auto op = typed_op<decltype(conv2d_grad_weight)>("sepconv_ext::conv2d_grad_weight");
-  return op.call(grad_output, input, weight_size, weight_stride, stride, padding, dilation, std::move(groups));
+  return op.call(grad_output, input, weight_size, weight_stride, stride, padding, dilation, std::move(groups),
+                 padding_mode);
 }
 
 at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
@@ -142,22 +146,41 @@ Map parse_map(const std::string& name) {
 // A device to plan for that need not be in the machine: multiprocessors, and 90 for compute capability 9.0.
 using DeviceFacts = std::optional<std::tuple<int, int>>;
 
+// The explanation of a kernel for zero padding, with what the border kernel does after it or instead of it.
+Explanation with_borders(Explanation e, const char* borders, Map map, const ConvShape& shape, PaddingMode mode) {
+  const BorderExtent extent = border_extent(map, shape, mode);
+  if (e.aten || extent == BorderExtent::none) return e;
+  const std::string name = kPaddingModeNames[static_cast<int>(mode)];
+  if (extent == BorderExtent::all)
+    return {borders, "all of the result depends on the " + name + " padding", false, "", 0};
+  e.reason += std::string("; then ") + borders + " for what depends on the " + name + " padding";
+  return e;
+}
+
 // The plan of the call that `map` would make for these tensors; nothing is run. The output (or its gradient) is taken to
 // have the layout that the forward call gives it.
 Explanation explain(const std::string& map_name, const at::Tensor& input, const at::Tensor& weight,
                     const std::optional<at::Tensor>& bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                    std::vector<int64_t> dilation, int64_t groups, const DeviceFacts& cuda_device) {
+                    std::vector<int64_t> dilation, int64_t groups, const DeviceFacts& cuda_device,
+                    const std::string& padding_mode) {
   const Map map = parse_map(map_name);
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   const auto aten = [](const char* reason) { return Explanation{"aten", reason, true, "", 0}; };
   if (!has_kernel_dtype(input)) return aten("no kernel for this dtype");
-  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
+  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(input);
 #ifdef SEPCONV_WITH_CUDA
-  if (cuda_device) return cuda::explain(map, shape, dtype, std::get<0>(*cuda_device), std::get<1>(*cuda_device));
-  if (input.is_cuda()) return cuda::explain(map, shape, dtype, input.get_device());
+  if (cuda_device) {
+    const auto [multiprocessors, capability] = *cuda_device;
+    return with_borders(cuda::explain(map, shape, dtype, multiprocessors, capability), "cuda_borders", map, shape,
+                        mode);
+  }
+  if (input.is_cuda()) {
+    return with_borders(cuda::explain(map, shape, dtype, input.get_device()), "cuda_borders", map, shape, mode);
+  }
 #endif
   TORCH_CHECK(!cuda_device, "cuda_device was given, but this build has no CUDA part");
-  if (input.is_cpu()) return cpu::explain(map, shape, dtype);
+  if (input.is_cpu()) return with_borders(cpu::explain(map, shape, dtype), "cpu_borders", map, shape, mode);
   return aten("no kernel for this device");
 }
 
@@ -193,7 +216,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return text;
       });
   m.def("explain", explain, py::arg("map"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
-        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none());
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none(),
+        py::arg("padding_mode") = "zeros");
 }
 
 }  // namespace sepconv

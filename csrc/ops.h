@@ -13,15 +13,16 @@ namespace sepconv::ops {
 
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                  c10::SymInt groups, std::string_view activation);
+                  c10::SymInt groups, std::string_view activation, std::string_view padding_mode = "zeros");
 
 at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
                              c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                             c10::SymIntArrayRef dilation, c10::SymInt groups);
+                             c10::SymIntArrayRef dilation, c10::SymInt groups, std::string_view padding_mode = "zeros");
 
 at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
                               c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
-                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups);
+                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
+                              std::string_view padding_mode = "zeros");
 
 at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
                             const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,

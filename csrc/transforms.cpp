@@ -19,12 +19,12 @@ using c10::SymIntArrayRef;
 template <c10::DeviceType device, c10::DispatchKey key>
 Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
-                       std::string_view activation) {
+                       std::string_view activation, std::string_view padding_mode) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
   return ops::conv2d(cast(input), cast(weight), bias ? std::make_optional(cast(*bias)) : bias, stride, padding,
-                     dilation, std::move(groups), activation);
+                     dilation, std::move(groups), activation, padding_mode);
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
@@ -55,23 +55,26 @@ Tensor spatial_separable_conv2d_autocast(const Tensor& input, const Tensor& colu
 // of ATen's functions instead, at the door of the outermost transform.
 Tensor conv2d_functorch(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                         SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
-                        std::string_view activation) {
+                        std::string_view activation, std::string_view padding_mode) {
   count_aten("a torch.func transform");
-  return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, parse_activation(activation));
+  return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, parse_activation(activation),
+                      parse_padding_mode(padding_mode));
 }
 
 Tensor conv2d_grad_input_functorch(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                                    SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                                   SymIntArrayRef dilation, SymInt groups) {
+                                   SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
   count_aten("a torch.func transform");
-  return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups);
+  return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups,
+                                 parse_padding_mode(padding_mode));
 }
 
 Tensor conv2d_grad_weight_functorch(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
                                     SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                                    SymIntArrayRef dilation, SymInt groups) {
+                                    SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
   count_aten("a torch.func transform");
-  return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups);
+  return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups,
+                                  parse_padding_mode(padding_mode));
 }
 
 Tensor separable_conv2d_functorch(const Tensor& input, const Tensor& depthwise_weight,

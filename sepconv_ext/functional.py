@@ -10,7 +10,9 @@ from torch import Tensor
 from . import _C
 
 # torch.fx keeps these calls whole, as it does F.conv2d, so that a converted model still traces.
-for _name in ("_conv2d", "conv1d", "conv2d", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
+for _name in ("_conv2d", "conv1d", "conv2d", "padded_conv1d", "padded_conv2d"):
+    torch.fx.wrap(_name)
+for _name in ("depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
     torch.fx.wrap(_name)
 torch.fx.wrap("spatial_separable_conv2d")
 
@@ -45,14 +47,15 @@ def _padding(
     return (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)
 
 
-def _conv2d(input, weight, bias, stride, padding, dilation, groups, activation) -> Tensor:
+def _conv2d(input, weight, bias, stride, padding, dilation, groups, activation, padding_mode="zeros") -> Tensor:
     """The op itself, from F.conv2d's looser arguments. Traced by torch.compile; plain Python else."""
     if input.dim() == 3:
         batch = input.unsqueeze(0)
-        return _conv2d(batch, weight, bias, stride, padding, dilation, groups, activation).squeeze(0)
+        return _conv2d(batch, weight, bias, stride, padding, dilation, groups, activation, padding_mode).squeeze(0)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, weight.shape, stride, dilation)
-    return torch.ops.sepconv_ext.conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
+    op = torch.ops.sepconv_ext.conv2d
+    return op(input, weight, bias, stride, padding, dilation, groups, activation, padding_mode)
 
 
 def conv2d(
@@ -116,13 +119,14 @@ def _row(name: str, sequence: Tensor, ranks: tuple[int, ...]) -> Tensor:
     return sequence.unsqueeze(-2)
 
 
-def _conv1d(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
+def _conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode="zeros") -> Tensor:
     """One row of conv2d, by views; what _C.conv1d does, for what it cannot: padding as a text, and torch.compile."""
     row, filters = _row("input", input, (3, 2)), _row("weight", weight, (3,))
     stride, dilation = (1, _single("stride", stride)), (1, _single("dilation", dilation))
     padding = _padding_1d(padding, filters, stride, dilation)
     batch = row if row.dim() == 4 else row.unsqueeze(0)
-    output = torch.ops.sepconv_ext.conv2d(batch, filters, bias, stride, padding, dilation, groups, "identity")
+    op = torch.ops.sepconv_ext.conv2d
+    output = op(batch, filters, bias, stride, padding, dilation, groups, "identity", padding_mode)
     return output.squeeze(2) if row.dim() == 4 else output.squeeze(2).squeeze(0)
 
 
@@ -164,6 +168,54 @@ def conv1d(
     return _C.conv1d(input, weight, bias, stride, padding, dilation, groups)
 
 
+def padded_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrSingle = 1,
+    padding: IntOrSingle | str = 0,
+    dilation: IntOrSingle = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """:func:`conv1d` with something else than zeros at the ends, as :func:`padded_conv2d` has it around an image."""
+    return _conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+
+
+def padded_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """:func:`conv2d` with something else than zeros around the image, without a padded copy of it.
+
+    ``F.conv2d(F.pad(input, ..., mode), weight, bias, stride, 0, dilation, groups)`` in one call: what does not see the
+    padding is computed as with zeros, the rest by reading the pixels that the mode puts outside. Two calls still make a
+    padded copy: the gradient by the weight in half types, and what goes to torch's own convolution (:func:`explain`).
+
+    Args:
+        input ... groups: as in :func:`conv2d`.
+        padding_mode: ``zeros`` (default), ``reflect`` (the image mirrored at its outermost pixels; padding less than
+            its size), ``replicate`` (the outermost pixels continued) or ``circular`` (the opposite side; padding at
+            most the size).
+
+    Returns:
+        ``[N, K, P, Q]``, as :func:`conv2d`.
+
+    Raises:
+        ValueError: an unknown padding_mode. RuntimeError: as :func:`conv2d`, and for padding that the mode forbids, as
+        ``F.pad``.
+    """
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, "identity", padding_mode)
+
+
 def depthwise_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -172,6 +224,7 @@ def depthwise_conv2d(
     padding: IntOrPair | str = 0,
     dilation: IntOrPair = 1,
     activation: str = "identity",
+    padding_mode: str = "zeros",
 ) -> Tensor:
     """One filter (or ``multiplier`` of them) a channel, with bias and activation applied before the output is stored.
 
@@ -182,14 +235,15 @@ def depthwise_conv2d(
         stride, padding, dilation: as in :func:`conv2d`.
         activation: ``identity``, ``relu``, ``relu6``, ``leaky_relu`` (slope 0.01), ``gelu`` (exact), ``silu``,
             ``hardswish``, ``sigmoid`` or ``tanh``. Default ``identity``.
+        padding_mode: as in :func:`padded_conv2d`. Default ``zeros``.
 
     Returns:
         ``[N, C * multiplier, P, Q]``.
 
     Raises:
-        ValueError: an unknown activation. RuntimeError: as :func:`conv2d`.
+        ValueError: an unknown activation or padding_mode. RuntimeError: as :func:`padded_conv2d`.
     """
-    return _conv2d(input, weight, bias, stride, padding, dilation, input.shape[-3], activation)
+    return _conv2d(input, weight, bias, stride, padding, dilation, input.shape[-3], activation, padding_mode)
 
 
 def pointwise_conv2d(
@@ -309,6 +363,7 @@ def explain(
     groups: int = 1,
     activation: str = "identity",
     map: str = "forward",
+    padding_mode: str = "zeros",
 ) -> _C.Explanation:
     """Which kernel a call takes and why; nothing is run.
 
@@ -316,6 +371,7 @@ def explain(
         input ... groups: the call, as in :func:`conv2d`.
         activation: has no influence on the choice today. Default ``identity``.
         map: ``forward``, ``grad_input`` or ``grad_weight``. Default ``forward``.
+        padding_mode: as in :func:`padded_conv2d`. Default ``zeros``.
 
     Returns:
         An object with ``kernel``, ``reason``, ``aten`` (True where torch's own convolution makes the call), ``tile``
@@ -324,4 +380,4 @@ def explain(
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, weight.shape, stride, dilation)
     image = input.unsqueeze(0) if input.dim() == 3 else input
-    return _C.explain(map, image, weight, bias, stride, padding, dilation, groups)
+    return _C.explain(map, image, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)

@@ -21,18 +21,15 @@ class Conv2d(nn.Conv2d):
     """A torch.nn.Conv2d whose convolution is `sepconv_ext.functional.conv2d`.
 
     Arguments, defaults, attributes, initialisation, state_dict and printed form are torch.nn.Conv2d's, and so is every
-    `padding_mode`. Input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q] in the layout that torch.nn.Conv2d
-    gives.
+    `padding_mode`, for which no padded copy is made (`sepconv_ext.functional.padded_conv2d`). Input [N, C, H, W] or
+    [C, H, W]; output [N, K, P, Q] or [K, P, Q] in the layout that torch.nn.Conv2d gives.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if self.padding_mode == "zeros":
-            return self._convolve(input, weight, bias, self.padding)
-        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return self._convolve(padded, weight, bias, 0)
-
-    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
-        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+            return functional.conv2d(*arguments)
+        return functional.padded_conv2d(*arguments, padding_mode=self.padding_mode)
 
 
 class Conv1d(nn.Conv1d):
@@ -81,10 +78,10 @@ class Conv1d(nn.Conv1d):
             self._reversed_padding_repeated_twice = [self.dilation[0] * (self.kernel_size[0] - 1), 0]
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        return functional.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.padding_mode == "zeros":
+            return functional.conv1d(*arguments)
+        return functional.padded_conv1d(*arguments, padding_mode=self.padding_mode)
 
 
 class _FusedConv2d(Conv2d):
@@ -139,9 +136,9 @@ class DepthwiseConv2d(_FusedConv2d):
         )
         self.activation = activation
 
-    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.depthwise_conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, activation=self.activation
+            input, weight, bias, self.stride, self.padding, self.dilation, self.activation, self.padding_mode
         )
 
 
@@ -168,7 +165,7 @@ class PointwiseConv2d(_FusedConv2d):
         super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
         self.activation = activation
 
-    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.pointwise_conv2d(input, weight, bias, activation=self.activation)
 
 

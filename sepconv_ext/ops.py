@@ -53,7 +53,7 @@ def _forward(input, weight, stride, padding, dilation) -> Tensor:
 
 
 @torch.library.register_fake("sepconv_ext::conv2d")
-def _(input, weight, bias, stride, padding, dilation, groups, activation):
+def _(input, weight, bias, stride, padding, dilation, groups, activation, padding_mode="zeros"):
     _check_rank("input", input)
     _check_rank("weight", weight)
     torch._check(
@@ -65,12 +65,12 @@ def _(input, weight, bias, stride, padding, dilation, groups, activation):
 
 
 @torch.library.register_fake("sepconv_ext::conv2d_grad_input")
-def _(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups):
+def _(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups, padding_mode="zeros"):
     return _empty_like_strides(grad_output, input_size, input_stride)
 
 
 @torch.library.register_fake("sepconv_ext::conv2d_grad_weight")
-def _(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups):
+def _(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups, padding_mode="zeros"):
     return _empty_like_strides(grad_output, weight_size, weight_stride)
 
 

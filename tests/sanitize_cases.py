@@ -20,8 +20,8 @@ import torch
 
 import sepconv_ext
 from sepconv_ext.functional import (
-    conv2d,
     depthwise_conv2d,
+    padded_conv2d,
     pointwise_conv2d,
     separable_conv2d,
     spatial_separable_conv2d,
@@ -46,7 +46,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 def run(device: str, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, keywords: dict) -> list[torch.Tensor]:
     """Output, grad_input, grad_weight, grad_bias on the device, brought to the CPU in float64."""
     x, w, b = (t.detach().to(device).requires_grad_() for t in (x, w, b))
-    y = conv2d(x, w, b, **keywords)
+    y = padded_conv2d(x, w, b, **keywords)
     y.backward(y.detach())
     return [t.detach().cpu().double() for t in (y, x.grad, w.grad, b.grad)]
 
@@ -65,6 +65,16 @@ def main() -> int:
         expected = run("cpu", x.double(), w.double(), b.double(), keywords)
         for got, want in zip(run("cuda", x, w, b, keywords), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+        checked += 1
+    for (x_size, w_size, keywords), mode, layout in itertools.product(
+        [CASES[0], CASES[1], CASES[3], CASES[6]], ("reflect", "replicate", "circular"), LAYOUTS
+    ):
+        x, w = (torch.randn(size).contiguous(memory_format=layout) for size in (x_size, w_size))
+        b = torch.randn(w_size[0])
+        padded = {**keywords, "padding_mode": mode}
+        expected = run("cpu", x.double(), w.double(), b.double(), padded)
+        for got, want in zip(run("cuda", x, w, b, padded), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
         checked += 1
     for activation in ("relu", "gelu", "silu"):
         x = torch.randn(2, 16, 9, 9, device="cuda")

@@ -107,6 +107,17 @@ SPATIAL = (
     Case("spatial_k5x45_c32", 1, 32, 4, 12, 32, 5, 45, padding=(2, 22), groups=32),
 )
 
+# Frames of a few numbers each, for every branch of borders.cu.
+FRAMES = (
+    Case("frame_depthwise", 2, 5, 7, 9, 5, 4, 2, stride=(2, 1), padding=(3, 1), groups=5, bias=True),
+    Case("frame_grouped", 1, 4, 6, 5, 6, 3, 3, stride=(1, 3), padding=(2, 4), dilation=(2, 1), groups=2),
+)
+# What only replicate allows: padding beyond the image.
+REPLICATED = (
+    Case("frame_one_pixel", 2, 6, 1, 1, 6, 3, 3, padding=(1, 1), groups=6, bias=True),
+    Case("frame_far", 1, 3, 2, 3, 3, 3, 3, padding=(5, 4), groups=3),
+)
+
 
 def _runs() -> Iterator[Run]:
     cases = [case for case in CASES if case.N > 0]  # nothing is launched for an empty batch
@@ -183,6 +194,24 @@ def _runs() -> Iterator[Run]:
                 made(case, "forward", layout)  # takes a turn
                 extra = {"kernel": "spatial_separable", "op": "spatial_separable", "shared": count % 4}
                 yield Run(case, "forward", dtype, layout, extra=extra | ({"offset": 1} if count % 3 == 0 else {}))
+    # What is not zeros in the padding: frames of every kind of plan, and images that are all frame.
+    bordered = [
+        BY_NAME[name]
+        for name in (
+            "depthwise_k3", "depthwise_k3_one_channel", "depthwise_k3_dilation_stride", "depthwise_multiplier2",
+            "depthwise_k4x3_same", "depthwise_k5_stride2", "grouped_channels3_outputs5", "dense_k3_stride2",
+        )
+    ]  # fmt: skip
+    pairs = [(case, mode) for case in (*bordered, *FRAMES) for mode in ("reflect", "replicate", "circular")]
+    pairs += [(case, "replicate") for case in REPLICATED]
+    for case, mode in pairs:
+        for map in MAPS:
+            dtype = DTYPES[count % 4] if map != "grad_weight" else ("float32", "float64")[count % 2]
+            for layout in LAYOUTS if case in FRAMES else LAYOUTS[count % 2 :][:1]:
+                yield made(case, map, layout, dtype, padding_mode=mode)
+                if case in FRAMES:  # (top, bottom, left, right): another frame at every side
+                    yield made(case, map, layout, dtype, padding_mode=mode, padding="1,3,0,2")
+        count += 1
 
 
 RUNS = list(_runs())

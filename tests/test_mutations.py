@@ -63,6 +63,8 @@ def runs_of(source: Path) -> list[Run]:
         kernel = str(run.extra.get("kernel", name.removeprefix("cuda_")))
         stem = "grouped_grad_weight" if (kernel, run.map) == ("grouped", "grad_weight") else kernel
         files = {stem, "sum_partials"} if run.map == "grad_weight" else {stem}
+        if "padding_mode" in run.extra:
+            files = {"borders"}
         if source.stem not in files:
             continue
         c = run.case
@@ -80,6 +82,7 @@ def runs_of(source: Path) -> list[Run]:
             c.dilation != (1, 1),
             odd,
             *sorted(run.extra),
+            run.extra.get("padding_mode"),
         )
         if source.stem == "sum_partials":
             key = ("", run.layout, run.dtype, *sorted(run.extra.items()))

@@ -33,6 +33,8 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 
+constexpr const char* kBordersName = "cpu_borders";
+
 // Memory that a kernel is about to write as a whole.
 Tensor on_huge_pages(Tensor result) {
   advise_huge_pages(result.mutable_data_ptr(), result.nbytes());
@@ -95,74 +97,93 @@ void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor
 }  // namespace matmul
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
-              IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation_name) {
+              IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation_name,
+              std::string_view padding_mode) {
   const Activation activation = parse_activation(activation_name);
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   if (!has_kernel_dtype(input)) {  // seen here in inference mode only, which passes autograd's own test by
     count_aten("no kernel for this dtype");
     return aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups,
-                        activation);
+                        activation, mode);
   }
-  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
+  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(input);
   const Plan chosen = plan(Map::forward, shape, dtype, strict());
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
     const Tensor computed = aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
-                                         aten::sym(dilation), groups, activation);
+                                         aten::sym(dilation), groups, activation, mode);
     return with_strides(shape.y, computed, [&] { return empty_output(shape, input); });
   }
   Tensor output = on_huge_pages(empty_output(shape, input));
   if (output.numel() == 0) return output;
-  count_kernel(chosen.name);
   const Tensor dense_bias = bias && bias->defined() ? bias->contiguous() : Tensor();
   const Epilogue epilogue{dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr, activation};
   const void *x = input.const_data_ptr(), *w = weight.const_data_ptr();
   void* y = output.mutable_data_ptr();
-  switch (chosen.kernel) {
-    case Kernel::planes: planes_forward(shape, dtype, x, w, epilogue, y); break;
-    case Kernel::small_planes: small_planes_forward(shape, dtype, x, w, epilogue, y); break;
-    case Kernel::depthwise_nhwc: depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y); break;
-    case Kernel::pointwise: pointwise_forward(shape, dtype, x, w, epilogue, y); break;
-    default:
-      matmul::forward(shape, input, weight, dense_bias, output);
-      if (activation != Activation::identity) output.copy_(aten::activate(output, activation));
+  const BorderExtent border = border_extent(Map::forward, shape, mode);
+  if (border != BorderExtent::all) {
+    count_kernel(chosen.name);
+    switch (chosen.kernel) {
+      case Kernel::planes: planes_forward(shape, dtype, x, w, epilogue, y); break;
+      case Kernel::small_planes: small_planes_forward(shape, dtype, x, w, epilogue, y); break;
+      case Kernel::depthwise_nhwc: depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y); break;
+      case Kernel::pointwise: pointwise_forward(shape, dtype, x, w, epilogue, y); break;
+      default:
+        matmul::forward(shape, input, weight, dense_bias, output);
+        if (activation != Activation::identity) output.copy_(aten::activate(output, activation));
+    }
+  }
+  if (border != BorderExtent::none) {
+    count_kernel(kBordersName);
+    borders_forward(shape, mode, dtype, x, w, epilogue, y);
   }
   return output;
 }
 
 Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_size,
                          IntArrayRef input_stride, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                         int64_t groups) {
+                         int64_t groups, std::string_view padding_mode) {
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   const ConvShape shape =
-      check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups});
+      check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(grad_output);
   const Plan chosen = plan(Map::grad_input, shape, dtype, strict());
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    const Tensor computed = aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
-                                                    aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
+    const Tensor computed =
+        aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride), aten::sym(stride),
+                                aten::sym(padding), aten::sym(dilation), groups, mode);
     return with_strides(shape.x, computed, [&] { return empty_grad_input(shape, grad_output); });
   }
   Tensor grad_input = on_huge_pages(empty_grad_input(shape, grad_output));
   if (grad_input.numel() == 0) return grad_input;
-  count_kernel(chosen.name);
   const void *gy = grad_output.const_data_ptr(), *w = weight.const_data_ptr();
   void* gx = grad_input.mutable_data_ptr();
-  switch (chosen.kernel) {
-    case Kernel::planes: planes_grad_input(shape, dtype, gy, w, gx); break;
-    case Kernel::small_planes: small_planes_grad_input(shape, dtype, gy, w, gx); break;
-    case Kernel::depthwise_nhwc: depthwise_nhwc_grad_input(shape, dtype, gy, w, gx); break;
-    case Kernel::pointwise: pointwise_grad_input(shape, dtype, gy, w, gx); break;
-    default: matmul::grad_input(shape, grad_output, weight, grad_input);
+  const BorderExtent border = border_extent(Map::grad_input, shape, mode);
+  if (border != BorderExtent::all) {
+    count_kernel(chosen.name);
+    switch (chosen.kernel) {
+      case Kernel::planes: planes_grad_input(shape, dtype, gy, w, gx); break;
+      case Kernel::small_planes: small_planes_grad_input(shape, dtype, gy, w, gx); break;
+      case Kernel::depthwise_nhwc: depthwise_nhwc_grad_input(shape, dtype, gy, w, gx); break;
+      case Kernel::pointwise: pointwise_grad_input(shape, dtype, gy, w, gx); break;
+      default: matmul::grad_input(shape, grad_output, weight, grad_input);
+    }
+  }
+  if (border != BorderExtent::none) {
+    count_kernel(kBordersName);
+    borders_grad_input(shape, mode, dtype, gy, w, gx);
   }
   return grad_input;
 }
 
 Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_size,
                           IntArrayRef weight_stride, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                          int64_t groups) {
+                          int64_t groups, std::string_view padding_mode) {
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   const ConvShape shape =
-      check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups});
+      check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(grad_output);
   const Plan chosen = plan(Map::grad_weight, shape, dtype, strict());
   if (grad_output.numel() == 0) return empty_grad_weight(shape, grad_output).zero_();
@@ -170,8 +191,15 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
     count_aten(chosen.reason);
     const Tensor computed =
         aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
-                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
+                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups, mode);
     return with_strides(shape.w, computed, [&] { return empty_grad_weight(shape, grad_output); });
+  }
+  const BorderExtent border = border_extent(Map::grad_weight, shape, mode);
+  if (border != BorderExtent::none && grad_output.element_size() == 2) {
+    // What two kernels add to a half type would be rounded twice: here alone the input is padded by a copy.
+    const Tensor padded = aten::pad(input, aten::sym(padding), mode);
+    return conv2d_grad_weight(grad_output, padded, weight_size, weight_stride, stride, {0, 0}, dilation, groups,
+                              "zeros");
   }
   Tensor grad_weight = empty_grad_weight(shape, grad_output);
   count_kernel(chosen.name);
@@ -183,6 +211,10 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
     case Kernel::depthwise_nhwc: depthwise_nhwc_grad_weight(shape, dtype, gy, x, gw); break;
     case Kernel::pointwise: pointwise_grad_weight(shape, dtype, gy, x, gw); break;
     default: matmul::grad_weight(shape, grad_output, input, grad_weight);
+  }
+  if (border != BorderExtent::none) {
+    count_kernel(kBordersName);
+    borders_grad_weight(shape, mode, dtype, gy, x, gw);
   }
   return grad_weight;
 }

@@ -9,6 +9,7 @@
 
 #include "../activation.h"
 #include "../conv_shape.h"
+#include "../padding_mode.h"
 
 namespace sepconv::cpu {
 
@@ -35,6 +36,13 @@ void pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const vo
 
 // spatial_separable.cpp: a column and a row filter over every channel; y is Layout::nchw or nhwc, x has any strides.
 void spatial_separable_forward(const ConvShape&, DType, const void* x, const SpatialFilters&, void* y);
+
+// borders.cpp: what depends on the padding where that is not zeros, after one of the kernels above has done the rest. Any
+// groups, any strides. Forward and grad_input overwrite the frame of their result; grad_weight (float32 and float64 only) adds
+// to it.
+void borders_forward(const ConvShape&, PaddingMode, DType, const void* x, const void* w, const Epilogue&, void* y);
+void borders_grad_input(const ConvShape&, PaddingMode, DType, const void* grad_y, const void* w, void* grad_x);
+void borders_grad_weight(const ConvShape&, PaddingMode, DType, const void* grad_y, const void* x, void* grad_w);
 
 // isa.cpp: the instruction sets that this binary holds kernels for, worst first, and the one in use: the best that the
 // processor has, or the one that the environment variable SEPCONV_CPU_ISA names (baseline, avx2, avx512).

@@ -84,12 +84,56 @@ SEPCONV_INLINE void add_run_in_place(Vector<A> (&sums)[kRows], const A* const* r
   }
 }
 
+// One output row, kVectors vectors of columns from q on: a row without neighbours (a sequence) has no other sums that could
+// go on while a sum waits for its last product.
+template <typename A, bool kInPlace, int kVectors>
+SEPCONV_INLINE void lone_row(const Block<A>& b, const A* in_row, const A* const* rows, int64_t row, const A* w_filter,
+                             A* out, int64_t q) {
+  constexpr int kCount = kLanes<A>;
+  Vector<A> sums[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) sums[i] = b.add ? load(out + q + i * kCount) : broadcast<A>(b.bias);
+  for (int64_t c = 0; c < b.channels; ++c) {
+    for (int r = 0; r < b.run_count; ++r) {
+      const RunSteps& run = b.runs[r];
+      for (int s = 0; s < b.tap_count; ++s) {
+        const A* w = w_filter + c * b.w_channel + run.w + b.taps[s].w;
+        for (int t = 0; t < run.count; ++t, w += b.w_row) {
+          const Vector<A> weight = broadcast<A>(*w);
+          if constexpr (kInPlace) {
+            if (row + run.row + t < b.first_row || row + run.row + t >= b.last_row) continue;  // all zeros
+            const A* x = rows[run.row + t] + q + b.taps[s].in;
+            const uint32_t* masks = b.masks + q / kCount * b.tap_count + s;
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; ++i) {
+              sums[i] += load_masked(x + i * kCount, masks[i * b.tap_count]) * weight;
+            }
+          } else {
+            const A* x = in_row + q + c * b.in_channel + run.in + t * b.in_row + b.taps[s].in;
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; ++i) sums[i] += load(x + i * kCount) * weight;
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) store(out + q + i * kCount, activate_lanes<A>(b.activation, sums[i]));
+}
+
 // kRows output rows.
 template <typename A, bool kInPlace, int kRows>
 void row_block(const Block<A>& b, const A* in_rows, const A* const* rows, int64_t row, const A* w_filter, A* out_rows) {
   constexpr int kCount = kLanes<A>;
   const int64_t columns = b.columns, out_row = b.out_row;
-  for (int64_t q = 0; q < columns; q += kCount) {
+  int64_t q = 0;
+  if constexpr (kRows == 1) {
+    constexpr int kVectors = 8;
+    for (; columns - q >= kVectors * kCount; q += kVectors * kCount) {
+      lone_row<A, kInPlace, kVectors>(b, in_rows, rows, row, w_filter, out_rows, q);
+    }
+  }
+  for (; q < columns; q += kCount) {
     const uint32_t* masks = kInPlace ? b.masks + q / kCount * b.tap_count : nullptr;
     Vector<A> sums[kRows];
 #pragma GCC unroll 8

@@ -62,15 +62,27 @@ void launch(const Plan& chosen, Map map, const ConvShape& shape, DType dtype, co
       chosen.name);
 }
 
+// What depends on the padding where that is not zeros.
+void borders(Map map, const ConvShape& shape, PaddingMode mode, DType dtype, const Tensor& first, const Tensor& second,
+             const Epilogue& epilogue, const Tensor& out) {
+  constexpr const char* kName = "cuda_borders";
+  count_kernel(kName);
+  raise_if(run_borders(map, shape, mode, dtype, first.const_data_ptr(), second.const_data_ptr(), epilogue,
+                       out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()),
+           kName);
+}
+
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
-              IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation_name) {
+              IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation_name,
+              std::string_view padding_mode) {
   const Activation activation = parse_activation(activation_name);
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   if (!has_kernel_dtype(input)) {  // seen here in inference mode only, which passes autograd's own test by
     count_aten("no kernel for this dtype");
     return aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups,
-                        activation);
+                        activation, mode);
   }
-  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups});
+  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups, mode});
   const c10::cuda::CUDAGuard guard(input.device());
   const DType dtype = dtype_of(input);
   const Tensor dense_bias = bias && bias->defined() ? bias->contiguous() : Tensor();
@@ -80,41 +92,48 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
     const Tensor computed = aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
-                                         aten::sym(dilation), groups, activation);
+                                         aten::sym(dilation), groups, activation, mode);
     return with_strides(shape.y, computed, [&] { return empty_output(shape, input); });
   }
   Tensor output = empty_output(shape, input);
   if (output.numel() == 0) return output;
-  launch(chosen, Map::forward, shape, dtype, input, weight, epilogue, output);
+  const BorderExtent border = border_extent(Map::forward, shape, mode);
+  if (border != BorderExtent::all) launch(chosen, Map::forward, shape, dtype, input, weight, epilogue, output);
+  if (border != BorderExtent::none) borders(Map::forward, shape, mode, dtype, input, weight, epilogue, output);
   return output;
 }
 
 Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_size,
                          IntArrayRef input_stride, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                         int64_t groups) {
+                         int64_t groups, std::string_view padding_mode) {
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   const ConvShape shape =
-      check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups});
+      check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups, mode});
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const DType dtype = dtype_of(grad_output);
   const int64_t alignment = common_alignment({grad_output.const_data_ptr(), weight.const_data_ptr()});
   const Plan chosen = plan(Map::grad_input, shape, dtype, device_facts(grad_output.get_device()), alignment, strict());
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
-    const Tensor computed = aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
-                                                    aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
+    const Tensor computed =
+        aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride), aten::sym(stride),
+                                aten::sym(padding), aten::sym(dilation), groups, mode);
     return with_strides(shape.x, computed, [&] { return empty_grad_input(shape, grad_output); });
   }
   Tensor grad_input = empty_grad_input(shape, grad_output);
   if (grad_input.numel() == 0) return grad_input;
-  launch(chosen, Map::grad_input, shape, dtype, grad_output, weight, Epilogue{}, grad_input);
+  const BorderExtent border = border_extent(Map::grad_input, shape, mode);
+  if (border != BorderExtent::all) launch(chosen, Map::grad_input, shape, dtype, grad_output, weight, {}, grad_input);
+  if (border != BorderExtent::none) borders(Map::grad_input, shape, mode, dtype, grad_output, weight, {}, grad_input);
   return grad_input;
 }
 
 Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_size,
                           IntArrayRef weight_stride, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                          int64_t groups) {
+                          int64_t groups, std::string_view padding_mode) {
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   const ConvShape shape =
-      check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups});
+      check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups, mode});
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const DType dtype = dtype_of(grad_output);
   if (grad_output.numel() == 0) return empty_grad_weight(shape, grad_output).zero_();
@@ -124,11 +143,19 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
     count_aten(chosen.reason);
     const Tensor computed =
         aten::conv2d_grad_weight(grad_output, input, aten::sym(weight_size), aten::sym(weight_stride),
-                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups);
+                                 aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups, mode);
     return with_strides(shape.w, computed, [&] { return empty_grad_weight(shape, grad_output); });
+  }
+  const BorderExtent border = border_extent(Map::grad_weight, shape, mode);
+  if (border != BorderExtent::none && grad_output.element_size() == 2) {
+    // What two kernels add to a half type would be rounded twice: here alone the input is padded by a copy.
+    const Tensor padded = aten::pad(input, aten::sym(padding), mode);
+    return conv2d_grad_weight(grad_output, padded, weight_size, weight_stride, stride, {0, 0}, dilation, groups,
+                              "zeros");
   }
   Tensor grad_weight = empty_grad_weight(shape, grad_output);
   launch(chosen, Map::grad_weight, shape, dtype, grad_output, input, Epilogue{}, grad_weight);
+  if (border != BorderExtent::none) borders(Map::grad_weight, shape, mode, dtype, grad_output, input, {}, grad_weight);
   return grad_weight;
 }
 

@@ -10,6 +10,7 @@
 
 #include "../activation.h"
 #include "../conv_shape.h"
+#include "../padding_mode.h"
 #include "../separable_shape.h"
 
 namespace sepconv::cuda {
@@ -109,6 +110,16 @@ cudaError_t launch_separable_mma(const SeparableShape&, DType, const SeparableMe
 // y have any strides.
 cudaError_t launch_spatial_separable(const ConvShape&, DType, const void* x, const SpatialFilters&, void* y,
                                      cudaStream_t);
+
+// borders.cu: what depends on the padding where that is not zeros, after one of the kernels above has done the rest. Any
+// groups, any strides, any size. Forward and grad_input overwrite the frame of their result. grad_weight adds to the weights'
+// gradient, in float32 and float64 only: a half type would be rounded twice.
+cudaError_t launch_borders_forward(const ConvShape&, PaddingMode, DType, const void* x, const void* w, const Epilogue&,
+                                   void* y, cudaStream_t);
+cudaError_t launch_borders_grad_input(const ConvShape&, PaddingMode, DType, const void* grad_y, const void* w,
+                                      void* grad_x, cudaStream_t);
+cudaError_t launch_borders_grad_weight(const ConvShape&, PaddingMode, DType, const void* grad_y, const void* x,
+                                       void* grad_w, cudaStream_t);
 
 // sum_partials.cu: the second stage of every grad_weight. partials is [splits, K, C / groups, R, S], dense, in the
 // accumulation type (double for float64, float otherwise); they are added in the order of the splits, so that the

@@ -55,4 +55,8 @@ cudaError_t run(const Plan&, Map, const ConvShape&, DType, const void* first, co
 // The same for plan_separable; Kernel::composite is not launched here.
 cudaError_t run_separable(const Plan&, const SeparableShape&, DType, const SeparableMemory&, cudaStream_t);
 
+// What depends on the padding, after run(), or instead of it where that is all (border_extent() of padding_mode.h).
+cudaError_t run_borders(Map, const ConvShape&, PaddingMode, DType, const void* first, const void* second,
+                        const Epilogue&, void* out, cudaStream_t);
+
 }  // namespace sepconv::cuda

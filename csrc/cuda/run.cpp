@@ -77,4 +77,14 @@ cudaError_t run_separable(const Plan& p, const SeparableShape& shape, DType dtyp
   }
 }
 
+cudaError_t run_borders(Map map, const ConvShape& shape, PaddingMode mode, DType dtype, const void* first,
+                        const void* second, const Epilogue& epilogue, void* out, cudaStream_t stream) {
+  switch (map) {
+    case Map::forward: return launch_borders_forward(shape, mode, dtype, first, second, epilogue, out, stream);
+    case Map::grad_input: return launch_borders_grad_input(shape, mode, dtype, first, second, out, stream);
+    case Map::grad_weight: return launch_borders_grad_weight(shape, mode, dtype, first, second, out, stream);
+  }
+  return cudaErrorNotSupported;
+}
+
 }  // namespace sepconv::cuda

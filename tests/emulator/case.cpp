@@ -57,6 +57,8 @@ Case read_case(const Arguments& a) {
   static constexpr const char* kDTypes[] = {"float32", "float64", "float16", "bfloat16"};
   c.dtype = static_cast<DType>(index_of(kDTypes, a.text("dtype", "float32")));
   c.activation = static_cast<Activation>(index_of(sepconv::kActivationNames, a.text("activation", "identity")));
+  c.padding_mode =
+      static_cast<sepconv::PaddingMode>(index_of(sepconv::kPaddingModeNames, a.text("padding_mode", "zeros")));
   c.bias = a.number("bias", 0);
   c.spatial = a.text("op", "conv2d") == "spatial_separable";
   c.shared_column = a.number("shared", 0) & 1, c.shared_row = a.number("shared", 0) & 2;

@@ -25,6 +25,7 @@ struct Case {
   sepconv::Map map;
   sepconv::DType dtype;
   sepconv::ConvShape shape;
+  sepconv::PaddingMode padding_mode;
   bool bias;
   sepconv::Activation activation;
   bool spatial;                    // a column and a row filter in the place of the weight

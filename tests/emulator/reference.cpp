@@ -6,8 +6,26 @@ namespace emulator {
 
 using sepconv::Map;
 
-std::vector<Expected> reference(Map map, const sepconv::ConvShape& s, const Buffer& a, const Buffer& b,
-                                const Buffer* bias, sepconv::Activation activation) {
+namespace {
+
+// The pixel at a position of the padded image, -1 for none: walked step by step, not as the kernels compute it.
+int64_t pixel_at(sepconv::PaddingMode mode, int64_t position, int64_t size) {
+  using sepconv::PaddingMode;
+  while (position < 0 || position >= size) {
+    switch (mode) {
+      case PaddingMode::zeros: return -1;
+      case PaddingMode::reflect: position = position < 0 ? -position : 2 * size - 2 - position; break;
+      case PaddingMode::replicate: position += position < 0 ? 1 : -1; break;
+      case PaddingMode::circular: position += position < 0 ? size : -size; break;
+    }
+  }
+  return position;
+}
+
+}  // namespace
+
+std::vector<Expected> reference(Map map, const sepconv::ConvShape& s, sepconv::PaddingMode mode, const Buffer& a,
+                                const Buffer& b, const Buffer* bias, sepconv::Activation activation) {
   const int64_t Cg = s.channels_per_group(), Kg = s.outputs_per_group();
   std::vector<Expected> result(map == Map::forward      ? s.output_elements()
                                : map == Map::grad_input ? s.input_elements()
@@ -21,9 +39,9 @@ std::vector<Expected> reference(Map map, const sepconv::ConvShape& s, const Buff
             for (int64_t r = 0; r < s.R; ++r)
               for (int64_t t = 0; t < s.S; ++t) {
                 const int64_t c = k / Kg * Cg + j;
-                const int64_t h = p * s.stride_h + r * s.dilation_h - s.pad_h;
-                const int64_t w = q * s.stride_w + t * s.dilation_w - s.pad_w;
-                if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
+                const int64_t h = pixel_at(mode, p * s.stride_h + r * s.dilation_h - s.pad_h, s.H);
+                const int64_t w = pixel_at(mode, q * s.stride_w + t * s.dilation_w - s.pad_w, s.W);
+                if (h < 0 || w < 0) continue;
                 double product = 0;
                 int64_t index = 0;
                 switch (map) {

@@ -5,6 +5,7 @@
 
 #include "../../csrc/activation.h"
 #include "../../csrc/conv_shape.h"
+#include "../../csrc/padding_mode.h"
 #include "tensor.h"
 
 namespace emulator {
@@ -21,8 +22,8 @@ struct Expected {
 
 // Elements in the order of the result's logical dimensions. a and b are the map's two operands: (x, w), (grad_y, w) or
 // (grad_y, x). bias may be null.
-std::vector<Expected> reference(sepconv::Map, const sepconv::ConvShape&, const Buffer& a, const Buffer& b,
-                                const Buffer* bias, sepconv::Activation);
+std::vector<Expected> reference(sepconv::Map, const sepconv::ConvShape&, sepconv::PaddingMode, const Buffer& a,
+                                const Buffer& b, const Buffer* bias, sepconv::Activation);
 
 // The 1x1 convolution of what the map forward gave for a depthwise stage, whose errors it inherits.
 std::vector<Expected> reference_pointwise(const sepconv::ConvShape& pointwise, const std::vector<Expected>& depthwise,

@@ -4,8 +4,9 @@
 //   runner map=forward dtype=float16 layout=channels_last N=2 C=6 H=5 W=7 K=4 R=3 S=3 groups=2
 //          stride=1,1 padding=1,1,1,1 dilation=1,1 bias=1 activation=relu seeds=0:8
 //
-// The plan chooses the kernel; kernel=, vec=, rows=, lanes=, splits=, window= and wide= overrule it, sm= and
-// multiprocessors= are the GPU that it plans for. op=separable adds a 1x1 convolution (case.h). "--" stands between several cases. Exit status 0: all are right for every
+// padding_mode= is zeros, reflect, replicate or circular. The plan chooses the kernel; kernel=, vec=, rows=, lanes=, splits=,
+// window= and wide= overrule it, sm= and multiprocessors= are the GPU that it plans for. op=separable adds a 1x1 convolution
+// (case.h). "--" stands between several cases. Exit status 0: all are right for every
 // seed. Otherwise the last lines say what was wrong, where, and in which CUDA thread.
 #include <unistd.h>
 
@@ -110,7 +111,7 @@ std::string run_separable(const Case& d, const Arguments& arguments, uint64_t se
                                         nullptr);
   });
   if (!failed.empty()) return failed;
-  const auto h = reference(Map::forward, ds, x, w, first_bias, d.activation);
+  const auto h = reference(Map::forward, ds, sepconv::PaddingMode::zeros, x, w, first_bias, d.activation);
   return judge(p, y, reference_pointwise(ps, h, d.dtype, v, second_bias, p.activation), y_sizes);
 }
 
@@ -154,12 +155,20 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   Buffer workspace(plan.workspace_bytes);  // not a byte larger than planned
 
   const std::string failed = run_watched(seed, out, workspace, [&] {
-    return sepconv::cuda::run(plan, c.map, s, c.dtype, first.data(), second.data(),
-                              {has_bias ? bias.data() : nullptr, activation}, out.data(), workspace.data(), nullptr);
+    const sepconv::Epilogue epilogue{has_bias ? bias.data() : nullptr, activation};
+    const sepconv::BorderExtent border = sepconv::border_extent(c.map, s, c.padding_mode);
+    cudaError_t error = cudaSuccess;
+    if (border != sepconv::BorderExtent::all) {
+      error = sepconv::cuda::run(plan, c.map, s, c.dtype, first.data(), second.data(), epilogue, out.data(),
+                                 workspace.data(), nullptr);
+    }
+    if (error != cudaSuccess || border == sepconv::BorderExtent::none) return error;
+    return sepconv::cuda::run_borders(c.map, s, c.padding_mode, c.dtype, first.data(), second.data(), epilogue,
+                                      out.data(), nullptr);
   });
   if (!failed.empty()) return failed;
 
-  const auto expected = reference(c.map, s, first, second, has_bias ? &bias : nullptr, activation);
+  const auto expected = reference(c.map, s, c.padding_mode, first, second, has_bias ? &bias : nullptr, activation);
   const Sizes& sizes = c.map == Map::forward ? y_sizes : c.map == Map::grad_input ? x_sizes : w_sizes;
   return judge(c, out, expected, sizes);
 }
