@@ -90,7 +90,13 @@ template <typename A, bool kInPlace, int kVectors>
 SEPCONV_INLINE void lone_row(const Block<A>& b, const A* in_row, const A* const* rows, int64_t row, const A* w_filter,
                              A* out, int64_t q) {
   constexpr int kCount = kLanes<A>;
+  constexpr int kAhead = 4 * kVectors * kCount;  // numbers, in this row or in one that follows: 2 KiB of float
   Vector<A> sums[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) {
+    if (kInPlace && b.run_count > 0) __builtin_prefetch(rows[b.runs[0].row] + q + kAhead + i * kCount);
+    __builtin_prefetch(out + q + kAhead + i * kCount, 1);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; ++i) sums[i] = b.add ? load(out + q + i * kCount) : broadcast<A>(b.bias);
   for (int64_t c = 0; c < b.channels; ++c) {
