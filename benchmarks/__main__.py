@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import console, layer_runs, layers, machine, models, overhead, peers, report
+from . import console, layer_runs, layers, machine, models, overhead, pairs, peers, report
 from . import record as records
 from .timing import Clock, clock_for
 
@@ -22,9 +22,10 @@ LATEST = Path(__file__).parent / "results" / "latest"
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    what = parser.add_argument_group("what (default: all three)")
+    what = parser.add_argument_group("what (default: all four)")
     what.add_argument("--layers", action="store_true", help="single layers of layers.csv")
     what.add_argument("--models", nargs="*", metavar="NAME", help=f"networks; of {', '.join(models.MODELS)}")
+    what.add_argument("--separable", action="store_true", help="pairs of depthwise and 1x1 layers, and their memory")
     what.add_argument("--overhead", action="store_true", help="host time a call")
     parser.add_argument(
         "--quick", action="store_true", help="few repetitions; with --layers alone: every depthwise layer"
@@ -77,9 +78,10 @@ def _list_of(known):
 
 def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     cuda = options.device.type == "cuda"
-    everything = not (options.layers or options.overhead or options.models is not None)
+    everything = not (options.layers or options.separable or options.overhead or options.models is not None)
     bar_check = options.layers and options.quick and not cuda
     options.layers |= everything
+    options.separable |= everything
     options.overhead |= everything
     if everything or options.models == []:
         options.models = list(models.QUICK if options.quick else models.MODELS)
@@ -125,6 +127,21 @@ def measure(options: argparse.Namespace, record: dict) -> None:
         with console.progress("layers", len(plan)) as advance:
             for row in layer_runs.run(plan, advance):
                 record["layers"].append(row)
+    if options.separable:
+        found = pairs.load()
+        plan = pairs.Plan(
+            pairs=found if options.all else pairs.representative(found),
+            device=device,
+            batch=options.batch,
+            dtypes=dtypes,
+            clock=clock,
+            thread_counts=options.threads[-1:],
+            budget=options.budget,
+            rounds=3 if options.quick else 5,
+        )
+        with console.progress("pairs", len(plan)) as advance:
+            for row in pairs.run(plan, advance):
+                record["pairs"].append(row)
     if options.models:
         plan = models.Plan(
             names=tuple(options.models),

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FORMAT = "sepconv_ext benchmark record, version 1"
-LISTS = ("layers", "models", "overhead")  # the long lists, written one row a line
+LISTS = ("layers", "pairs", "models", "overhead")  # the long lists, written one row a line
 
 LOSING = 0.97  # a speed-up below this is a loss; what looks like one is measured again, longer, before it is called one
 
@@ -48,7 +48,8 @@ def losses(rows: Iterable[dict]) -> list[dict]:
 
 def disagreements(record: dict) -> list[dict]:
     """Rows whose result was wrong, or that our side could not run at all."""
-    return [row for row in (*record["layers"], *record["models"]) if not row["agrees"] or row["seconds"] is None]
+    rows = (*record["layers"], *record.get("pairs", ()), *record["models"])
+    return [row for row in rows if not row["agrees"] or row["seconds"] is None]
 
 
 def bars(record: dict) -> list[dict]:

@@ -86,6 +86,8 @@ def tables(record: dict) -> list[Table]:
     layers = record["layers"]
     if layers:
         found += [_bars(record), _means(layers), _losses(layers), _worst(layers)]
+    if record.get("pairs"):  # records of before have none
+        found.append(_pairs(record["pairs"]))
     if record["models"]:
         found.append(_models(record["models"]))
     if record["overhead"]:
@@ -227,6 +229,39 @@ def _models(rows: list[dict]) -> Table:
     return Table("Models", (*columns, "converted", "difference", "same top 5", "agrees"), shown)
 
 
+def _pairs(rows: list[dict]) -> Table:
+    shown = []
+    for row in rows:
+        taken, held = (
+            {name: f"{size / 2**20:.1f} MB" for name, size in row[key].items()} for key in ("peak_bytes", "held_bytes")
+        )
+        training = row["mode"] == "training"
+        shown.append(
+            (
+                row["layer"],
+                row["mode"],
+                row["dtype"],
+                row["layout"],
+                str(row["threads"]),
+                _time(row["seconds"]),
+                _time(row["seconds_of"].get("sepconv kept")),
+                _time(row["seconds_of"].get("sepconv, two calls")),
+                _time(row["best_peer_seconds"]),
+                _x(row["speedup"]),
+                f"{taken['sepconv']} / {taken['torch']}",
+                f"{held['sepconv']} / {held['sepconv kept']} / {held['torch']}" if training else "-",
+            )
+        )
+    columns = ("pair", "mode", "dtype", "layout", "threads", "one call", "kept", "two calls", "torch", "speed-up")
+    note = (
+        "Depthwise, relu, 1x1, relu. One call: separable_conv2d as the plan runs it; kept: with save_intermediate; two "
+        "calls: this package's depthwise and pointwise convolution. Most memory: that a call takes at a time, its "
+        "results included, one call / torch. Held: from the forward to the backward pass, the output included, one "
+        "call / kept / torch: what adds up over the layers of a network."
+    )
+    return Table("Depthwise-separable pairs", (*columns, "most memory", "held"), shown, note)
+
+
 def _overhead(rows: list[dict]) -> Table:
     shown = [
         (row["what"], f"{row['ours_us']:.2f} us", f"{row['torch_us']:.2f} us", _x(row["ratio"], 3)) for row in rows
@@ -245,7 +280,7 @@ def _trouble(record: dict) -> Table:
         why = why or f"difference {row['difference']:.2e}"
         rows.append((what, row.get("map") or row["mode"], row["dtype"], row["layout"], str(row["threads"]), why))
     lines = []
-    for row in (*record["layers"], *record["models"]):
+    for row in (*record["layers"], *record.get("pairs", ()), *record["models"]):
         lines += [f"{name}: {text}" for name, text in row["errors"].items() if not name.startswith("sepconv")]
     lines = [f"- {text} ({lines.count(text)} rows)" for text in dict.fromkeys(lines)]
     lines = [f"- skipped: {text}" for text in record["skipped"]] + lines

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as benchmark
-from benchmarks import console, layer_runs, layers, machine, models, peers, record, report, timing
+from benchmarks import console, layer_runs, layers, machine, models, pairs, peers, record, report, timing
 from benchmarks.layers import Layer, floor
 
 README = Path(benchmark.__file__).with_name("README.md").read_text()
@@ -152,6 +152,7 @@ def made_up(rows, batch=8):
         "matmul_rate": {"1": {"float32": 1e9}},
         "skipped": [],
         "layers": rows,
+        "pairs": [],
         "models": [],
         "overhead": [],
     }  # fmt: skip
@@ -202,18 +203,27 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     lock = torch.backends.flags_frozen.__globals__
     monkeypatch.setitem(lock, "__allow_nonbracketed_mutation_flag", True)
     monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e11)
-    arguments = ["--layers", "--all", "--models", "mobilenet_v2", "--overhead", "--quick", "--device", "cpu"]
+    monkeypatch.setattr(pairs, "load", lambda: [pairs.Pair(8, 12, 9, 3, 2, 1)])
+    arguments = ["--layers", "--separable", "--all"]
+    arguments += ["--models", "mobilenet_v2", "--overhead", "--quick", "--device", "cpu"]
     arguments += ["--kinds", "depthwise,pointwise", "--threads", "1", "--batch", "2", "--out", str(tmp_path)]
     code = benchmark.main(arguments)
     assert code == 0, capsys.readouterr().out
     written = record.read(tmp_path)
     assert len(written["layers"]) == 2 * 2 * 3 and len(written["models"]) == 2 * 2
     assert len(written["overhead"]) == 2 * len(benchmark.overhead.CASES)
+    assert len(written["pairs"]) == 2 * 2
     fixed = set(re.findall(r"`(\w+)`", README))
-    for part in ("layers", "models", "overhead"):
+    for part in ("layers", "pairs", "models", "overhead"):
         assert {field for line in written[part] for field in line} <= fixed
     assert set(written) | set(written["machine"]) <= fixed
-    assert all(line["agrees"] and line["speedup"] > 0 for line in (*written["layers"], *written["models"]))
+    timed = (*written["layers"], *written["pairs"], *written["models"])
+    assert all(line["agrees"] and line["speedup"] > 0 for line in timed)
+    for line in written["pairs"]:  # the output is [2, 12, 5, 5], what lies between the stages [2, 8, 5, 5]
+        held = line["held_bytes"]
+        if line["mode"] == "training":
+            assert held["sepconv"] == 4 * 2 * 12 * 5 * 5 and held["sepconv kept"] - held["sepconv"] == 4 * 2 * 8 * 5 * 5
+        assert line["peak_bytes"]["sepconv"] >= held["sepconv"]
     assert all(line["converted"] == 2 for line in written["models"])
     files = {path.name for path in tmp_path.iterdir()}
     always, plots = {"record.json", "summary.md"}, {"speedup.png", "floor.png", "models.png"}
