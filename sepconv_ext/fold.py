@@ -151,11 +151,10 @@ class Chain:
         first, *rest = self.stages
         conv = first.conv
         (weight, bias), *pointwise = self.weights(input)
-        padding = conv.padding
-        if conv.padding_mode != "zeros":
-            input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = 0
+        padding, mode = conv.padding, conv.padding_mode
         if pointwise:
+            if mode != "zeros":
+                input, padding = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode), 0
             return functional.separable_conv2d(
                 input,
                 weight,
@@ -169,11 +168,12 @@ class Chain:
                 rest[0].activation,
                 self.save_intermediate,
             )
-        geometry = (conv.stride, padding, conv.dilation, conv.groups)
-        if first.activation == "identity":
-            convolve = functional.conv2d if conv.groups > 1 or conv.kernel_size == (1, 1) else F.conv2d
-            return convolve(input, weight, bias, *geometry)
-        return functional._conv2d(input, weight, bias, *geometry, first.activation)
+        arguments = (input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+        if first.activation != "identity":
+            return functional._conv2d(*arguments, first.activation, mode)
+        if mode != "zeros":
+            return functional.padded_conv2d(*arguments, padding_mode=mode)
+        return (functional if conv.groups > 1 or conv.kernel_size == (1, 1) else F).conv2d(*arguments)
 
     def weights(self, input: Tensor | None = None) -> list[Weights]:
         """The weight and bias of each stage, norms folded in: kept from the last call where nothing changed.

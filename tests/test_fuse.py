@@ -178,6 +178,15 @@ def test_geometry_of_the_depthwise_stage(geometry: dict) -> None:
     assert [entry.family for entry in fused(model, x).fused] == ["separable"]
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes_of_single_stages(mode: str) -> None:
+    x = random((2, 4, 9, 8), torch.float32, "cpu")
+    for groups, act in ((4, nn.ReLU()), (2, nn.Identity()), (1, nn.Identity())):
+        conv = nn.Conv2d(4, 4, 3, padding=1, groups=groups, padding_mode=mode)
+        model = lived_in(nn.Sequential(conv, nn.BatchNorm2d(4), act)).eval()
+        assert len(fused(model, x).fused) == 1
+
+
 def test_only_true_pointwise_convolutions_follow() -> None:
     x = random((2, 4, 9, 8), torch.float32, "cpu")
     for second in (nn.Conv2d(4, 8, 1, stride=2), nn.Conv2d(4, 8, 1, padding=1), nn.Conv2d(4, 8, 1, groups=2)):
