@@ -5,6 +5,7 @@
 #include <string>
 
 #include "conv_shape.h"
+#include "separable_shape.h"
 
 namespace sepconv {
 
@@ -18,9 +19,11 @@ struct Explanation {
 
 namespace cpu {
 Explanation explain(Map, const ConvShape&, DType);
+Explanation explain(const SeparableShape&, DType);
 }
 namespace cuda {
 Explanation explain(Map, const ConvShape&, DType, int device);
+Explanation explain(const SeparableShape&, DType, int device);
 // The same for a device that need not be there: its number of multiprocessors, and 90 for compute capability 9.0.
 Explanation explain(Map, const ConvShape&, DType, int multiprocessors, int compute_capability);
 }  // namespace cuda

@@ -184,6 +184,21 @@ Explanation explain(const std::string& map_name, const at::Tensor& input, const 
   return aten("no kernel for this device");
 }
 
+// The plan of a call of separable_conv2d; nothing is run.
+Explanation explain_separable(const at::Tensor& input, const at::Tensor& depthwise_weight,
+                              const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
+                              const std::optional<at::Tensor>& pointwise_bias, std::vector<int64_t> stride,
+                              std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  if (!has_kernel_dtype(input)) return {"aten", "no kernel for this dtype", true, "", 0};
+  const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                               pointwise_bias, stride, padding, dilation);
+#ifdef SEPCONV_WITH_CUDA
+  if (input.is_cuda()) return cuda::explain(shape, dtype_of(input), input.get_device());
+#endif
+  if (input.is_cpu()) return cpu::explain(shape, dtype_of(input));
+  return {"aten", "no kernel for this device", true, "", 0};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -218,6 +233,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("explain", explain, py::arg("map"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none(),
         py::arg("padding_mode") = "zeros");
+  m.def("explain_separable", explain_separable);
 }
 
 }  // namespace sepconv

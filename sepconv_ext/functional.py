@@ -381,3 +381,29 @@ def explain(
     padding = _padding(padding, weight.shape, stride, dilation)
     image = input.unsqueeze(0) if input.dim() == 3 else input
     return _C.explain(map, image, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+
+
+def explain_separable(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+) -> _C.Explanation:
+    """How :func:`separable_conv2d` makes a call, and why: by a fused kernel, or as two calls; nothing is run.
+
+    Args:
+        input ... dilation: the call, as in :func:`separable_conv2d`.
+
+    Returns:
+        As :func:`explain`; ``kernel`` is ``composite`` where two calls of :func:`conv2d` are made, with plans of their own.
+    """
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = _padding(padding, depthwise_weight.shape, stride, dilation)
+    image = input.unsqueeze(0) if input.dim() == 3 else input
+    return _C.explain_separable(
+        image, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation
+    )

@@ -172,3 +172,85 @@ FAMILIES: tuple[Case, ...] = (
     _grouped("two", 2, 6, 6, 5, 4, 3, 2, stride=(1, 2), padding=(1, 1), bias=True),
     _pointwise("plain", 2, 5, 4, 3, 6, bias=True),
 )
+
+
+@dataclass(frozen=True)
+class SeparableCase:
+    """A depthwise convolution of `multiplier` outputs a channel, and the 1x1 convolution to K channels behind it."""
+
+    name: str
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    kernel: tuple[int, int] = (3, 3)
+    multiplier: int = 1
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    bias: bool = True
+    depthwise_activation: str = "relu6"
+    pointwise_activation: str = "identity"
+
+    @property
+    def input_size(self) -> tuple[int, int, int, int]:
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def depthwise_size(self) -> tuple[int, int, int, int]:
+        return (self.C * self.multiplier, 1, *self.kernel)
+
+    @property
+    def pointwise_size(self) -> tuple[int, int, int, int]:
+        return (self.K, self.C * self.multiplier, 1, 1)
+
+    @property
+    def output_size(self) -> tuple[int, int, int, int]:
+        size = reference.output_size(self.input_size, self.depthwise_size, self.stride, self.padding, self.dilation)
+        return (self.N, self.K, *size[2:])
+
+    @property
+    def geometry(self) -> tuple:
+        """stride, padding, dilation, as functional.separable_conv2d takes them."""
+        return (self.stride, self.padding, self.dilation)
+
+    @property
+    def op_geometry(self) -> tuple:
+        """The same, as the op takes it."""
+        return (self.stride, reference.four_paddings(self.padding, self.kernel, self.dilation), self.dilation)
+
+    @property
+    def activations(self) -> tuple[str, str]:
+        return (self.depthwise_activation, self.pointwise_activation)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SEPARABLE: tuple[SeparableCase, ...] = (
+    SeparableCase("plain", 2, 24, 14, 14, 40),
+    SeparableCase("aligned", 1, 64, 16, 32, 64, depthwise_activation="relu", pointwise_activation="relu"),
+    SeparableCase("awkward", 2, 58, 7, 7, 37),
+    SeparableCase("wide_output", 1, 24, 19, 7, 131, pointwise_activation="leaky_relu"),
+    SeparableCase("c3", 2, 3, 19, 20, 16, stride=(2, 2), depthwise_activation="identity"),
+    SeparableCase("one_channel", 2, 1, 7, 19, 5, multiplier=3),
+    SeparableCase("one_channel_each", 2, 1, 7, 9, 1, depthwise_activation="sigmoid"),
+    SeparableCase("one_output", 2, 20, 7, 8, 1, bias=False),
+    SeparableCase("one_row", 2, 24, 1, 19, 24, pointwise_activation="tanh"),
+    SeparableCase("one_pixel", 3, 24, 1, 1, 10),
+    SeparableCase("many_small_images", 13, 17, 3, 4, 9),
+    SeparableCase("wide_row", 1, 8, 3, 700, 12, bias=False),
+    SeparableCase("k5_stride2", 1, 40, 15, 17, 24, kernel=(5, 5), stride=(2, 2), padding=(2, 2)),
+    SeparableCase("k7_dilated", 1, 33, 19, 19, 20, kernel=(7, 7), padding=(6, 3), dilation=(2, 1)),
+    SeparableCase("k3x9_same", 2, 35, 8, 13, 18, kernel=(3, 9), padding="same", depthwise_activation="silu"),
+    SeparableCase("k4x2_same", 2, 6, 8, 9, 18, kernel=(4, 2), padding="same", depthwise_activation="gelu"),
+    SeparableCase("stride1x3", 1, 40, 11, 23, 24, stride=(1, 3), depthwise_activation="hardswish"),
+    SeparableCase("stride3_dilation2", 1, 9, 20, 19, 12, stride=(3, 3), padding=(2, 2), dilation=(2, 2)),
+    SeparableCase("multiplier2", 2, 24, 9, 10, 30, multiplier=2, pointwise_activation="gelu"),
+    SeparableCase("no_padding", 2, 16, 9, 35, 24, padding=(0, 0), depthwise_activation="tanh"),
+    SeparableCase("wide_padding", 1, 16, 5, 6, 8, padding=(4, 3), pointwise_activation="hardswish"),
+    SeparableCase("empty_batch", 0, 8, 6, 6, 12),
+)
+assert len({case.name for case in SEPARABLE}) == len(SEPARABLE), "two cases have one name"
+SEPARABLE_BY_NAME: dict[str, SeparableCase] = {case.name: case for case in SEPARABLE}

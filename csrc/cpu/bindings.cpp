@@ -28,6 +28,11 @@ Explanation explain(Map map, const ConvShape& shape, DType dtype) {
   return {chosen.name, chosen.reason, chosen.kernel == Kernel::aten, "", 0};
 }
 
+Explanation explain(const SeparableShape& shape, DType dtype) {
+  const Plan chosen = plan_separable(shape, dtype, strict());
+  return {chosen.name, chosen.reason, false, "", 0};
+}
+
 namespace {
 
 using at::IntArrayRef;
@@ -219,6 +224,28 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   return grad_weight;
 }
 
+// (output, intermediate), each empty where it is not wanted.
+std::tuple<Tensor, Tensor> separable_fused(const SeparableShape& shape, const separable::Call& call, bool output,
+                                           bool intermediate) {
+  const auto dense = [](const std::optional<Tensor>& t) { return t && t->defined() ? t->contiguous() : Tensor(); };
+  const auto data = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
+  const Tensor none = at::empty({0}, call.input.options());
+  const Tensor y = output ? on_huge_pages(empty_output(shape.pointwise, call.input)) : none;
+  const Tensor h = intermediate ? on_huge_pages(empty_output(shape.depthwise, call.input)) : none;
+  const Tensor bias_d = dense(call.depthwise_bias), bias_p = dense(call.pointwise_bias);
+  if (shape.depthwise.N == 0) return {y, h};
+  count_kernel("cpu_separable");
+  separable_forward(shape, dtype_of(call.input),
+                    {call.input.const_data_ptr(),
+                     call.depthwise_weight.const_data_ptr(),
+                     {data(bias_d), call.depthwise_activation},
+                     call.pointwise_weight.const_data_ptr(),
+                     {data(bias_p), call.pointwise_activation},
+                     output ? y.mutable_data_ptr() : nullptr,
+                     intermediate ? h.mutable_data_ptr() : nullptr});
+  return {y, h};
+}
+
 Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
                         const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
                         const std::optional<Tensor>& pointwise_bias, IntArrayRef stride, IntArrayRef padding,
@@ -238,8 +265,10 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
     count_aten("no kernel for this dtype");
     return aten::separable_conv2d(call);
   }
-  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
-  return separable::composite(call);
+  const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                               pointwise_bias, stride, padding, dilation);
+  if (plan_separable(shape, dtype_of(input), strict()).kernel != Kernel::separable) return separable::composite(call);
+  return std::get<0>(separable_fused(shape, call, /*output=*/true, /*intermediate=*/false));
 }
 
 std::tuple<Tensor, Tensor> separable_conv2d_training(
@@ -257,8 +286,17 @@ std::tuple<Tensor, Tensor> separable_conv2d_training(
                              aten::sym(dilation),
                              parse_activation(depthwise_activation),
                              parse_activation(pointwise_activation)};
-  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
-  return separable::composite_training(call, output, intermediate);
+  const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                               pointwise_bias, stride, padding, dilation);
+  const DType dtype = dtype_of(input);
+  // The kept value before the activation is rounded to the tensors' type; for the same output with and without it, a
+  // half type would have to be rounded without it too.
+  const bool rounded = dtype != DType::float32 && dtype != DType::float64;
+  if ((rounded && !derivative_from_output(call.depthwise_activation)) ||
+      plan_separable(shape, dtype, strict()).kernel != Kernel::separable) {
+    return separable::composite_training(call, output, intermediate);
+  }
+  return separable_fused(shape, call, output, intermediate);
 }
 
 Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const Tensor& row, IntArrayRef padding) {

@@ -310,3 +310,44 @@ void correlate(const Correlation<T>& k, const Kernel<T>& kernel, int64_t p0, int
     }
   }
 }
+
+// Element (c, r, s) of the weight, for the taps r = r0, r0 + r_step, ... (`rows` of them) and s alike, as
+// [channel groups, rows, columns, group]; zero where there is no such channel.
+template <typename T>
+void pack(const ConvShape& shape, const T* w, const ChannelGroups& groups, int64_t r0, int64_t r_step, int64_t rows,
+          int64_t s0, int64_t s_step, int64_t columns, accumulate_t<T>* packed) {
+  const int64_t lanes = std::min(shape.C, groups.width);
+  for (int64_t group = 0; group < groups.count(); ++group) {
+    const T* from = w + groups.first(group) * shape.w.n;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t s = 0; s < columns; ++s) {
+        const int64_t tap = (r0 + r * r_step) * shape.w.h + (s0 + s * s_step) * shape.w.w;
+        for (int64_t i = 0; i < lanes; ++i) packed[i] = load_one(from + i * shape.w.n + tap);
+        packed += groups.width;
+      }
+    }
+  }
+}
+
+// The forward convolution of the first image. `packed` comes to hold the weight and the bias that it refers to.
+template <typename T>
+Correlation<T> forward_correlation(const ConvShape& shape, const T* x, const T* w, const Epilogue& epilogue,
+                                   const ChannelGroups& groups, std::vector<accumulate_t<T>>& packed, T* y) {
+  const int64_t weights = groups.padded() * shape.R * shape.S;
+  packed.assign(weights + groups.padded(), 0);
+  pack(shape, w, groups, 0, 1, shape.R, 0, 1, shape.S, packed.data());
+  accumulate_t<T>* bias = packed.data() + weights;
+  if (epilogue.bias != nullptr) {
+    for (int64_t i = 0; i < groups.padded(); ++i) {
+      const int64_t c = groups.first(i / groups.width) + i % groups.width;
+      if (c < shape.C) bias[i] = load_one(static_cast<const T*>(epilogue.bias) + c);
+    }
+  }
+  Correlation<T> k;
+  k.x = x, k.y = y, k.w = packed.data(), k.bias = bias, k.activation = epilogue.activation;
+  k.C = shape.C, k.H = shape.H, k.W = shape.W, k.P = shape.P, k.Q = shape.Q, k.R = shape.R, k.S = shape.S;
+  k.y_row = shape.Q * shape.C, k.y_pixel = shape.C;
+  k.stride_h = shape.stride_h, k.stride_w = shape.stride_w, k.pad_h = shape.pad_h, k.pad_w = shape.pad_w;
+  k.dilation_h = shape.dilation_h, k.dilation_w = shape.dilation_w;
+  return k;
+}

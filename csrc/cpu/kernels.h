@@ -10,6 +10,7 @@
 #include "../activation.h"
 #include "../conv_shape.h"
 #include "../padding_mode.h"
+#include "../separable_shape.h"
 
 namespace sepconv::cpu {
 
@@ -43,6 +44,10 @@ void spatial_separable_forward(const ConvShape&, DType, const void* x, const Spa
 void borders_forward(const ConvShape&, PaddingMode, DType, const void* x, const void* w, const Epilogue&, void* y);
 void borders_grad_input(const ConvShape&, PaddingMode, DType, const void* grad_y, const void* w, void* grad_x);
 void borders_grad_weight(const ConvShape&, PaddingMode, DType, const void* grad_y, const void* x, void* grad_w);
+
+// separable.cpp: depthwise and pointwise in one pass, any strides of the tensors that come in; y and the intermediate are
+// dense, nchw or nhwc, and either of them may be absent.
+void separable_forward(const SeparableShape&, DType, const SeparableMemory&);
 
 // isa.cpp: the instruction sets that this binary holds kernels for, worst first, and the one in use: the best that the
 // processor has, or the one that the environment variable SEPCONV_CPU_ISA names (baseline, avx2, avx512).

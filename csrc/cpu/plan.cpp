@@ -81,6 +81,16 @@ const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
   return channels_last ? onednn_is_faster_channels_last(map, s, dtype) : onednn_is_faster_nchw(map, s, dtype);
 }
 
+// Why the fourth op is made of two calls; null where the fused kernel was measured faster (benchmarks/NOTES.md).
+const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& pointwise, DType dtype) {
+  (void)dtype;
+  const bool strided = depthwise.stride_h > 1 || depthwise.stride_w > 1;
+  if (output_layout(pointwise) != Layout::nhwc && strided && pointwise.K <= 48) {
+    return "planes, strided, and few outputs: the depthwise stage is all there is, and it is faster alone";
+  }
+  return nullptr;
+}
+
 // Up to this size a plane of float sums, with its padding, is copied whole into the first-level cache.
 constexpr int64_t kSmallPlane = 40;
 
@@ -118,6 +128,14 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict) {
   if (small_planes_take(map, s, dtype)) return small_planes("depthwise on small planes: copied, padded, into cache");
   if (s.is_depthwise()) return planes("depthwise: vectors of pixels");
   return planes("groups of several channels: vectors of pixels");
+}
+
+Plan plan_separable(const SeparableShape& s, DType dtype, bool strict) {
+  const ConvShape &d = s.depthwise, &p = s.pointwise;
+  if (!strict) {
+    if (const char* reason = two_calls_are_faster(d, p, dtype)) return {Kernel::composite, "composite", reason};
+  }
+  return {Kernel::separable, "cpu_separable", "the intermediate stays in cache"};
 }
 
 }  // namespace sepconv::cpu

@@ -2,10 +2,11 @@
 #pragma once
 
 #include "../conv_shape.h"
+#include "../separable_shape.h"
 
 namespace sepconv::cpu {
 
-enum class Kernel : int { planes, small_planes, depthwise_nhwc, pointwise, matmul, aten };
+enum class Kernel : int { planes, small_planes, depthwise_nhwc, pointwise, matmul, aten, separable, composite };
 
 struct Plan {
   Kernel kernel;
@@ -18,5 +19,8 @@ bool small_planes_take(Map, const ConvShape&, DType);
 
 // With `strict`, ATen is taken for nothing: every shape has a kernel here.
 Plan plan(Map, const ConvShape&, DType, bool strict);
+
+// The fourth op: its fused kernel, or the composite of two calls that have plans of their own. `strict` forces the kernel.
+Plan plan_separable(const SeparableShape&, DType, bool strict);
 
 }  // namespace sepconv::cpu

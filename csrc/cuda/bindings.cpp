@@ -159,7 +159,6 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   return grad_weight;
 }
 
-// The fourth op has no fused kernel here yet: two launches through the first op, with the intermediate in memory.
 // The output by a fused kernel; nothing where the plan has none.
 std::optional<Tensor> separable_fused(const SeparableShape& shape, const separable::Call& call) {
   const c10::cuda::CUDAGuard guard(call.input.device());
@@ -261,6 +260,10 @@ Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int device) {
   return explain(plan(map, shape, dtype, device_facts(device), kBestAlignment, strict()));
+}
+
+Explanation explain(const SeparableShape& shape, DType dtype, int device) {
+  return explain(plan_separable(shape, dtype, device_facts(device), strict()));
 }
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int multiprocessors, int compute_capability) {
