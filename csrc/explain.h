@@ -20,7 +20,7 @@ struct Explanation {
 namespace cpu {
 Explanation explain(Map, const ConvShape&, DType);
 Explanation explain(const SeparableShape&, DType);
-}
+}  // namespace cpu
 namespace cuda {
 Explanation explain(Map, const ConvShape&, DType, int device);
 Explanation explain(const SeparableShape&, DType, int device);

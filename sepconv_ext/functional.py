@@ -399,7 +399,7 @@ def explain_separable(
         input ... dilation: the call, as in :func:`separable_conv2d`.
 
     Returns:
-        As :func:`explain`; ``kernel`` is ``composite`` where two calls of :func:`conv2d` are made, with plans of their own.
+        As :func:`explain`; ``kernel`` is ``composite`` where two calls of :func:`conv2d` are made, each with its plan.
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, depthwise_weight.shape, stride, dilation)

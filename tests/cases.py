@@ -240,7 +240,7 @@ SEPARABLE: tuple[SeparableCase, ...] = (
     SeparableCase("one_row", 2, 24, 1, 19, 24, pointwise_activation="tanh"),
     SeparableCase("one_pixel", 3, 24, 1, 1, 10),
     SeparableCase("many_small_images", 13, 17, 3, 4, 9),
-    SeparableCase("wide_row", 1, 8, 3, 700, 12, bias=False),
+    SeparableCase("wide_row", 1, 20, 2, 2600, 3, bias=False),  # wider than a tile
     SeparableCase("k5_stride2", 1, 40, 15, 17, 24, kernel=(5, 5), stride=(2, 2), padding=(2, 2)),
     SeparableCase("k7_dilated", 1, 33, 19, 19, 20, kernel=(7, 7), padding=(6, 3), dilation=(2, 1)),
     SeparableCase("k3x9_same", 2, 35, 8, 13, 18, kernel=(3, 9), padding="same", depthwise_activation="silu"),

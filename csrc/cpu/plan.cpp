@@ -81,12 +81,20 @@ const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
   return channels_last ? onednn_is_faster_channels_last(map, s, dtype) : onednn_is_faster_nchw(map, s, dtype);
 }
 
-// Why the fourth op is made of two calls; null where the fused kernel was measured faster (benchmarks/NOTES.md).
+// Why the fourth op is made of two calls; null where the fused kernel was measured faster (benchmarks/NOTES.md). In
+// float64 and float16 ATen's loops are slow, and the fused kernel wins by factors.
 const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& pointwise, DType dtype) {
-  (void)dtype;
-  const bool strided = depthwise.stride_h > 1 || depthwise.stride_w > 1;
-  if (output_layout(pointwise) != Layout::nhwc && strided && pointwise.K <= 48) {
-    return "planes, strided, and few outputs: the depthwise stage is all there is, and it is faster alone";
+  if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
+  const ConvShape& d = depthwise;
+  const bool measured = d.R == d.S && (d.R == 3 || d.R == 5) && d.dilation_h == 1 && d.dilation_w == 1 && d.K == d.C;
+  if (!measured)
+    return "another kernel than 3x3 or 5x5, a dilation or a multiplier: the fused depthwise stage is not made for it";
+  const bool channels_last = output_layout(pointwise) == Layout::nhwc, strided = d.stride_h > 1 || d.stride_w > 1;
+  if (dtype == DType::bfloat16 && (channels_last || strided || d.C > 128)) {
+    return "bfloat16: oneDNN multiplies without widening";
+  }
+  if (!channels_last && strided && pointwise.K <= 48) {
+    return "planes, strided, and few outputs: the depthwise stage is nearly all there is, and is faster alone";
   }
   return nullptr;
 }
