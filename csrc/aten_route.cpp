@@ -60,58 +60,43 @@ Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& we
   return by_input ? std::get<0>(grads) : std::get<1>(grads);
 }
 
+// (left, right, top, bottom), as torch's padding functions take it.
+std::array<SymInt, 4> sides_of(SymIntArrayRef padding) {
+  const bool four = padding.size() == 4;
+  return {padding[four ? 2 : 1], padding[four ? 3 : 1], padding[0], padding[four ? 1 : 0]};
+}
+
 }  // namespace
 
 Tensor pad(const Tensor& image, SymIntArrayRef padding, PaddingMode mode) {
-  const SymInt &top = padding[0], &bottom = padding[padding.size() == 4 ? 1 : 0];
-  const SymInt &left = padding[padding.size() / 2], &right = padding[padding.size() - 1];
-  const std::array<SymInt, 4> sides{left, right, top, bottom};
-  return at::pad_symint(image, sides, kPaddingModeNames[static_cast<int>(mode)]);
+  return at::pad_symint(image, sides_of(padding), kPaddingModeNames[static_cast<int>(mode)]);
 }
 
 namespace {
 
-// Along one dimension: the pixels from `from` to `to` - 1 of t as an image of `size` pixels, which has them from `at` on.
-Tensor placed(const Tensor& t, int64_t dim, const SymInt& from, const SymInt& to, const SymInt& at,
-              const SymInt& size) {
-  std::vector<SymInt> around(2 * (4 - dim));
-  around[2 * (3 - dim)] = at;
-  around[2 * (3 - dim) + 1] = size - at - (to - from);
-  return at::constant_pad_nd_symint(t.slice_symint(dim, from, to), around, 0);
-}
-
-// fold() along one dimension.
-Tensor fold_dimension(const Tensor& padded, int64_t dim, const SymInt& size, const SymInt& before, const SymInt& after,
-                      PaddingMode mode) {
-  const SymInt end = before + size;  // of the image, in the padded one
-  Tensor sum = padded.slice_symint(dim, before, end);
-  const auto add = [&](const Tensor& images, const SymInt& at) {
-    sum = sum + placed(images, dim, 0, images.sym_size(dim), at, size);
+// The gradient of circular padding along one dimension, for which torch has no function: the image's part of `padded`, and
+// what stands before and after it added to the other end.
+Tensor unwrap(const Tensor& padded, int64_t dim, const SymInt& size, const SymInt& before, const SymInt& after) {
+  Tensor sum = padded.slice_symint(dim, before, before + size);
+  const auto add = [&](const SymInt& from, const SymInt& count, const SymInt& at) {
+    if (count == 0) return;
+    std::vector<SymInt> around(2 * (4 - dim));  // from the last dimension on
+    around[2 * (3 - dim)] = at, around[2 * (3 - dim) + 1] = size - at - count;
+    sum = sum + at::constant_pad_nd_symint(padded.slice_symint(dim, from, from + count), around, 0);
   };
-  const Tensor leading = padded.slice_symint(dim, 0, before), trailing = padded.slice_symint(dim, end, end + after);
-  switch (mode) {
-    case PaddingMode::reflect:
-      if (before != 0) add(leading.flip(dim), 1);
-      if (after != 0) add(trailing.flip(dim), size - 1 - after);
-      break;
-    case PaddingMode::replicate:
-      if (before != 0) add(leading.sum(dim, /*keepdim=*/true), 0);
-      if (after != 0) add(trailing.sum(dim, /*keepdim=*/true), size - 1);
-      break;
-    default:
-      if (before != 0) add(leading, size - before);
-      if (after != 0) add(trailing, 0);
-  }
+  add(0, before, size - before);
+  add(before + size, after, 0);
   return sum;
 }
 
 }  // namespace
 
-Tensor fold(const Tensor& grad_padded, SymIntArrayRef image_size, SymIntArrayRef padding, PaddingMode mode) {
-  const SymInt &top = padding[0], &bottom = padding[padding.size() == 4 ? 1 : 0];
-  const SymInt &left = padding[padding.size() / 2], &right = padding[padding.size() - 1];
-  const Tensor rows = fold_dimension(grad_padded, 2, image_size[2], top, bottom, mode);
-  return fold_dimension(rows, 3, image_size[3], left, right, mode);
+Tensor fold(const Tensor& grad_padded, const Tensor& image, SymIntArrayRef padding, PaddingMode mode) {
+  const std::array<SymInt, 4> sides = sides_of(padding);
+  if (mode == PaddingMode::reflect) return at::reflection_pad2d_backward_symint(grad_padded, image, sides);
+  if (mode == PaddingMode::replicate) return at::replication_pad2d_backward_symint(grad_padded, image, sides);
+  const Tensor rows = unwrap(grad_padded, 2, image.sym_size(2), sides[2], sides[3]);
+  return unwrap(rows, 3, image.sym_size(3), sides[0], sides[1]);
 }
 
 Tensor activate(const Tensor& t, Activation activation) {
@@ -153,10 +138,15 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymInt
                          SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
                          SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
   if (mode != PaddingMode::zeros) {
-    const Tensor padded = pad(layout_only(input_size, input_stride, grad_output), padding, mode);
-    const Tensor grad = conv2d_grad_input(grad_output, weight, padded.sym_sizes(), padded.sym_strides(), stride,
-                                          kNoPadding, dilation, groups);
-    return fold(grad, input_size, padding, mode);
+    const Tensor image = layout_only(input_size, input_stride, grad_output);
+    const std::array<SymInt, 4> sides = sides_of(padding);  // left, right, top, bottom
+    const SymInt &C = input_size[1], H = input_size[2] + sides[2] + sides[3], W = input_size[3] + sides[0] + sides[1];
+    const bool channels_last = image.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+    const std::array<SymInt, 4> size{input_size[0], C, H, W};
+    const std::array<SymInt, 4> strides =
+        channels_last ? std::array<SymInt, 4>{C * H * W, 1, W * C, C} : std::array<SymInt, 4>{C * H * W, H * W, W, 1};
+    const Tensor grad = conv2d_grad_input(grad_output, weight, size, strides, stride, kNoPadding, dilation, groups);
+    return fold(grad, image, padding, mode);
   }
   const Padding sides(padding);
   const Tensor input = layout_only(input_size, input_stride, grad_output);

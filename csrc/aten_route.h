@@ -35,11 +35,10 @@ at::Tensor separable_conv2d(const separable::Call&);
 at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
                                     c10::SymIntArrayRef padding);
 
-// The image with its padding, a copy; and the gradient by the image of one by the padded image: every pixel's images are
-// added to it. Padding is (h, w) or (top, bottom, left, right); the mode is not zeros.
+// The image with its padding, a copy; and the gradient by the image of one by the padded image (`image` for its size and
+// layout alone). Padding is (h, w) or (top, bottom, left, right); the mode is not zeros.
 at::Tensor pad(const at::Tensor& image, c10::SymIntArrayRef padding, PaddingMode);
-at::Tensor fold(const at::Tensor& grad_padded, c10::SymIntArrayRef image_size, c10::SymIntArrayRef padding,
-                PaddingMode);
+at::Tensor fold(const at::Tensor& grad_padded, const at::Tensor& image, c10::SymIntArrayRef padding, PaddingMode);
 
 // The activation alone, differentiable.
 at::Tensor activate(const at::Tensor&, Activation);

@@ -1,11 +1,12 @@
-// What a padding mode other than zeros changes (padding_mode.h): forward and grad_input compute the frame of their result
-// again, and overwrite what a kernel for zero padding wrote there; grad_weight adds the products in the padding.
+// What a padding mode other than zeros changes (padding_mode.h): the frame of the result of forward and grad_input is
+// computed again, over what a kernel for zero padding wrote there.
 //
 // Loop-to-data map. The frame is cut into strips (borders.h), each of which reads its taps from a list; the lists are
 // made once a call and serve every image and channel. Where channels are dense (depthwise, channels_last), a task is a strip
 // of one image, and a vector holds neighbouring channels of one pixel. Else a task is one plane of the result, all strips of
-// it; a vector holds neighbouring columns of a strip where the columns of both images are dense, and what remains (the sides
-// of a frame, strided or scattered memory) is computed number by number. Sums are formed in one fixed order.
+// it; a vector holds neighbouring columns of a strip where the columns of both images are dense, and neighbouring rows of the
+// sides where rows have stride 1 and groups one channel; what remains (strided or scattered memory) is computed number by
+// number. Sums are formed in one fixed order.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "borders.cpp"
 #include "borders.h"
@@ -17,6 +18,7 @@ namespace sepconv::cpu {
 // One of the two gathers: out[n, k] = sum over m of in[n, m] * w[k, m], on the strips.
 struct BordersJob {
   std::vector<Strip> strips;
+  Sides sides;
   int64_t images, groups, ins, outs;  // ins and outs: channels of one group
   int64_t taps, taps_a_row;
   Strides in, out;
@@ -28,22 +30,25 @@ struct BordersJob {
   bool channels_are_dense() const { return ins == 1 && outs == 1 && groups > 1 && in.c == 1 && out.c == 1; }
 };
 
-// The products of one tap in the padding.
-struct PaddingTap {
-  int64_t r, s;
-  std::vector<ProductRun> runs;
-};
-
 }  // namespace sepconv::cpu
 
 #include "foreach_isa.h"
 
 namespace sepconv::cpu {
 
+// Vectors down the sides: not where vectors hold channels, nor down a few rows.
+static bool sides_apart(const ConvShape& s, int64_t rows, int64_t read_per_group) {
+  const bool channels = s.groups > 1 && s.K == s.C && s.x.c == 1 && s.y.c == 1;
+  return read_per_group == 1 && s.stride_h == 1 && rows >= 6 && !channels;
+}
+
 void borders_forward(const ConvShape& s, PaddingMode mode, DType dtype, const void* x, const void* w,
                      const Epilogue& epilogue, void* y) {
   const PaddedAxes axes(s, mode);
-  const BordersJob job{.strips = frame_strips(GatherAxis::forward(axes.h), GatherAxis::forward(axes.w), s.S, s.x, s.y),
+  const GatherAxis rows = GatherAxis::forward(axes.h), columns = GatherAxis::forward(axes.w);
+  const bool sides = sides_apart(s, s.P, s.channels_per_group());
+  const BordersJob job{.strips = frame_strips(rows, columns, s.S, s.x, s.y, sides),
+                       .sides = sides ? Sides::forward(axes, columns, s.x, s.y) : Sides(),
                        .images = s.N,
                        .groups = s.groups,
                        .ins = s.channels_per_group(),
@@ -68,40 +73,29 @@ void borders_forward(const ConvShape& s, PaddingMode mode, DType dtype, const vo
 void borders_grad_input(const ConvShape& s, PaddingMode mode, DType dtype, const void* grad_y, const void* w,
                         void* grad_x) {
   const PaddedAxes axes(s, mode);
-  const BordersJob job{
-      .strips = frame_strips(GatherAxis::grad_input(axes.h), GatherAxis::grad_input(axes.w), s.S, s.y, s.x),
-      .images = s.N,
-      .groups = s.groups,
-      .ins = s.outputs_per_group(),
-      .outs = s.channels_per_group(),
-      .taps = s.R * s.S,
-      .taps_a_row = s.S,
-      .in = s.y,
-      .out = s.x,
-      .w_group = s.w.n * s.outputs_per_group(),
-      .w_out = s.w.c,
-      .w_in = s.w.n,
-      .w_row = s.w.h,
-      .w_column = s.w.w,
-      .in_data = grad_y,
-      .w_data = w,
-      .bias = nullptr,
-      .out_data = grad_x,
-      .activation = Activation::identity};
+  const GatherAxis rows = GatherAxis::grad_input(axes.h), columns = GatherAxis::grad_input(axes.w);
+  const bool sides = sides_apart(s, s.H, s.outputs_per_group());
+  const BordersJob job{.strips = frame_strips(rows, columns, s.S, s.y, s.x, sides),
+                       .sides = sides ? Sides::grad_input(axes, columns, s.y, s.x) : Sides(),
+                       .images = s.N,
+                       .groups = s.groups,
+                       .ins = s.outputs_per_group(),
+                       .outs = s.channels_per_group(),
+                       .taps = s.R * s.S,
+                       .taps_a_row = s.S,
+                       .in = s.y,
+                       .out = s.x,
+                       .w_group = s.w.n * s.outputs_per_group(),
+                       .w_out = s.w.c,
+                       .w_in = s.w.n,
+                       .w_row = s.w.h,
+                       .w_column = s.w.w,
+                       .in_data = grad_y,
+                       .w_data = w,
+                       .bias = nullptr,
+                       .out_data = grad_x,
+                       .activation = Activation::identity};
   SEPCONV_BEST_ISA(run_borders)(job, dtype);
-}
-
-void borders_grad_weight(const ConvShape& s, PaddingMode mode, DType dtype, const void* grad_y, const void* x,
-                         void* grad_w) {
-  const PaddedAxes axes(s, mode);
-  std::vector<PaddingTap> taps;
-  for (int64_t r = 0; r < s.R; ++r) {
-    for (int64_t t = 0; t < s.S; ++t) {
-      PaddingTap tap{r, t, padding_products(axes, r, t, s.x, s.y)};
-      if (!tap.runs.empty()) taps.push_back(std::move(tap));
-    }
-  }
-  SEPCONV_BEST_ISA(add_padding_products)(s, taps, dtype, grad_y, x, grad_w);
 }
 
 }  // namespace sepconv::cpu
@@ -191,6 +185,7 @@ struct PlaneTask {
         }
       }
     }
+    if (!job.sides.sides.empty()) down_sides(in, w, bias, out);
   }
 
  private:
@@ -211,6 +206,33 @@ struct PlaneTask {
         }
       }
       store_first(out + i, activate_lanes<A>(job.activation, sum), left);
+    }
+  }
+
+  // The columns of the frame, from top to bottom.
+  void down_sides(const T* in, const A* w, A bias, T* out) const {
+    constexpr int kCount = kLanes<A>;
+    const Sides& s = job.sides;
+    const int64_t rows = s.rows.size(), copies = s.columns.size(), pitch = rows + kCount;
+    const std::unique_ptr<A[]> memory(new A[copies * pitch + s.sums + kCount]);
+    A *to = memory.get(), *const sums = to + copies * pitch;
+    for (int64_t copy = 0; copy < copies; ++copy, to += pitch) {
+      const T* from = in + s.columns[copy];
+      for (int64_t i = 0; i < rows; ++i) to[i] = s.rows[i] < 0 ? A(0) : load_one(from + s.rows[i]);
+      for (int64_t i = rows; i < pitch; ++i) to[i] = 0;
+    }
+    for (const Sides::Side& side : s.sides) {
+      for (int64_t i = 0; i < s.sums; i += kCount) {
+        Vector<A> sum = broadcast<A>(bias);
+        for (const Sides::Tap& tap : side.taps) {
+          sum += load(memory.get() + tap.copy * pitch + tap.offset + i) * broadcast<A>(w[tap.tap]);
+        }
+        store(sums + i, activate_lanes<A>(job.activation, sum));
+      }
+      A* own = sums + s.own;
+      for (const Sides::Image& image : s.images) own[image.row] += sums[image.sum];  // grad_input alone has images
+      T* column = out + side.out;
+      for (int64_t h = 0; h < s.written; ++h) store_one(column + h * job.out.h, own[h]);
     }
   }
 
@@ -250,102 +272,6 @@ void run_borders_typed(const BordersJob& job) {
 
 inline void run_borders(const BordersJob& job, DType dtype) {
   with_dtype(dtype, [&](auto type) { run_borders_typed<decltype(type)>(job); });
-}
-
-// ---- grad_weight: float and double, which are summed in their own type
-
-// One tap of one vector of channels.
-template <typename T>
-struct ChannelProducts {
-  const ConvShape& shape;
-  const std::vector<PaddingTap>& taps;
-  const T *grad_y, *x;
-  T* grad_w;
-  int64_t blocks;  // of channels
-  void operator()(int64_t task) const {
-    constexpr int kCount = kLanes<T>;
-    const PaddingTap& tap = taps[task / blocks];
-    const int64_t c = task % blocks * kCount;
-    const int count = static_cast<int>(std::min<int64_t>(kCount, shape.C - c));
-    Vector<T> total{};
-    for (int64_t n = 0; n < shape.N; ++n) {
-      Vector<T> sum{};
-      for (const ProductRun& run : tap.runs) {
-        const T *from_y = grad_y + n * shape.y.n + run.y + c, *from_x = x + n * shape.x.n + run.x + c;
-        for (int64_t i = 0; i < run.count; ++i, from_y += run.y_step, from_x += run.x_step) {
-          sum += load_first(from_y, count) * load_first(from_x, count);
-        }
-      }
-      total += sum;
-    }
-    for (int i = 0; i < count; ++i) grad_w[(c + i) * shape.w.n + tap.r * shape.w.h + tap.s * shape.w.w] += total[i];
-  }
-};
-
-// All taps of one filter plane.
-template <typename T>
-struct PlaneProducts {
-  const ConvShape& shape;
-  const std::vector<PaddingTap>& taps;
-  const T *grad_y, *x;
-  T* grad_w;
-  void operator()(int64_t task) const {
-    const int64_t ins = shape.channels_per_group(), k = task / ins, m = task % ins;
-    const T* from_y = grad_y + k * shape.y.c;
-    const T* from_x = x + (k / shape.outputs_per_group() * ins + m) * shape.x.c;
-    T* filter = grad_w + k * shape.w.n + m * shape.w.c;
-    for (const PaddingTap& tap : taps) {
-      T total = 0;
-      for (int64_t n = 0; n < shape.N; ++n) {
-        T sum = 0;
-        for (const ProductRun& run : tap.runs) {
-          sum += products(run, from_y + n * shape.y.n + run.y, from_x + n * shape.x.n + run.x);
-        }
-        total += sum;
-      }
-      filter[tap.r * shape.w.h + tap.s * shape.w.w] += total;
-    }
-  }
-
- private:
-  SEPCONV_INLINE T products(const ProductRun& run, const T* y, const T* x) const {
-    T sum = 0;
-    if (run.y_step == 1 && run.x_step == 1) {
-      constexpr int kCount = kLanes<T>;
-      Vector<T> sums{};
-      int64_t i = 0;
-      for (; i + kCount <= run.count; i += kCount) sums += load(y + i) * load(x + i);
-      const int left = static_cast<int>(run.count - i);
-      if (left > 0) sums += load_first(y + i, left) * load_first(x + i, left);
-      return sum_lanes<T>(sums);
-    }
-    for (int64_t i = 0; i < run.count; ++i) sum += y[i * run.y_step] * x[i * run.x_step];
-    return sum;
-  }
-};
-
-template <typename T>
-void add_padding_products_typed(const ConvShape& s, const std::vector<PaddingTap>& taps, const T* grad_y, const T* x,
-                                T* grad_w) {
-  if (s.is_depthwise() && s.K == s.C && s.C > 1 && s.x.c == 1 && s.y.c == 1) {
-    const int64_t blocks = (s.C + kLanes<T> - 1) / kLanes<T>;
-    parallel(static_cast<int64_t>(taps.size()) * blocks, ChannelProducts<T>{s, taps, grad_y, x, grad_w, blocks});
-  } else {
-    parallel(s.K * s.channels_per_group(), PlaneProducts<T>{s, taps, grad_y, x, grad_w});
-  }
-}
-
-inline void add_padding_products(const ConvShape& s, const std::vector<PaddingTap>& taps, DType dtype,
-                                 const void* grad_y, const void* x, void* grad_w) {
-  if (dtype == DType::float64) {
-    using T = double;
-    add_padding_products_typed(s, taps, static_cast<const T*>(grad_y), static_cast<const T*>(x),
-                               static_cast<T*>(grad_w));
-  } else {
-    using T = float;
-    add_padding_products_typed(s, taps, static_cast<const T*>(grad_y), static_cast<const T*>(x),
-                               static_cast<T*>(grad_w));
-  }
 }
 
 #endif

@@ -53,8 +53,38 @@ struct ProductRun {
 // The products of tap (r, s) whose pixel lies in the padding, of one image and channel; offsets in elements.
 std::vector<ProductRun> padding_products(const PaddedAxes&, int64_t r, int64_t s, const Strides& x, const Strides& y);
 
-// All strips of the frame, each position once; offsets in elements, for these strides of the image read and that written.
+// All strips of the frame, each position once; or those that are left when `sides` has the columns of its frame, from top to
+// bottom. Offsets in elements, for these strides of the image read and that written.
 std::vector<Strip> frame_strips(const GatherAxis& rows, const GatherAxis& columns, int64_t taps_a_row,
-                                const Strides& in, const Strides& out);
+                                const Strides& in, const Strides& out, bool sides);
+
+// The sides of a frame, where rows have stride 1, as sums down columns: the columns that they read are copied, each with its
+// padding, so that a vector holds neighbouring rows.
+struct Sides {
+  struct Tap {
+    int64_t copy, offset, tap;  // sum i reads number offset + i of that copy
+  };
+  struct Side {
+    int64_t out;  // the column written, in elements
+    std::vector<Tap> taps;
+  };
+  struct Image {
+    int64_t row, sum;  // a sum that is added to that of a row
+  };
+  std::vector<int64_t> columns;  // that are copied, in elements
+  std::vector<int64_t> rows;     // of a copy, in elements; -1 is a zero
+  int64_t sums = 0;              // down a column
+  int64_t written = 0, own = 0;  // row i of `written` is sum own + i
+  std::vector<Image> images;     // sums in the padding
+  std::vector<Side> sides;
+
+  static Sides forward(const PaddedAxes&, const GatherAxis& columns, const Strides& in, const Strides& out);
+  static Sides grad_input(const PaddedAxes&, const GatherAxis& columns, const Strides& in, const Strides& out);
+
+ private:
+  // Row 0 of the filter reads `first` numbers below the sum, and each further row `step` more.
+  void add_sides(const PaddedAxes&, const GatherAxis& columns, int64_t first, int64_t step, const Strides& in,
+                 const Strides& out);
+};
 
 }  // namespace sepconv::cpu

@@ -79,7 +79,7 @@ int64_t moved(const GatherAxis& axis, int64_t i) {
 }  // namespace
 
 std::vector<Strip> frame_strips(const GatherAxis& rows, const GatherAxis& columns, int64_t taps_a_row,
-                                const Strides& in, const Strides& out) {
+                                const Strides& in, const Strides& out, bool sides) {
   std::vector<Strip> strips;
   const auto add = [&](const Sequence& h, const Sequence& w) {
     Strip strip{h.begin * out.h + w.begin * out.w, h.count * w.count, 0, 0, {}};
@@ -95,16 +95,63 @@ std::vector<Strip> frame_strips(const GatherAxis& rows, const GatherAxis& column
   };
   const int64_t top = rows.frame.leading, bottom = rows.size - rows.frame.trailing;
   const int64_t left = columns.frame.leading, right = columns.size - columns.frame.trailing;
-  const std::vector<Sequence> across = sequences(columns, 0, columns.size), down = sequences(rows, top, bottom);
+  const std::vector<Sequence> across = sides ? sequences(columns, left, right) : sequences(columns, 0, columns.size);
+  const std::vector<Sequence> down = sequences(rows, top, bottom);
   for (int64_t h = 0; h < rows.size; ++h) {
     if (h >= top && h < bottom) continue;
     for (const Sequence& w : across) add({h, 1, 1}, w);
   }
   for (int64_t w = 0; w < columns.size; ++w) {
-    if (w >= left && w < right) continue;
+    if (sides || (w >= left && w < right)) continue;
     for (const Sequence& h : down) add(h, {w, 1, 1});
   }
   return strips;
+}
+
+void Sides::add_sides(const PaddedAxes& axes, const GatherAxis& axis, int64_t first, int64_t step, const Strides& in,
+                      const Strides& out) {
+  const int64_t right = axis.size - axis.frame.trailing;
+  for (int64_t w = 0; w < axis.size; ++w) {
+    if (w >= axis.frame.leading && w < right) continue;
+    Side side{w * out.w, {}};
+    for (const ReadTap& s : axis.list(w)) {
+      const int64_t column = s.position * in.w + moved(axis, w) * in.w;
+      const int64_t copy = std::find(columns.begin(), columns.end(), column) - columns.begin();
+      if (copy == static_cast<int64_t>(columns.size())) columns.push_back(column);
+      for (int64_t r = 0; r < axes.h.taps; ++r) {
+        side.taps.push_back({copy, first + r * step, r * axes.w.taps + s.tap});
+      }
+    }
+    sides.push_back(std::move(side));
+  }
+}
+
+Sides Sides::forward(const PaddedAxes& axes, const GatherAxis& columns, const Strides& in, const Strides& out) {
+  const PaddedAxis& h = axes.h;
+  const int64_t reach = (h.taps - 1) * h.dilation;
+  Sides s;
+  s.sums = h.outputs;
+  for (int64_t i = 0; i < h.outputs + reach; ++i) s.rows.push_back(h.source(i - h.pad) * in.h);
+  s.written = h.outputs;
+  s.add_sides(axes, columns, 0, h.dilation, in, out);
+  return s;
+}
+
+// The sums are the gradient by the padded image, which is folded.
+Sides Sides::grad_input(const PaddedAxes& axes, const GatherAxis& columns, const Strides& in, const Strides& out) {
+  const PaddedAxis& h = axes.h;
+  const int64_t reach = (h.taps - 1) * h.dilation;
+  Sides s;
+  s.sums = h.outputs + reach;
+  for (int64_t i = -reach; i < h.outputs + reach; ++i) s.rows.push_back(i >= 0 && i < h.outputs ? i * in.h : -1);
+  s.written = h.size, s.own = h.pad;  // the sums cover the padded image: with stride 1 every position is met
+  for (int64_t pixel = 0; pixel < h.size; ++pixel) {
+    for (const Range& range : {h.images_before(pixel), h.images_after(pixel)}) {
+      for (int64_t i = range.begin; i < range.end; ++i) s.images.push_back({pixel, i + h.pad});
+    }
+  }
+  s.add_sides(axes, columns, reach, -h.dilation, in, out);
+  return s;
 }
 
 std::vector<ProductRun> padding_products(const PaddedAxes& axes, int64_t r, int64_t s, const Strides& x,
