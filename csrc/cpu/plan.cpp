@@ -46,6 +46,10 @@ const char* onednn_is_faster_nchw(Map map, const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 || s.K != s.C) return nullptr;
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
   if (pixels <= 10 * 10 && (map != Map::grad_weight || taps <= 9)) return "planes of up to 10x10: oneDNN is faster";
+  if (s.R == 1 && s.P == 1 && pixels <= 128) {
+    if (map == Map::grad_weight && taps <= 3) return "short sequences, 3 taps: oneDNN is faster";
+    if (map == Map::grad_input && taps >= 31) return "short sequences, 31 taps: oneDNN is faster";
+  }
   const bool middling = taps >= 7 * 7 && taps <= 13 * 13;
   if (middling && map == Map::forward) return "7x7 to 13x13 on planes: oneDNN is faster forward";
   if (middling && map == Map::grad_input && pixels > 28 * 28) return "7x7 to 13x13 on large planes: oneDNN is faster";
