@@ -224,14 +224,8 @@ std::tuple<Tensor, Tensor> separable_conv2d_training(
                              aten::sym(dilation),
                              parse_activation(depthwise_activation),
                              parse_activation(pointwise_activation)};
-  const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
-                                               pointwise_bias, stride, padding, dilation);
-  // A kept intermediate is written to memory anyway: by the depthwise kernels. In a half type it is rounded there before
-  // an activation whose derivative needs that, and the output must not depend on what is kept.
-  const bool same = !(input.element_size() == 2) || derivative_from_output(call.depthwise_activation);
-  if (output && !intermediate && same) {
-    if (const auto fused = separable_fused(shape, call)) return {*fused, at::empty({0}, input.options())};
-  }
+  check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
+  // Kept or computed again, the output has the same bits: both are made of two calls, as the fused kernel keeps nothing.
   return separable::composite_training(call, output, intermediate);
 }
 
