@@ -111,6 +111,7 @@ SPATIAL = (
 FRAMES = (
     Case("frame_depthwise", 2, 5, 7, 9, 5, 4, 2, stride=(2, 1), padding=(3, 1), groups=5, bias=True),
     Case("frame_grouped", 1, 4, 6, 5, 6, 3, 3, stride=(1, 3), padding=(2, 4), dilation=(2, 1), groups=2),
+    Case("frame_twelve_images", 12, 1, 12, 12, 1, 3, 3, padding=(1, 1)),  # products for every warp of a block
 )
 # What only replicate allows: padding beyond the image.
 REPLICATED = (

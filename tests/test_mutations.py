@@ -69,7 +69,7 @@ def runs_of(source: Path) -> list[Run]:
             continue
         c = run.case
         odd = c.C % 8 != 0 or (c.C // c.groups) % 4 != 0
-        edge = c.name if c in (*test_emulated.EDGES, *test_emulated.SPATIAL) else ""
+        edge = c.name if c in (*test_emulated.EDGES, *test_emulated.SPATIAL, *test_emulated.FRAMES) else ""
         curved = run.activation in ("gelu", "silu", "sigmoid", "tanh")
         key = (
             edge,
