@@ -83,12 +83,14 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.layers |= everything
     options.separable |= everything
     options.overhead |= everything
-    if everything or options.models == []:
-        options.models = list(models.QUICK if options.quick else models.MODELS)
+    if everything:
+        options.models = list(models.QUICK if options.quick else models.DEFAULT)
+    elif options.models == []:
+        options.models = list(models.MODELS)
     options.all |= bar_check
     options.kinds = options.kinds or (["depthwise"] if bar_check else list(layers.KINDS))
     options.dtype = options.dtype or (["float32", "float16"] if cuda else ["float32"])
-    options.model_batch = options.batch or (64 if cuda else 4)
+    options.model_batch = options.batch or (64 if cuda else 2 if options.quick else 4)
     options.batch = options.batch or (64 if cuda else 8)
     options.threads = options.threads or machine.default_threads(options.device)
     options.compiled_models = cuda and "compile" in (options.peers or ())  # minutes each: only when asked for
@@ -152,6 +154,7 @@ def measure(options: argparse.Namespace, record: dict) -> None:
             thread_counts=options.threads[-1:],
             compile=options.compiled_models,
             budget=10 * options.budget,
+            rounds=1 if options.quick else 3,
         )
         with console.progress("models", len(plan)) as advance:
             for row in models.run(plan, advance, record["skipped"]):

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from sepconv_ext import functional
 
 from .layers import CSV
+from .memory import memory_of
 from .peers import LAYOUTS, TOLERANCE, difference
 from .timing import Clock, threads
 
@@ -161,6 +161,8 @@ def _rows(plan: Plan, pair: Pair, tensors: dict[str, Tensor], layout: str, count
         make = forward if mode == "forward" else step
         runs = {name: make(calls[name]) for name in contenders}
         with torch.set_grad_enabled(mode == "training"):
+            for run in runs.values():
+                run(0)
             memory = {name: memory_of(run, plan.device)[0] for name, run in runs.items()}
             held = {name: memory_of(lambda index, call=calls[name]: call(*leaves), plan.device)[1] for name in runs}
             timing = plan.clock.measure(runs, 1, plan.budget, plan.rounds, graph=mode == "forward")
@@ -186,28 +188,3 @@ def _rows(plan: Plan, pair: Pair, tensors: dict[str, Tensor], layout: str, count
             "samples_us": {name: [round(1e6 * s, 3) for s in samples] for name, samples in timing.samples.items()},
             "errors": timing.errors,
         }
-
-
-def memory_of(run: Callable[[int], object], device: torch.device) -> tuple[int, int]:
-    """(the most memory that a call takes at a time, what its result holds on to), in bytes beyond those of before.
-
-    On a GPU as the caching allocator counts it, on a CPU the sum over the profiler's allocations and frees."""
-    run(0)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = run(0)
-        torch.cuda.synchronize()
-        found = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-        del result
-        return found
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        result = run(0)
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    del result
-    return most, now

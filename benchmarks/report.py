@@ -213,7 +213,11 @@ def _models(rows: list[dict]) -> Table:
             _x(row["speedup"]),
         )
         top = "-" if row["same_top5"] is None else _yes(row["same_top5"])
-        shown.append((*where, *times, str(row["converted"]), f"{row['difference']:.1e}", top, _yes(row["agrees"])))
+        taken = row.get("peak_bytes", {})  # records of before have none
+        both = (taken.get(f"{who} {row['layout']}") for who in ("sepconv", "torch"))
+        memory = " / ".join("-" if size is None else f"{size / 2**20:.1f}" for size in both)
+        converted = f"{row['converted']} ({row.get('fused_pairs', 0)}, {row.get('folded_norms', 0)})"
+        shown.append((*where, *times, memory, converted, f"{row['difference']:.1e}", top, _yes(row["agrees"])))
     columns = (
         "model",
         "mode",
@@ -226,7 +230,12 @@ def _models(rows: list[dict]) -> Table:
         "its time",
         "speed-up",
     )
-    return Table("Models", (*columns, "converted", "difference", "same top 5", "agrees"), shown)
+    note = (
+        "Memory: the most that a call takes at a time beyond parameters and images, ours / torch in this layout. "
+        "Converted: convolutions replaced (pairs fused, batch norms folded in inference)."
+    )
+    last = ("memory, MB", "converted", "difference", "same top 5", "agrees")
+    return Table("Models", (*columns, *last), shown, note)
 
 
 def _pairs(rows: list[dict]) -> Table:
