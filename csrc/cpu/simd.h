@@ -174,6 +174,23 @@ SEPCONV_INLINE A sum_lanes(Vector<A> v) {
   return sum_halves<A, kLanes<A>>(v, std::make_integer_sequence<int, kLanes<A> / 2>());
 }
 
+// e to the power of every lane, within 2 units in the last place: infinite above float's range, 0 below its normal one.
+// With x = n ln 2 + r, |r| <= ln 2 / 2 (ln 2 in two parts, after Cody and Waite): the Taylor polynomial of e^r to r^7,
+// whose rest is below 6e-9, times 2^n by its bits.
+SEPCONV_INLINE Floats exp_lanes(Floats x) {
+  const Floats zero{}, largest = zero + 88.7228f, smallest = zero - 87.3365f;
+  const Floats inside = x > largest ? largest : (x < smallest ? smallest : x);
+  const Floats magic = zero + 0x1.8p23f;  // adding it rounds to a whole number, which then stands in the lowest bits
+  const Floats shifted = inside * 1.44269504f + magic;
+  const Floats n = shifted - magic;
+  const Floats r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;  // the first product is exact
+  Floats p = zero + 1.0f / 5040;
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  // 2^128 is no float: the exponent is added to p's own, which is -1 or 0.
+  const Floats value = (Floats)((Bits)p + ((Bits)shifted << 23));
+  return x > largest ? zero + __builtin_inff() : (x < smallest ? zero : value);
+}
+
 // activate() of activation.h on every lane; those without a transcendental function stay in vector registers.
 template <typename A>
 SEPCONV_INLINE Vector<A> activate_lanes(Activation activation, Vector<A> v) {
@@ -185,6 +202,10 @@ SEPCONV_INLINE Vector<A> activate_lanes(Activation activation, Vector<A> v) {
     case Activation::leaky_relu: return v < zero ? v * A(kLeakySlope) : v;
     case Activation::hardswish: return v < -three ? zero : (v > three ? v : v * (v + three) * A(1.0 / 6.0));
     default: break;
+  }
+  if constexpr (std::is_same_v<A, float>) {
+    if (activation == Activation::silu) return v / (1.0f + exp_lanes(-v));
+    if (activation == Activation::sigmoid) return 1.0f / (1.0f + exp_lanes(-v));
   }
   A lanes[kLanes<A>];
   store(lanes, v);
