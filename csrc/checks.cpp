@@ -102,6 +102,12 @@ ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& 
               "padding must have 2 entries (height, width) or 4 (top, bottom, left, right), but has ", padding.size());
   for (const int64_t p : padding) TORCH_CHECK(p >= 0, "padding must be at least 0, but is ", padding);
   TORCH_CHECK(args.groups >= 1, "groups must be at least 1, but is ", args.groups);
+  // So that no extent overflows: a kernel, too, has fewer than 2^31 rows.
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const auto check_most = [](const char* name, IntArrayRef values) {
+    for (const int64_t v : values) TORCH_CHECK(v < kMost, name, " must be below 2^31, but is ", values);
+  };
+  check_most("stride", args.stride), check_most("padding", padding), check_most("dilation", args.dilation);
 
   const int64_t C = input[1], K = weight[0], R = weight[2], S = weight[3];
   TORCH_CHECK(R >= 1 && S >= 1, weight_name, " must have a kernel of at least 1x1, but has ", R, "x", S);

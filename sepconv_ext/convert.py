@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import fuse as chains
-from .cost import cost
+from .cost import Cost, cost
 from .fold import Chain
 from .nn import Conv1d, Conv2d, SeparableConv2d
 from .report import Entry, Report
@@ -66,8 +66,11 @@ def convert_(
     So does a chain while one of its modules has a hook. The modules of a chain work together: to call one of them
     alone, to script the model or to export it to ONNX, revert_ it first. Not fused is what is used in several places (a
     convolution, a norm, an activation, or the output between two of them), has hooks or is parametrized. A value that
-    is written through `.data` is seen after the next forward pass in train().
+    is written through `.data`, or by a collective of torch.distributed, is seen after the next forward pass in train().
+    Where a module is put in the place of a chain's, or a norm's eps is changed, the chain runs module by module.
+    A forward that an attribute of the model makes use the middle of a chain is not seen through.
     """
+    before = cost(model, input_size) if fuse and input_size is not None else None  # fails before anything is changed
     report = Report()
     answers: dict[nn.Module, bool] = {}
 
@@ -94,7 +97,7 @@ def convert_(
             reasons[module] = reason
     if fuse:
         plain = {m for m in model.modules() if isinstance(m, Conv2d) or reasons.get(m) == _DENSE}
-        _fuse(model, report, lambda name, module: module in plain and wanted(name, module), input_size)
+        _fuse(model, report, lambda name, module: module in plain and wanted(name, module), before)
     return report
 
 
@@ -124,9 +127,8 @@ def _fuse(
     model: nn.Module,
     report: Report,
     may_use: Callable[[str, nn.Module], bool],
-    input_size: Sequence | None,
+    before: Cost | None,
 ) -> None:
-    before = cost(model, input_size) if input_size is not None else None
     module = model.get_submodule
     found = chains.find_chains(model)
     fused: list[Chain] = []
@@ -168,7 +170,7 @@ def _report_chain(report: Report, found: chains.Found, chain: Chain, module: Cal
     report.fused.append(Entry(" -> ".join(s.conv for s in found.stages), family, " -> ".join(parts), reason))
 
 
-def _costs(model: nn.Module, fused: Sequence[Chain], before) -> dict[str, tuple[int, int]]:
+def _costs(model: nn.Module, fused: Sequence[Chain], before: Cost | None) -> dict[str, tuple[int, int]]:
     """Before and after: a chain reads its input once and writes its output once; a folded norm leaves a bias."""
     names = {module: name for name, module in model.named_modules()}
     layers = {layer.name: layer for layer in before.layers} if before else {}

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import _table
@@ -176,19 +177,25 @@ def cost(model: nn.Module, input_size: Sequence, dtype: torch.dtype = torch.floa
     tensors without data (torch's FakeTensorMode). Functional calls outside of layers count only where torch counts
     operations for them, and never count bytes.
     """
+    if not input_size:
+        raise ValueError("input_size must be the size of one input or a sequence of sizes, but is empty")
     sizes = [input_size] if isinstance(input_size[0], int) else input_size
     counted: dict[int, LayerCost] = {}  # by id of the module
     seen: set[int] = set()  # parameters
     inside: list[nn.Module] = []  # the layer that is being called, if any: what it calls is its own affair
 
+    def first_tensor(value: object) -> Tensor:
+        return next(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
     def enter(module: nn.Module, _) -> None:
         inside.append(module)
 
-    def leave(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def leave(module: nn.Module, inputs: tuple, keywords: dict, output: object) -> None:
         inside.pop()
         if inside:
             return
-        input = inputs[0]
+        # What a layer takes and gives first: recurrent ones also give their state, and anyone may call by keyword.
+        input, output = first_tensor((inputs, keywords)), first_tensor(output)
         layer = counted.get(id(module))
         if layer is None:
             new = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
@@ -207,7 +214,7 @@ def cost(model: nn.Module, input_size: Sequence, dtype: torch.dtype = torch.floa
         for module in names:
             if _is_layer(module):
                 stack.callback(module.register_forward_pre_hook(enter).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
+                stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         stack.enter_context(_eval_mode(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_plain_attention())

@@ -18,13 +18,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import functional
 
 __all__ = ["Chain", "Stage", "fold"]
 
 Weights = tuple[Tensor, Tensor | None]
+# What a module computes besides its tensors, for the modules that chains are made of.
+_SETTINGS = ("eps", "negative_slope", "approximate")
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -63,10 +67,23 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> Weights:
     return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
 
 
+# Steps that any optimiser of the process took: torch's fused ones write to parameters and leave their versions alone.
+_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class _Kept:
     """Folded weights, kept until one of the tensors that they were made from changes.
 
-    A change shows in the tensor's identity, its version or its address (a write through `.data` shows in none of them).
+    A change shows in the tensor's identity, its version or its address, or an optimiser took a step (a write through
+    `.data`, or by a collective of torch.distributed, shows in none of them).
     Weights that are made anew go into the old ones' memory, so that a CUDA graph that was captured with them goes on
     with the new values.
     """
@@ -75,8 +92,11 @@ class _Kept:
         self.seen: list[tuple[dict, str, Tensor | None, int, int]] = []  # dict and name, tensor, version, address
         self.aliases: list[Tensor] = []  # hold the storages, so that no address is given to another
         self.folded: list[Weights] = []
+        self.steps = 0
 
     def is_current(self) -> bool:
+        if self.steps != _steps:
+            return False
         for registered, name, tensor, version, address in self.seen:
             now = registered.get(name)
             if now is not tensor or (now is not None and (now._version != version or now.data_ptr() != address)):
@@ -103,7 +123,7 @@ class _Kept:
                         mine.copy_(theirs)
             else:
                 self.folded = made
-        self.seen, self.aliases = seen, aliases
+        self.seen, self.aliases, self.steps = seen, aliases, _steps
 
     # Copies and pickles start empty.
     def __deepcopy__(self, memo: dict) -> _Kept:
@@ -137,15 +157,29 @@ class Chain:
         self.norms = tuple(stage.norm for stage in stages if isinstance(stage.norm, _BatchNorm))
         self._normed = tuple(stage for stage in stages if stage.norm is not None)
         self._watched = tuple(dict.fromkeys(inner for member in self.members for inner in member.modules()))
+        self._settings = tuple(map(_settings, self.members))
         self._kept = _Kept()
+        # Where the members are registered, (parent, name, member): a module put in a member's place ends the chain.
+        self.places: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
 
     @property
     def is_fused(self) -> bool:
-        """Whether the chain may run as one op now: no norm takes batch statistics, and nobody watches a member.
+        """Whether the chain may run as one op now: no norm takes batch statistics, nobody watches a member, and every
+        member is in its place and computes what it did.
 
         A function of the modules' own state, so that every member of a chain comes to the same answer.
         """
-        return not (any(norm.training for norm in self.norms) or any(map(has_hooks, self._watched)))
+        for norm in self.norms:
+            if norm.training or norm.running_mean is None:
+                return False
+        if any(map(has_hooks, self._watched)):
+            return False
+        if torch.compiler.is_compiling():  # what is compiled is the model as it is
+            return True
+        for parent, name, member in self.places:
+            if parent._modules.get(name) is not member:
+                return False
+        return tuple(map(_settings, self.members)) == self._settings
 
     def __call__(self, input: Tensor) -> Tensor:
         first, *rest = self.stages
@@ -204,7 +238,17 @@ class Chain:
         self._kept.seen = []
 
 
+def _settings(module: nn.Module) -> tuple:
+    return tuple(module.__dict__.get(name) for name in _SETTINGS)
+
+
 def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of a module: of this one, or of all."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        own
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,10 +50,11 @@ class Member:
         self.module = module
 
     def __call__(self, input: Tensor) -> Tensor:
-        if not self.chain.is_fused:
-            self.chain.forget()  # batch norm changes its statistics behind autograd's back
+        chain = self.chain
+        if not chain.is_fused:
+            chain.forget()  # batch norm changes its statistics behind autograd's back
             return type(self.module).forward(self.module, input)
-        return self.chain(input) if self.module is self.chain.members[0] else input
+        return chain(input) if self.module is chain.members[0] else input
 
 
 def fuse_(chain: Chain) -> None:
@@ -110,10 +112,14 @@ class Found:
 
     def bind(self, model: nn.Module) -> Chain:
         module = model.get_submodule
-        return Chain(
+        names = [name for stage in self.stages for name in stage.members]
+        chain = Chain(
             [Stage(module(s.conv), module(s.norm) if s.norm else None, s.activation) for s in self.stages],
-            [module(name) for stage in self.stages for name in stage.members],
+            [module(name) for name in names],
         )
+        paths = (name.rpartition(".") for name in names if name)
+        chain.places = tuple((module(parent), own, module(parent)._modules[own]) for parent, _, own in paths)
+        return chain
 
 
 @dataclass
@@ -145,6 +151,9 @@ def find_chains(model: nn.Module) -> Findings:
     now, otherwise = modes
     differing = {chain.stages[0].conv: "train() and eval() differ there" for chain in now.chains}
     now.chains = [chain for chain in now.chains if chain in otherwise.chains]
+    if any(type(a.default) is bool for a in inspect.signature(model.forward).parameters.values()):
+        flipped = _Finder(twin, names, flip=True).findings().chains
+        now.chains = [chain for chain in now.chains if chain in flipped]
     for chain in now.chains:
         del differing[chain.stages[0].conv]
     now.refused |= differing
@@ -209,9 +218,9 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 class _Finder:
     """The chains of one model in one mode."""
 
-    def __init__(self, model: nn.Module, names: dict[nn.Module, str]) -> None:
+    def __init__(self, model: nn.Module, names: dict[nn.Module, str], flip: bool = False) -> None:
         self.names = names
-        graphs = _graphs(model)
+        graphs = _graphs(model, flip)
         self.modules: dict[fx.Node, nn.Module] = {
             node: root.get_submodule(node.target)
             for root, graph in graphs
@@ -311,10 +320,21 @@ class _Finder:
         return ""
 
 
-def _graphs(model: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
+def _may_be_taken_apart(parent: nn.Module, name: str) -> bool:
+    """Whether a forward that does not trace may call the parts of its nn.Sequential `name` one by one: its source does
+    more with it than call it, or goes over the children without their names."""
+    try:
+        source = inspect.getsource(type(parent).forward)
+    except (OSError, TypeError):
+        return False
+    return bool(re.search(rf"\.{re.escape(name)}\b(?!\()|\b(children|modules|_modules|getattr)\b", source))
+
+
+def _graphs(model: nn.Module, flip: bool = False) -> list[tuple[nn.Module, fx.Graph]]:
     """The graph of the model; or, where something in it does not trace, of all its parts that do.
 
-    A module that does not trace is opaque to the one around it, and so is one with hooks, which would be run.
+    A module that does not trace is opaque to the one around it, and so is one with hooks, which would be run. With
+    `flip`, arguments that are True or False by default have the other value.
     """
     hooked = [module for module in model.modules() if has_hooks(module) and not _is_part(module)]
     opaque, untraceable = set(hooked), []
@@ -323,6 +343,7 @@ def _graphs(model: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
         try:
             arguments = inspect.signature(root.forward).parameters.values()
             defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+            defaults |= {name: not value for name, value in defaults.items() if flip and isinstance(value, bool)}
             return _Tracer(opaque - {root}).trace(root, defaults or None)
         except Exception:  # whatever a forward raises when it is given a Proxy
             return None
@@ -331,8 +352,14 @@ def _graphs(model: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
         before = len(opaque)
         if trace(module) is not None:
             return
-        for child in module.children():
-            if not _is_part(child):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Sequential) and _may_be_taken_apart(module, name):
+                opaque.add(child)
+                untraceable.append(child)
+                for part in child:
+                    if not _is_part(part):
+                        explore(part)
+            elif not _is_part(child):
                 explore(child)
         if len(opaque) == before or trace(module) is None:
             opaque.add(module)

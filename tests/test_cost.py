@@ -225,3 +225,18 @@ def test_the_plot() -> None:
     dense = report.layers[0]
     assert discs["dense"].tolist() == [[dense.intensity, dense.macs]]
     assert report.plot(ax) is ax
+
+
+def test_layers_that_give_several_tensors_or_are_called_by_keyword() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(input=self.first(x)[0])
+
+    found = cost(Recurrent(), (2, 7, 6))
+    assert found.parameters == sum(p.numel() for p in Recurrent().parameters())
+    with pytest.raises(ValueError, match="input_size"):
+        cost(nn.Linear(2, 2), ())

@@ -6,6 +6,7 @@ import collections
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -823,3 +824,123 @@ def test_costs() -> None:
         assert word in text
     assert list(convert_(mobile_block(), fuse=True).costs) == ["parameters"]
     assert convert_(mobile_block()).costs == {}
+
+
+# --- what changes around a chain after it was fused ---
+
+
+def _small(channels: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12),
+    )  # fmt: skip
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_mean), nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return net.eval()
+
+
+def _put(net: nn.Sequential, place: int, module: nn.Module) -> None:
+    net[place] = module
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda net: _put(net, 0, nn.Conv2d(3, 8, 3)),
+        lambda net: _put(net, 1, nn.Identity()),
+        lambda net: _put(net, 5, nn.Tanh()),
+        lambda net: net.insert(5, nn.Tanh()),
+        lambda net: net.__delitem__(5),
+        lambda net: setattr(net[4], "eps", 0.5),
+        lambda net: (setattr(net[4], "track_running_stats", False), setattr(net[4], "running_mean", None),
+                     setattr(net[4], "running_var", None)),
+        lambda net: _put(net, 4, nn.SyncBatchNorm(8).eval()),
+    ),
+    ids=("convolution", "norm", "activation", "insert", "delete", "eps", "batch_statistics", "sync_batch_norm"),
+)  # fmt: skip
+def test_a_changed_module_ends_its_chain(change: Callable) -> None:
+    net, plain = _small(), _small()
+    convert_(net, fuse=True)
+    x = torch.randn(2, 3, 11, 11)
+    with torch.no_grad():
+        net(x)
+        for model in (net, plain):
+            torch.manual_seed(1)
+            change(model)
+        torch.testing.assert_close(net(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", (torch.optim.SGD, torch.optim.AdamW))
+def test_a_fused_optimisers_step_is_seen(kind: type) -> None:
+    """torch's fused optimisers leave the versions of the parameters alone."""
+    net = _small()
+    convert_(net, fuse=True)
+    optimiser = kind(net.parameters(), lr=0.05, fused=True)
+    x = torch.randn(2, 3, 11, 11)
+    with torch.no_grad():
+        before = net(x)
+    net(x).square().mean().backward()
+    optimiser.step()
+    with torch.no_grad():
+        after = net(x)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, copy.deepcopy(net)(x), rtol=1e-5, atol=1e-6)
+
+
+class _Tapped(nn.Module):
+    """Goes over its layers one by one, in a way that torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = _small()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for i, layer in enumerate(self.f):
+            x = layer(x)
+            if i in (1, 4) and x.shape[0] > 0:
+                taps.append(x)
+        return [*taps, x] if float(x.sum()) < 1e30 else taps
+
+
+class _Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = _small()
+
+    def forward(self, x: Tensor, middle: bool = False) -> Tensor:
+        x = self.f[4](self.f[3](self.f[:3](x)))
+        return x if middle else self.f[7](self.f[6](self.f[5](x)))
+
+
+def test_a_middle_that_somebody_takes_is_not_fused_away() -> None:
+    x = torch.randn(2, 3, 11, 11)
+    with torch.no_grad():
+        both = (_Tapped(), lambda m: m(x)), (_Flagged(), lambda m: [m(x), m(x, middle=True)])
+        for model, call in both:
+            model.eval()
+            expected = call(copy.deepcopy(model))
+            convert_(model, fuse=True)
+            for got, want in zip(call(model), expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_all_modules_are_hooks() -> None:
+    net, seen = _small(), []
+    convert_(net, fuse=True)
+    watch = nn.modules.module.register_module_forward_hook
+    handle = watch(lambda module, _, out: seen.append((type(module), out.shape)))
+    try:
+        net(torch.randn(2, 3, 11, 11))
+    finally:
+        handle.remove()
+    assert (nn.ReLU, (2, 8, 7, 7)) in seen
+
+
+def test_a_wrong_input_size_changes_nothing() -> None:
+    net = _small()
+    with pytest.raises(RuntimeError):
+        convert_(net, fuse=True, input_size=(1, 5, 11, 11))
+    assert type(net[3]) is nn.Conv2d and not any("forward" in vars(module) for module in net)
