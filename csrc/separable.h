@@ -6,9 +6,11 @@
 #include <c10/core/SymInt.h>
 
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "activation.h"
+#include "checks.h"
 
 namespace sepconv::separable {
 
@@ -21,6 +23,25 @@ struct Call {
   c10::SymIntArrayRef stride, padding, dilation;
   Activation depthwise_activation, pointwise_activation;
 };
+
+// The same from the op's own arguments, below the autograd key, where sizes are plain numbers.
+inline Call call_of(const at::Tensor& input, const at::Tensor& depthwise_weight,
+                    const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
+                    const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                    at::IntArrayRef dilation, std::string_view depthwise_activation,
+                    std::string_view pointwise_activation) {
+  const auto sym = c10::fromIntArrayRefSlow;
+  return {input,
+          depthwise_weight,
+          depthwise_bias,
+          pointwise_weight,
+          pointwise_bias,
+          sym(stride),
+          sym(padding),
+          sym(dilation),
+          parse_activation(depthwise_activation),
+          parse_activation(pointwise_activation)};
+}
 
 // The activation that the intermediate is kept behind: none where the derivative needs the value before.
 constexpr Activation kept_activation(Activation a) { return derivative_from_output(a) ? a : Activation::identity; }

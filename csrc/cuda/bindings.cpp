@@ -189,16 +189,9 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
                         const std::optional<Tensor>& pointwise_bias, IntArrayRef stride, IntArrayRef padding,
                         IntArrayRef dilation, std::string_view depthwise_activation,
                         std::string_view pointwise_activation, bool /*save_intermediate*/) {
-  const separable::Call call{input,
-                             depthwise_weight,
-                             depthwise_bias,
-                             pointwise_weight,
-                             pointwise_bias,
-                             aten::sym(stride),
-                             aten::sym(padding),
-                             aten::sym(dilation),
-                             parse_activation(depthwise_activation),
-                             parse_activation(pointwise_activation)};
+  const separable::Call call =
+      separable::call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding,
+                         dilation, depthwise_activation, pointwise_activation);
   if (!has_kernel_dtype(input)) {  // seen here in inference mode only
     count_aten("no kernel for this dtype");
     return aten::separable_conv2d(call);
@@ -214,16 +207,9 @@ std::tuple<Tensor, Tensor> separable_conv2d_training(
     const Tensor& pointwise_weight, const std::optional<Tensor>& pointwise_bias, IntArrayRef stride,
     IntArrayRef padding, IntArrayRef dilation, std::string_view depthwise_activation,
     std::string_view pointwise_activation, bool output, bool intermediate) {
-  const separable::Call call{input,
-                             depthwise_weight,
-                             depthwise_bias,
-                             pointwise_weight,
-                             pointwise_bias,
-                             aten::sym(stride),
-                             aten::sym(padding),
-                             aten::sym(dilation),
-                             parse_activation(depthwise_activation),
-                             parse_activation(pointwise_activation)};
+  const separable::Call call =
+      separable::call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding,
+                         dilation, depthwise_activation, pointwise_activation);
   check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation);
   // Kept or computed again, the output has the same bits: both are made of two calls, as the fused kernel keeps nothing.
   return separable::composite_training(call, output, intermediate);
