@@ -25,6 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
+PLAN = tuple(sorted(KERNELS.glob("plan*.cpp")))
 CACHE = Path(os.environ.get("SEPCONV_EMULATOR_CACHE", ROOT / ".emulator-cache"))
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 
@@ -185,8 +186,7 @@ def compile_object(
 
 def sources() -> list[Path]:
     """All that a runner is linked from."""
-    plan = [KERNELS / "plan.cpp", KERNELS / "run.cpp"]
-    return [*kernel_sources(), *plan, *(HERE / f"{name}.cpp" for name in (*RUNTIME, "runner"))]
+    return [*kernel_sources(), *PLAN, KERNELS / "run.cpp", *(HERE / f"{name}.cpp" for name in (*RUNTIME, "runner"))]
 
 
 def link(objects: Iterable[Path], build: str, name: str = "runner") -> Path:
@@ -222,7 +222,7 @@ def runners(
 
 def planned_kernels(cases: Sequence[Sequence[str]]) -> list[str]:
     """The name of the kernel that the plan takes for each case; compiles the plan alone, in a few seconds, once."""
-    parts = (KERNELS / "plan.cpp", HERE / "tensor.cpp", HERE / "case.cpp", HERE / "planner.cpp")
+    parts = (*PLAN, HERE / "tensor.cpp", HERE / "case.cpp", HERE / "planner.cpp")
     planner = link([compile_object(p, "race") for p in parts], "race", "planner")
     lines = "".join(" ".join(case) + "\n" for case in cases)
     return subprocess.run([str(planner)], input=lines, text=True, capture_output=True, check=True).stdout.splitlines()

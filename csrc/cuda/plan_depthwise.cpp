@@ -1,0 +1,207 @@
+// The plan of the depthwise family: which kernel, how it is cut, and why.
+#include "plan_parts.h"
+#include "tiling.h"
+
+namespace sepconv::cuda {
+namespace {
+
+// ---- predicates: what a kernel needs
+
+// A dimension of size 1 has no say in what is dense or aligned.
+bool dense_channels(const ConvShape& s) { return s.C > 1 && s.x.c == 1 && s.y.c == 1; }
+bool dense_columns(const ConvShape& s) { return (s.W == 1 || s.x.w == 1) && (s.Q == 1 || s.y.w == 1); }
+
+// Every pixel of both images begins at a multiple of `vec` elements, and channels come in whole vectors.
+bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t alignment) {
+  const auto multiple = [vec](int64_t size, int64_t stride) { return size <= 1 || stride % vec == 0; };
+  return s.K == s.C && dense_channels(s) && s.C % vec == 0 && alignment % (vec * element_size(dtype)) == 0 &&
+         multiple(s.N, s.x.n) && multiple(s.H, s.x.h) && multiple(s.W, s.x.w) && multiple(s.N, s.y.n) &&
+         multiple(s.P, s.y.h) && multiple(s.Q, s.y.w);
+}
+
+bool window(const ConvShape& s) {
+  return s.R == s.S && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1 &&
+         has_window(s.R, s.stride_h);
+}
+
+// ---- tiles
+
+// The image that the map writes.
+struct Written {
+  int64_t channels, rows, columns;
+};
+Written written(Map map, const ConvShape& s) {
+  return map == Map::forward ? Written{s.K, s.P, s.Q} : Written{s.C, s.H, s.W};
+}
+
+// Strips of equal height, none taller than `most`.
+int even_rows(int64_t rows, int64_t most) {
+  return static_cast<int>(rows < 1 ? 1 : ceil_div(rows, ceil_div(rows, most)));
+}
+
+Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
+  Plan p{Kernel::depthwise_nhwc,
+         "cuda_depthwise_nhwc",
+         "depthwise, channels dense, 3x3, 5x5 or 7x7, stride 1 or 2",
+         {},
+         0};
+  const int vec16 = static_cast<int>(16 / element_size(dtype));
+  p.tile.vec = whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
+  // Tall strips read the halo rows less often; four blocks a multiprocessor (each of about 1024 vectors a row) come
+  // first.
+  const Written out = written(map, s);
+  const int64_t blocks = s.N * out.rows * ceil_div(out.columns, 4) * (s.C / p.tile.vec) / 256;
+  p.tile.rows = even_rows(out.rows, std::clamp<int64_t>(blocks / (4 * device.multiprocessors), 1, 8));
+  return p;
+}
+
+Plan depthwise_nchw(Map map, const ConvShape& s, const Device& device) {
+  Plan p{
+      Kernel::depthwise_nchw, "cuda_depthwise_nchw", "depthwise, columns dense, 3x3, 5x5 or 7x7, stride 1 or 2", {}, 0};
+  // A strip of rows rows reads R - 1 rows more than its own; 2048 threads a multiprocessor come first.
+  const Written out = written(map, s);
+  const int64_t threads = s.N * out.channels * out.rows * out.columns;
+  p.tile.rows = even_rows(out.rows, std::clamp<int64_t>(threads / (2048 * device.multiprocessors), 2, 32));
+  return p;
+}
+
+Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignment, bool narrow) {
+  Plan p{Kernel::depthwise_direct,
+         "cuda_depthwise_direct",
+         "depthwise of any kernel, stride, dilation, multiplier and memory layout",
+         {},
+         0};
+  const Written out = written(map, s);
+  const int vec16 = static_cast<int>(16 / element_size(dtype));
+  const int vec = whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
+  // Threads are counted in 31 bits too: four rows each, of every phase the last perhaps in part.
+  const int64_t threads = s.N * (out.channels / vec) * (out.rows / 4 + s.stride_h + 1) * out.columns;
+  p.tile.wide = !narrow || threads >= kNarrow;
+  p.tile.vec = p.tile.wide ? 1 : vec;
+  return p;
+}
+
+Plan depthwise_grad_weight(const ConvShape& s, DType dtype, int64_t alignment) {
+  constexpr int64_t kThreads = 256;
+  Plan p{Kernel::depthwise_grad_weight, "cuda_depthwise_grad_weight", "", {}, 0};
+  Tile& t = p.tile;
+  t.window = window(s) && dtype != DType::float64;
+  p.reason = t.window ? "depthwise 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass"
+                      : "depthwise of any kernel: up to eight taps of a kernel row in a pass";
+  t.vec = (!t.window || s.R < 7) && whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
+  const int64_t vectors = s.K / t.vec;
+  // Strips are as tall as 2^17 columns' worth of threads allow, and at least four rows.
+  const int64_t strips = std::clamp<int64_t>((int64_t{1} << 17) / std::max<int64_t>(s.N * s.Q * vectors, 1), 1,
+                                             std::max<int64_t>(s.P / 4, 1));
+  t.rows = static_cast<int>(ceil_div(s.P, strips));
+  const int64_t places = s.N * ceil_div(s.P, t.rows) * s.Q;
+  if (s.y.c == 1 && s.K > 1) {
+    t.lanes = static_cast<int>(ceil_div(vectors, ceil_div(vectors, 32)));
+  } else {
+    int64_t slots = 32;
+    while (slots < kThreads && slots < places) slots *= 2;
+    t.lanes = static_cast<int>(kThreads / slots);
+  }
+  const int64_t passes = t.window ? 1 : s.R * ceil_div(s.S, 8);
+  const int64_t slots = kThreads / t.lanes;
+  const int64_t wanted = grad_weight_splits(2 * ceil_div(vectors, t.lanes) * passes, places, slots);
+  // Every slot has the same number of places, but for the last few.
+  t.splits = static_cast<int>(ceil_div(places, slots * std::max<int64_t>(places / (wanted * slots), 1)));
+  p.workspace_bytes = t.splits * s.weight_elements() * acc_size(dtype);
+  return p;
+}
+
+// ---- depthwise, large kernels on tensor cores
+
+// From this size on (both ways) a kernel has too many taps for plain arithmetic to keep up with memory in half types:
+// 12 operations a byte at 5x5, 25 at 7x7, and about 20 are what an H100 has of each in the same time.
+constexpr int64_t kToeplitzFrom = 7;
+
+bool toeplitz_can_run(Map map, const ConvShape& s, DType dtype, const Device& device) {
+  // The outputs of a block's images are numbered in 31 bits, and so are all its places.
+  return is_half(dtype) && device.compute_capability >= 80 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.S <= kToeplitzTaps && s.R <= kToeplitzTaps && dense_columns(s) &&
+         (map != Map::grad_input || s.K == s.C) && s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow / 4 &&
+         s.K < (1 << 16);
+}
+
+// Images side by side and rows of each, so that four warps of 16 rows have little left over, in up to 48 KB (or one
+// strip of 16 rows). A row costs `row_bytes` of shared memory, and an image `halo` rows more than it has.
+void choose_place(Tile& t, int64_t N, int64_t rows, int64_t halo_bytes, int64_t row_bytes, int64_t fixed_bytes) {
+  constexpr int64_t kMost = 48 << 10, kRound = 64;
+  const auto bytes = [&](int64_t images, int64_t r) { return fixed_bytes + images * (r * row_bytes + halo_bytes); };
+  int64_t most = kRound;
+  while (most > 16 && bytes(1, std::min(rows, most)) > kMost) most -= 16;
+  t.rows = even_rows(rows, most), t.lanes = 1;
+  if (t.rows < rows) return;
+  const auto use = [&](int64_t images) {
+    const int64_t all = images * rows;
+    return static_cast<double>(all) / static_cast<double>(ceil_div(all, kRound) * kRound);
+  };
+  for (int images = 2; images <= std::min<int64_t>(N, 16) && bytes(images, rows) <= kMost; ++images) {
+    if (use(images) > use(t.lanes) + 0.02) t.lanes = images;
+  }
+}
+
+Plan depthwise_toeplitz(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
+  Plan p{Kernel::depthwise_toeplitz,
+         "cuda_depthwise_toeplitz",
+         "depthwise 7x7 and larger in a half type, stride 1, columns dense: kernel rows as Toeplitz matrices on tensor "
+         "cores",
+         {},
+         0};
+  Tile& t = p.tile;
+  const auto pitch = [](int64_t pieces) { return ((pieces + 1) / 2 * 2 | 1) * 16; };  // bytes
+  if (map == Map::grad_weight) {
+    const int64_t steps = toeplitz_grad_steps(s.Q);
+    const bool few = toeplitz_few_taps(s.R, s.S);
+    const int64_t x_row = pitch((few ? 2 : 4) - 1 + 2 * steps), y_row = 2 * 2 * (16 * steps + 8);
+    choose_place(t, s.N, s.P, (few ? 15 : 31) * x_row, x_row + y_row, 0);
+    const int64_t places =
+        ceil_div(s.N, t.lanes) * ceil_div(s.P, t.rows) * ceil_div(s.Q, toeplitz_grad_columns(static_cast<int>(steps)));
+    t.splits = grad_weight_splits(s.K * toeplitz_sections(s.R, s.S), places, 1);
+    p.workspace_bytes = t.splits * s.weight_elements() * acc_size(dtype);
+    return p;
+  }
+  const Written out = written(map, s);
+  const Strides& strides = map == Map::forward ? s.y : s.x;
+  const auto even = [](int64_t size, int64_t stride) { return size <= 1 || stride % 2 == 0; };
+  const bool pairs = out.columns % 2 == 0 && alignment % 4 == 0 && even(s.N, strides.n) &&
+                     even(out.channels, strides.c) && even(out.rows, strides.h);
+  t.vec = pairs ? 2 : 1;
+  const int64_t steps = toeplitz_steps(s.S), tiles = toeplitz_tiles(out.columns);
+  const int64_t row = pitch(tiles - 1 + 2 * steps);
+  choose_place(t, s.N, out.rows, (s.R - 1) * row, row, s.R * 4 * (16 * steps + 8));
+  const int64_t places = ceil_div(s.N, t.lanes) * ceil_div(out.rows, t.rows) * ceil_div(out.columns, 8 * tiles);
+  // The filter is laid out once a block: few blocks more than the multiprocessors hold twice over.
+  t.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(8 * device.multiprocessors, s.K), 1, places));
+  return p;
+}
+
+}  // namespace
+
+Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
+  const bool narrow = narrow_images(s);
+  if (narrow && std::min(s.R, s.S) >= kToeplitzFrom && toeplitz_can_run(map, s, dtype, device)) {
+    return depthwise_toeplitz(map, s, dtype, device, alignment);
+  }
+  if (map == Map::grad_weight) {
+    if (!narrow || s.N * s.P * s.Q >= kNarrow - (1 << 20)) {
+      return plan_grouped(map, s, dtype, "depthwise, an image of 2^31 elements or more");
+    }
+    return depthwise_grad_weight(s, dtype, alignment);
+  }
+  const bool multiplier = s.K != s.C;
+  if (narrow && window(s) && !multiplier && dense_channels(s) && dtype != DType::float64 &&
+      s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow / 4) {
+    return depthwise_nhwc(map, s, dtype, device, alignment);
+  }
+  if (narrow && window(s) && (!multiplier || map == Map::forward) && dense_columns(s)) {
+    const Plan p = depthwise_nchw(map, s, device);
+    const Written out = written(map, s);
+    if (s.N * out.channels * (out.rows / p.tile.rows + 2) * (out.columns + 2) < kNarrow) return p;
+  }
+  return depthwise_direct(map, s, dtype, alignment, narrow);
+}
+
+}  // namespace sepconv::cuda
