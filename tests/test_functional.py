@@ -98,6 +98,25 @@ def test_maps(which: str, case: Case, dtype: torch.dtype, layout: str, device: s
     )
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("from_memory_k3", 2, 128, 73, 75, 128, 3, 3, padding=(1, 1), groups=128),
+        Case("from_memory_k3_no_whole_lines", 2, 145, 73, 75, 145, 3, 3, padding=(1, 1), groups=145),
+        Case("from_memory_k5_stride2", 2, 152, 102, 75, 152, 5, 5, stride=(2, 2), padding=(2, 2), groups=152),
+    ],
+    ids=str,
+)
+def test_cpu_grad_weight_of_more_than_the_caches_hold(case: Case) -> None:
+    """From 10 MB on the channels_last kernels take other loops, and fetch ahead."""
+    x, _, _ = tensors(case, torch.float32, "cpu", "channels_last")
+    assert x.nbytes + torch.Size(case.output_size).numel() * 4 > 10 << 20
+    with only_our_kernels():
+        actual = run_map("grad_weight", case, torch.float32, "cpu", "channels_last")
+    theirs, truth = peer(case, torch.float32, "cpu", "channels_last"), expected(case, torch.float32)
+    assert_as_accurate(actual, theirs.grad_weight, truth.grad_weight, f"grad_weight of {case}")
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """One of the CPU's instruction sets, for one test; the best one is what every other test runs."""

@@ -4,11 +4,12 @@
 //       grad_y[n, p, q, c] * x[n, p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w, c]
 //
 // Loop-to-data map. A vector holds neighbouring channels. A task is a part of the N * P output rows and a chunk of
-// the channels whose sums fit the first-level cache; inside it the loops go: a tile of some kRowGroup output rows and
-// kColumns output columns, channel vector, up to three kernel rows. The sums of those kernel rows stay in registers
-// while the rows of the tile go by; then they are added to the task's sums. So grad_y and x come from memory once, and
-// a long sum is a sum of short ones. Meanwhile the same pixels of the next vector are fetched into the first-level
-// cache.
+// the channels whose sums fit the first-level cache. Inside it, one of two orders:
+//   - tiles: a tile of some kRowGroup output rows and kColumns output columns, channel vector, up to three kernel rows.
+//     The sums of those kernel rows stay in registers while the rows of the tile go by; then they are added to the
+//     task's sums. Meanwhile the same pixels of the next vector are fetched into the first-level cache.
+//   - streamed: input row by input row in the order of memory; see depthwise_nhwc_grad_weight_stream.h.
+// Either way grad_y and x come from memory once, and a long sum is a sum of short ones.
 //
 // The parts depend on the shape alone, and are added in order by a second pass: the result does not depend on the
 // number of threads.
@@ -27,16 +28,18 @@ void depthwise_nhwc_grad_weight(const ConvShape& shape, DType dtype, const void*
 #else
 
 #include "depthwise_nhwc_grad_weight_block.h"
+#include "depthwise_nhwc_grad_weight_stream.h"
 
 inline constexpr int64_t kRowGroup = 14;         // output rows of a tile, about; divides 14, 28, 56, 112
 inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at
 inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
-inline constexpr int64_t kOnceBytes = 10 << 20;  // of x and grad_y, up to which block_once is faster for small kernels
+inline constexpr int64_t kStreamedVectors = 8;  // of a chunk that rows are streamed for: half a kilobyte a pixel
 
-// The block functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps -
-// 1 taps.
+inline constexpr int64_t kNearBytes = 10 << 20;  // of x and grad_y: up to here they are expected in some cache
+
+// The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
 template <typename T>
 struct Kernel {
   using Function = void (*)(const ConvShape&, const Block<T>&);
@@ -46,15 +49,19 @@ struct Kernel {
   };
   Functions longer, shorter;  // for passes of `taps`, and of one tap less
   int64_t passes = 1, taps = 0;
-  bool once = false;  // the functions are block_once
+  bool once = false;                                                  // the functions are block_once
+  bool far = false;                                                   // x and grad_y come from memory
+  void (*stream)(const ConvShape&, const StreamedRow<T>&) = nullptr;  // rather than tiles
 
   explicit Kernel(const ConvShape& k) {
     if (k.C < kLanes<accumulate_t<T>> || (k.dilation_w != 1 && k.S > 1) || k.stride_w > 2) return;
-    // block_once needs 32 registers. block is better at waiting for memory, which counts where the kernel is small; but
-    // it takes the output rows apart that see different kernel rows, and those are many where the kernel is large.
     const int64_t bytes = k.N * k.C * (k.H * k.W + k.P * k.Q) * static_cast<int64_t>(sizeof(T));
-    once = SEPCONV_ISA_LEVEL == 2 && k.stride_h == 1 && k.stride_w == 1 && k.dilation_h == 1 &&
-           (k.R > kMaxTaps || k.R >= k.H || (k.R <= 3 && bytes <= kOnceBytes));
+    far = bytes > kNearBytes;
+    const bool dense = SEPCONV_ISA_LEVEL == 2 && k.dilation_h == 1;  // both need 32 registers
+    if (dense && streams(k)) stream = streaming(k);
+    // block is better than block_once at waiting for memory, which counts where the kernel is small; but it takes the
+    // output rows apart that see different kernel rows, and those are many where the kernel is large.
+    once = dense && k.stride_h == 1 && k.stride_w == 1 && (k.R > kMaxTaps || k.R >= k.H || (k.R <= 3 && !far));
     passes = (k.S + kMaxTaps - 1) / kMaxTaps;
     taps = (k.S + passes - 1) / passes;
     longer = functions(taps, k.stride_w), shorter = functions(taps - 1, k.stride_w);
@@ -65,6 +72,27 @@ struct Kernel {
   int64_t rows_of(int64_t left) const { return std::min<int64_t>(left == 4 ? 2 : left, longer.max_rows); }
 
  private:
+  // Measured (benchmarks/NOTES.md). In a 3x3 kernel of stride 1 the sums weigh most: it is streamed only where the tiles
+  // would suffer, pixels that share cache sets or lie a memory page apart.
+  bool streams(const ConvShape& k) const {
+    if (k.R >= k.H || k.stride_h != k.stride_w) return false;
+    if (k.S > 3 || k.stride_w > 1) return true;
+    const int64_t pixel = k.C * static_cast<int64_t>(sizeof(T));
+    return far && (pixel % 512 == 0 || pixel >= 2048);
+  }
+  auto streaming(const ConvShape& k) const -> decltype(stream) {
+    if constexpr (SEPCONV_ISA_LEVEL == 2) {
+      switch (k.S * 2 + k.stride_w) {
+        case 7: return stream_row<T, 3, 1>;
+        case 8: return stream_row<T, 3, 2>;
+        case 11: return stream_row<T, 5, 1>;
+        case 12: return stream_row<T, 5, 2>;
+        case 15: return stream_row<T, 7, 1>;
+        case 16: return stream_row<T, 7, 2>;
+      }
+    }
+    return nullptr;
+  }
   // Kernel rows whose sums are kept in registers together: the more of them, the more additions are independent.
   template <int kTaps, int kStride>
   Functions make() const {
@@ -139,6 +167,12 @@ struct SumTask {
     const int64_t p0 = k.P * strip / cut.strips, p1 = k.P * (strip + 1) / cut.strips;
     const int64_t groups = std::max<int64_t>((p1 - p0 + kRowGroup / 2) / kRowGroup, 1);
     for (int64_t n = k.N * group / cut.images; n < k.N * (group + 1) / cut.images; ++n) {
+      if (kernel.stream != nullptr) {
+        for (int64_t v = v0; v < v1; v += kStreamedVectors) {
+          add_streamed(n, p0, p1, v, std::min(v + kStreamedVectors, v1), own);
+        }
+        continue;
+      }
       for (int64_t i = 0; i < groups; ++i) {
         add_group(n, p0 + (p1 - p0) * i / groups, p0 + (p1 - p0) * (i + 1) / groups, v0, v1, own);
       }
@@ -146,18 +180,32 @@ struct SumTask {
   }
 
  private:
-  // Output rows [p, end) of image n, channel vectors [v0, v1).
+  // Output rows [p0, p1) of image n, channel vectors [v0, v1), input row by input row.
+  void add_streamed(int64_t n, int64_t p0, int64_t p1, int64_t v0, int64_t v1, A* sums) const {
+    const int64_t top = p0 * k.stride_h, bottom = (p1 - 1) * k.stride_h;  // of the padded image
+    const int64_t end = std::min(bottom - k.pad_h + k.R, k.H);
+    for (int64_t h = std::max<int64_t>(top - k.pad_h, 0); h < end; ++h) {
+      // Padded row `row` meets kernel row r and output row (row - r) / stride_h, where that is one of [p0, p1).
+      const int64_t row = h + k.pad_h, r0 = std::max(row - bottom, row % k.stride_h);
+      const int64_t last = std::min(k.R - 1, row - top);
+      if (r0 > last) continue;
+      kernel.stream(k, {x + (n * k.H + h) * k.W * k.C, grad_y + (n * k.P + (row - r0) / k.stride_h) * k.Q * k.C,
+                        sums + r0 * k.S * kLanes<A>, (last - r0) / k.stride_h + 1, v0, v1, kernel.far});
+    }
+  }
+
+  // Output rows [p, end) of image n, channel vectors [v0, v1), in tiles.
   void add_group(int64_t n, int64_t p, int64_t end, int64_t v0, int64_t v1, A* sums) const {
     for (int64_t q = 0; q < k.Q; q += kColumns) {
       for (int64_t v = v0; v < v1; ++v) {
-        const int64_t c = first_channel(v);
+        const int64_t c = first_channel<A>(k, v);
         Block<T> b{x + n * k.H * k.W * k.C + c, grad_y + n * k.P * k.Q * k.C + c, sums + v * k.R * k.S * kLanes<A>};
         b.p0 = p, b.p1 = end, b.q = q;
         b.count = static_cast<int>(std::min<int64_t>(kColumns, k.Q - q));
         // Next come the next vector of the same pixels, or the first vector of the next ones.
         const bool last = v + 1 == v1;
         if (!last || q + kColumns < k.Q) {
-          b.grad_y_ahead = first_channel(last ? v0 : v + 1) - c + (last ? kColumns * k.C : 0);
+          b.grad_y_ahead = first_channel<A>(k, last ? v0 : v + 1) - c + (last ? kColumns * k.C : 0);
           b.x_ahead = b.grad_y_ahead + (last ? kColumns * (k.stride_w - 1) * k.C : 0);
         }
         if (kernel.once) {
@@ -169,9 +217,6 @@ struct SumTask {
     }
   }
 
-  int64_t first_channel(int64_t v) const {
-    return std::max<int64_t>(std::min<int64_t>(v * kLanes<A>, k.C - kLanes<A>), 0);
-  }
   // Kernel rows whose input row exists for output row p: [first, end).
   int64_t first_row(int64_t p) const {
     const int64_t row = p * k.stride_h - k.pad_h;
@@ -241,7 +286,7 @@ struct ReduceTask {
   const A* sums;
   T* grad_w;
   void operator()(int64_t v) const {
-    const int64_t c = std::max<int64_t>(std::min<int64_t>(v * kLanes<A>, k.C - kLanes<A>), 0);
+    const int64_t c = first_channel<A>(k, v);
     const int64_t lane0 = v * kLanes<A> - c;  // the lanes before it are the vector before's
     const int64_t lanes = std::min<int64_t>(kLanes<A>, k.C);
     const int64_t size = k.R * k.S * kLanes<A>;

@@ -7,6 +7,12 @@
 inline constexpr int kMaxTaps = 7;  // taps of a kernel row whose sums share registers
 inline constexpr int kColumns = 7;  // output columns of a tile; divides the widths 7, 14, 28, 56, 112
 
+// The last vector overlaps the one before it where C is no multiple of kLanes.
+template <typename A>
+int64_t first_channel(const ConvShape& k, int64_t v) {
+  return std::max<int64_t>(std::min<int64_t>(v * kLanes<A>, k.C - kLanes<A>), 0);
+}
+
 // What one call of a block function sees: one channel vector, output rows [p0, p1), columns from q (`count` of them),
 // kernel rows from r0 on and taps from s0 on, as many as the function is made for.
 template <typename T>

@@ -68,9 +68,6 @@ const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dt
     if (s.stride_h > 1 && s.C >= 480 && pixels >= 19 * 19) return "many channels last, strided: oneDNN is faster";
     if (s.C < 96 && s.C % 16 != 0 && pixels > 28 * 28) return "few channels last, no whole vectors: oneDNN is faster";
   }
-  if (map == Map::grad_weight && s.stride_h == 2 && s.stride_w == 2 && taps <= 9 && s.C % 256 == 0) {
-    return "strided 3x3 where pixels fall into the same cache sets: oneDNN is faster";
-  }
   return nullptr;
 }
 
