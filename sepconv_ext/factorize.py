@@ -53,13 +53,13 @@ def separate(kernel: Tensor, rank: int = 1) -> Separated:
         value evenly, and the largest entry of each column filter (the first, of equals) is positive.
 
     Raises:
-        ValueError: the kernel has fewer than 2 dimensions, or the rank is out of range.
+        ValueError: the kernel has fewer than 2 dimensions, or the rank is out of range. TypeError: it is not real
+        floating point.
 
     The decomposition is done in float64 on the kernel's device. Source: C. Eckart and G. Young, "The approximation of
     one matrix by another of lower rank", Psychometrika 1, 1936.
     """
-    if kernel.dim() < 2:
-        raise ValueError(f"kernel must have at least 2 dimensions [..., R, S], but has {kernel.dim()}")
+    _check_kernel(kernel)
     most = min(kernel.shape[-2:])
     if not 1 <= rank <= most:
         raise ValueError(f"rank must be 1 to min(R, S) = {most}, but is {rank}")
@@ -82,8 +82,9 @@ def is_separable(kernel: Tensor, tolerance: float | None = None) -> bool:
             the kernel's dtype explains, max(R, S) * eps.
 
     Raises:
-        ValueError: the kernel has fewer than 2 dimensions.
+        ValueError: the kernel has fewer than 2 dimensions. TypeError: it is not real floating point.
     """
+    _check_kernel(kernel)
     if tolerance is None:
         tolerance = max(kernel.shape[-2:]) * torch.finfo(kernel.dtype).eps
     return bool((separate(kernel).error <= tolerance).all())
@@ -107,7 +108,8 @@ def separable_from_conv(conv: nn.Conv2d, multiplier: int = 1) -> SeparatedConv:
         pointwise stage; the relative error of the weight; and that error for every multiplier.
 
     Raises:
-        TypeError: not an nn.Conv2d. ValueError: the convolution has groups, or the multiplier is out of range.
+        TypeError: not an nn.Conv2d of real weights. ValueError: the convolution has groups, or the multiplier is out of
+        range.
 
     Source: Guo et al., "Network Decoupling: From Regular to Depthwise Separable Convolutions", 2018 (arXiv 1808.05517).
     """
@@ -115,6 +117,7 @@ def separable_from_conv(conv: nn.Conv2d, multiplier: int = 1) -> SeparatedConv:
         raise TypeError(f"conv must be an nn.Conv2d, but is a {type(conv).__name__}")
     if conv.groups != 1:
         raise ValueError(f"conv must be dense (groups = 1), but has groups = {conv.groups}")
+    _check_real("conv.weight", conv.weight)
     K, C, R, S = conv.weight.shape
     most = min(K, R * S)
     if not 1 <= multiplier <= most:
@@ -162,10 +165,12 @@ def merge(separable: nn.Module) -> nn.Conv2d:
         A torch.nn.Conv2d on the same device, in the same dtype and training mode, with the pointwise stage's groups.
 
     Raises:
-        TypeError: not such a pair. ValueError: the pair equals no single convolution (an activation or a norm, padding
-            of the second stage, groups that do not divide the channels); the message says which.
+        TypeError: not such a pair, or its weights are complex. ValueError: the pair equals no single convolution (an
+            activation or a norm, padding of the second stage, groups that do not divide the channels); the message says
+            which.
     """
     depthwise, pointwise = _stages(separable)
+    _check_real("depthwise.weight", depthwise.weight)
     C, T, groups = depthwise.in_channels, depthwise.out_channels // depthwise.in_channels, pointwise.groups
     if C % groups:
         raise ValueError(f"the pointwise stage has {groups} groups, which must divide the {C} input channels")
@@ -202,6 +207,17 @@ def merge(separable: nn.Module) -> nn.Conv2d:
                 bias += taken_up.reshape(K)
             merged.bias.copy_(bias)
     return merged
+
+
+def _check_kernel(kernel: Tensor) -> None:
+    if kernel.dim() < 2:
+        raise ValueError(f"kernel must have at least 2 dimensions [..., R, S], but has {kernel.dim()}")
+    _check_real("kernel", kernel)
+
+
+def _check_real(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be real floating point, but is {tensor.dtype}")
 
 
 def _relative_errors(singular_values: Tensor) -> Tensor:

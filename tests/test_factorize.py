@@ -318,3 +318,17 @@ def test_the_example_separates_a_photographs_blur(tmp_path: Path, capsys: pytest
         assert result.filter_errors[0] > 0.1 and result.filter_errors == sorted(result.filter_errors, reverse=True)
         assert result.image_errors[-1] < 0.1 * result.image_errors[0]
     assert "Gaussian       within 1% with 1 pair(s), 42 products a pixel (dense: 441)" in capsys.readouterr().out
+
+
+def test_what_has_no_real_singular_values_is_refused_by_name() -> None:
+    for of in (is_separable, separate):
+        with pytest.raises(ValueError, match=r"kernel must have at least 2 dimensions .* but has 0"):
+            of(torch.tensor(1.0))
+        for dtype in (torch.int64, torch.complex64):
+            with pytest.raises(TypeError, match=f"kernel must be real floating point, but is {dtype}"):
+                of(torch.ones(3, 3, dtype=dtype))
+    with pytest.raises(TypeError, match=r"conv.weight must be real"):
+        separable_from_conv(nn.Conv2d(2, 3, 3, dtype=torch.complex64))
+    pair = nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 3, 1)).to(torch.complex64)
+    with pytest.raises(TypeError, match=r"depthwise.weight must be real"):
+        merge(pair)
