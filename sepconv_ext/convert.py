@@ -63,12 +63,14 @@ def convert_(
     A fused model: batch norms are folded in eval(), into weights that are held apart, made again whenever a parameter
     or a statistic changes, and part of the graph where somebody differentiates by the parameters. In train() a chain
     with a batch norm runs module by module, so that training is what it always was; back in eval() it is fused again.
-    So does a chain while one of its modules has a hook. The modules of a chain work together: to call one of them
-    alone, to script the model or to export it to ONNX, revert_ it first. Not fused is what is used in several places (a
-    convolution, a norm, an activation, or the output between two of them), has hooks or is parametrized. A value that
-    is written through `.data`, or by a collective of torch.distributed, is seen after the next forward pass in train().
-    Where a module is put in the place of a chain's, or a norm's eps is changed, the chain runs module by module.
-    A forward that an attribute of the model makes use the middle of a chain is not seen through.
+    So does a chain while one of its modules, or a block that holds some of them, has a hook; and from when on one of
+    these is exchanged, has a layer inserted, or does something else than before (another eps or stride, a forward of
+    its own). The modules of a chain work together: to call one of them alone, to put some of them into another
+    container, to script the model or to export it to ONNX, revert_ it first. Not fused is what is used in several
+    places (a convolution, a norm, an activation, or the output between two of them), has hooks or is parametrized. A
+    value that is written through `.data`, by another process, by a collective of torch.distributed or by the replay of
+    a CUDA graph is seen after the next forward pass in train(). A forward that an attribute of the model makes use the
+    middle of a chain is not seen through.
     """
     before = cost(model, input_size) if fuse and input_size is not None else None  # fails before anything is changed
     report = Report()

@@ -12,6 +12,7 @@ The folded weights are held apart from the modules' own: no Parameter changes.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,11 +25,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import functional
 
-__all__ = ["Chain", "Stage", "fold"]
+__all__ = ["Chain", "Place", "Stage", "fold", "has_hooks", "is_depthwise", "is_pointwise"]
 
 Weights = tuple[Tensor, Tensor | None]
+Place = tuple[nn.Module, str, nn.Module]  # parent, name, and the module that is registered there
 # What a module computes besides its tensors, for the modules that chains are made of.
-_SETTINGS = ("eps", "negative_slope", "approximate")
+_SETTINGS = (
+    *("stride", "padding", "dilation", "groups", "padding_mode", "activation"),
+    *("eps", "negative_slope", "approximate", "min_val", "max_val"),
+)
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -59,12 +64,24 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> Weights:
     scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    mean = norm.running_mean.to(wide)
+    if conv.bias is not None:
+        mean = mean - conv.bias
     shift = -mean * scale
     if norm.bias is not None:
         shift = shift + norm.bias
     weight = conv.weight * scale.reshape(-1, 1, 1, 1)
     return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """A matrix product over the channels of each pixel: what a separable chain may end with."""
+    unpadded = isinstance(conv.padding, str) or not any(conv.padding)
+    return conv.groups == 1 and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and unpadded
 
 
 # Steps that any optimiser of the process took: torch's fused ones write to parameters and leave their versions alone.
@@ -83,16 +100,18 @@ class _Kept:
     """Folded weights, kept until one of the tensors that they were made from changes.
 
     A change shows in the tensor's identity, its version or its address, or an optimiser took a step (a write through
-    `.data`, or by a collective of torch.distributed, shows in none of them).
-    Weights that are made anew go into the old ones' memory, so that a CUDA graph that was captured with them goes on
-    with the new values.
+    `.data`, by another process, by a collective of torch.distributed or by the replay of a CUDA graph shows in none).
+
+    Weights that are made anew from the same tensors go into the old ones' memory, so that a CUDA graph that was
+    captured with them goes on with the new values; and what autograd saved of them is changed, and known to be, just as
+    the tensors themselves are.
     """
 
     def __init__(self) -> None:
         self.seen: list[tuple[dict, str, Tensor | None, int, int]] = []  # dict and name, tensor, version, address
         self.aliases: list[Tensor] = []  # hold the storages, so that no address is given to another
         self.folded: list[Weights] = []
-        self.steps = 0
+        self.steps = -1  # the steps up to which the weights are current; -1: they are not
 
     def is_current(self) -> bool:
         if self.steps != _steps:
@@ -101,7 +120,7 @@ class _Kept:
             now = registered.get(name)
             if now is not tensor or (now is not None and (now._version != version or now.data_ptr() != address)):
                 return False
-        return bool(self.seen)
+        return True
 
     def renew(self, stages: Sequence[Stage]) -> None:
         """RuntimeError where the sources, or what is made of them, are no tensors that can be kept."""
@@ -111,16 +130,17 @@ class _Kept:
                 tensor = registered[name]
                 if tensor is None:
                     seen.append((registered, name, None, 0, 0))
-                else:
-                    seen.append((registered, name, tensor, tensor._version, tensor.data_ptr()))
-                    aliases.append(tensor.detach())
+                    continue
+                seen.append((registered, name, tensor, tensor._version, tensor.data_ptr()))
+                aliases.append(tensor.detach())
             made = [stage.weights() for stage in stages]
             if not all(type(t) is Tensor and t.data_ptr() for pair in made for t in pair):
                 raise RuntimeError("made under a mode or a transform")
-            if [_place(t) for pair in made for t in pair] == [_place(t) for pair in self.folded for t in pair]:
+            if _memory(seen) == _memory(self.seen) and _layouts(made) == _layouts(self.folded):
+                written = [version for *_, version, _ in seen] != [version for *_, version, _ in self.seen]
                 for old, new in zip(self.folded, made, strict=True):
                     for mine, theirs in zip(old, new, strict=True):
-                        mine.copy_(theirs)
+                        (mine if written else mine.data).copy_(theirs)
             else:
                 self.folded = made
         self.seen, self.aliases, self.steps = seen, aliases, _steps
@@ -133,8 +153,12 @@ class _Kept:
         return (_Kept, ())
 
 
-def _place(tensor: Tensor) -> tuple:
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+def _memory(seen: list[tuple]) -> list[tuple]:
+    return [(id(tensor), address) for _, _, tensor, _, address in seen]
+
+
+def _layouts(weights: Sequence[Weights]) -> list[tuple]:
+    return [(t.shape, t.stride(), t.dtype, t.device) for pair in weights for t in pair]
 
 
 class Chain:
@@ -143,11 +167,16 @@ class Chain:
     Args:
         stages: one stage with any nn.Conv2d, or a depthwise and a pointwise one.
         members: the modules whose work the chain does. Default: the stages' own.
+        places: where the members, and the modules that hold some of them, are registered.
         save_intermediate: separable_conv2d's. Default: False.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], members: Sequence[nn.Module] | None = None, save_intermediate: bool = False
+        self,
+        stages: Sequence[Stage],
+        members: Sequence[nn.Module] | None = None,
+        places: Sequence[Place] = (),
+        save_intermediate: bool = False,
     ) -> None:
         self.stages = tuple(stages)
         self.save_intermediate = save_intermediate
@@ -156,30 +185,47 @@ class Chain:
         self.members = tuple(members)
         self.norms = tuple(stage.norm for stage in stages if isinstance(stage.norm, _BatchNorm))
         self._normed = tuple(stage for stage in stages if stage.norm is not None)
-        self._watched = tuple(dict.fromkeys(inner for member in self.members for inner in member.modules()))
-        self._settings = tuple(map(_settings, self.members))
+        inner = dict.fromkeys(inner for member in self.members for inner in member.modules())
+        self._places = (*places, *((p, name, child) for p in inner for name, child in p._modules.items()))
+        self._watched = tuple(inner | dict.fromkeys(child for _, _, child in places))
         self._kept = _Kept()
-        # Where the members are registered, (parent, name, member): a module put in a member's place ends the chain.
-        self.places: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
+        # The present pass: how many members have yet to do their own work, or what the first has given to the others.
+        self.apart = 0
+        self.given: weakref.ref | None = None
+        self.settle()
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"apart": 0, "given": None}
+
+    def settle(self) -> None:
+        """What the modules are now is what the chain does."""
+        self._known = tuple(map(_what_it_does, self._watched))
 
     @property
     def is_fused(self) -> bool:
-        """Whether the chain may run as one op now: no norm takes batch statistics, nobody watches a member, and every
-        member is in its place and computes what it did.
+        """Whether the chain may run as one op now: no norm takes batch statistics, nobody watches a member or what
+        holds some of them, and all of these are in their places and do what they did.
 
         A function of the modules' own state, so that every member of a chain comes to the same answer.
         """
         for norm in self.norms:
             if norm.training or norm.running_mean is None:
                 return False
-        if any(map(has_hooks, self._watched)):
-            return False
-        if torch.compiler.is_compiling():  # what is compiled is the model as it is
-            return True
-        for parent, name, member in self.places:
-            if parent._modules.get(name) is not member:
+        for parent, name, child in self._places:
+            if parent._modules.get(name) is not child:
                 return False
-        return tuple(map(_settings, self.members)) == self._settings
+        if _hooks_on_all():
+            return False
+        for module, kind, forward, parts, settings in self._known:
+            own = module.__dict__
+            if type(module) is not kind or own.get("forward") is not forward or len(module._modules) != parts:
+                return False
+            for name, value in settings:
+                if own.get(name) != value:
+                    return False
+            if _own_hooks(module):
+                return False
+        return True
 
     def __call__(self, input: Tensor) -> Tensor:
         first, *rest = self.stages
@@ -214,7 +260,8 @@ class Chain:
 
         Made anew, as part of the graph, where somebody differentiates by them, and where the call is being traced.
         """
-        if not self._normed or torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)
+        if not self._normed or traced:
             return self._made_anew()
         if torch.is_grad_enabled():
             sources = (registered.get(name) for stage in self._normed for registered, name in stage.sources())
@@ -235,19 +282,30 @@ class Chain:
 
     def forget(self) -> None:
         """The next call folds anew."""
-        self._kept.seen = []
+        self._kept.steps = -1
 
 
-def _settings(module: nn.Module) -> tuple:
-    return tuple(module.__dict__.get(name) for name in _SETTINGS)
+def _what_it_does(module: nn.Module) -> tuple:
+    """(module, type, forward of its own, number of parts, settings)."""
+    own = module.__dict__
+    settings = tuple((name, own[name]) for name in _SETTINGS if name in own)
+    return module, type(module), own.get("forward"), len(module._modules), settings
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches the calls of a module: of this one, or of all."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return _own_hooks(module) or _hooks_on_all()
+
+
+def _own_hooks(module: nn.Module) -> bool:
     return bool(
-        own
-        or _module._global_forward_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _hooks_on_all() -> bool:
+    return bool(
+        _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks

@@ -15,22 +15,23 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from .fold import Chain, Stage, has_hooks
+from .fold import Chain, Place, Stage, has_hooks, is_depthwise, is_pointwise
 from .nn import Conv2d, DepthwiseConv2d, PointwiseConv2d, SeparableConv2d
 
 __all__ = ["Findings", "Found", "chain_of", "find_chains", "fuse_", "unfuse_"]
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
     nn.Sigmoid: "sigmoid",
@@ -51,15 +52,34 @@ class Member:
 
     def __call__(self, input: Tensor) -> Tensor:
         chain = self.chain
-        if not chain.is_fused:
-            chain.forget()  # batch norm changes its statistics behind autograd's back
-            return type(self.module).forward(self.module, input)
-        return chain(input) if self.module is chain.members[0] else input
+        first = self.module is chain.members[0]
+        if torch.compiler.is_compiling():  # nothing is kept between the calls of what is traced
+            if chain.is_fused:
+                return chain(input) if first else input
+        elif first:
+            if chain.is_fused:
+                output = chain(input)
+                chain.apart, chain.given = 0, weakref.ref(output)
+                return output
+            # Now the others must do their own work too, even if a hook that is the reason takes itself away meanwhile.
+            chain.apart, chain.given = len(chain.members) - 1, None
+        else:
+            if chain.given is not None and chain.given() is input:  # all is done
+                if self.module is chain.members[-1]:
+                    chain.given = None
+                return input
+            if chain.apart:
+                chain.apart -= 1
+            elif chain.is_fused:
+                return input
+        chain.forget()  # batch norm changes its statistics behind autograd's back
+        return type(self.module).forward(self.module, input)
 
 
 def fuse_(chain: Chain) -> None:
     for module in chain.members:
         module.__dict__["forward"] = Member(chain, module)
+    chain.settle()
 
 
 def unfuse_(model: nn.Module) -> int:
@@ -112,14 +132,29 @@ class Found:
 
     def bind(self, model: nn.Module) -> Chain:
         module = model.get_submodule
-        names = [name for stage in self.stages for name in stage.members]
-        chain = Chain(
-            [Stage(module(s.conv), module(s.norm) if s.norm else None, s.activation) for s in self.stages],
-            [module(name) for name in names],
-        )
-        paths = (name.rpartition(".") for name in names if name)
-        chain.places = tuple((module(parent), own, module(parent)._modules[own]) for parent, _, own in paths)
-        return chain
+        stages = [Stage(module(s.conv), module(s.norm) if s.norm else None, s.activation) for s in self.stages]
+        members = [module(name) for stage in self.stages for name in stage.members]
+        return Chain(stages, members, _places(model, set(members)))
+
+
+def _places(model: nn.Module, members: set[nn.Module]) -> list[Place]:
+    """Where the members of a chain are registered, and whatever holds some of them but not all: what a module put in
+    one of these places does, comes between them."""
+    places = []
+
+    def held(parent: nn.Module) -> set[nn.Module]:
+        found = {parent} & members
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            inside = held(child)
+            if inside and parent not in members and inside != members:
+                places.append((parent, name, child))
+            found |= inside
+        return found
+
+    held(model)
+    return places
 
 
 @dataclass
@@ -191,6 +226,8 @@ def _activation(module: nn.Module) -> str | None:
         return "gelu" if module.approximate == "none" else None
     if type(module) is nn.LeakyReLU:
         return "leaky_relu" if module.negative_slope == 0.01 else None
+    if type(module) is nn.ReLU6:
+        return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
     return _ACTIVATIONS.get(type(module))
 
 
@@ -204,15 +241,6 @@ def _norm_activation(module: nn.Module) -> str | None:
     if not timms or type(module.drop) is not nn.Identity:
         return None
     return "identity" if type(module.act) is nn.Identity else _activation(module.act)
-
-
-def _is_depthwise(conv: nn.Conv2d) -> bool:
-    return conv.groups == conv.in_channels
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    unpadded = isinstance(conv.padding, str) or not any(conv.padding)
-    return conv.groups == 1 and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and unpadded
 
 
 class _Finder:
@@ -238,7 +266,7 @@ class _Finder:
         refused: dict[str, str] = {}
         taken: set[fx.Node] = set()
         convolutions = [node for node, module in self.modules.items() if isinstance(module, nn.Conv2d)]
-        convolutions.sort(key=lambda node: not _is_depthwise(self.modules[node]))  # they choose first
+        convolutions.sort(key=lambda node: not is_depthwise(self.modules[node]))  # they choose first
         for node in convolutions:
             conv = self.modules[node]
             if refusal := self._refusal(conv):
@@ -255,7 +283,7 @@ class _Finder:
 
     def _is_second(self, node: fx.Node, follower: fx.Node) -> bool:
         conv = self.modules[follower]
-        return _is_depthwise(self.modules[node]) and isinstance(conv, nn.Conv2d) and _is_pointwise(conv)
+        return is_depthwise(self.modules[node]) and isinstance(conv, nn.Conv2d) and is_pointwise(conv)
 
     def _stage(self, node: fx.Node, before: list[nn.Module]) -> tuple[FoundStage, list[nn.Module], fx.Node | None, str]:
         """The stage that a convolution begins, with the identities before it.
@@ -271,7 +299,7 @@ class _Finder:
             members += [*passed, norm]
             passed, follower, end = self._next(follower)
         # A dense convolution runs as torch's own, which takes no activation.
-        dense = conv.groups == 1 and not _is_pointwise(conv) and not _is_depthwise(conv)
+        dense = conv.groups == 1 and not is_pointwise(conv) and not is_depthwise(conv)
         if activation == "identity" and follower and not dense and (own := _activation(self.modules[follower])):
             activation = own
             members += [*passed, self.modules[follower]]
@@ -320,14 +348,37 @@ class _Finder:
         return ""
 
 
-def _may_be_taken_apart(parent: nn.Module, name: str) -> bool:
-    """Whether a forward that does not trace may call the parts of its nn.Sequential `name` one by one: its source does
-    more with it than call it, or goes over the children without their names."""
+# What goes over modules without their names; and what goes over the parts of such a module: a loop over a local
+# variable or over `blocks[0]`, or `blocks[0][1]`, `blocks[0].conv`.
+_NAMELESS = re.compile(r"\b(children|modules|_modules|getattr|get_submodule)\b")
+_NESTED = re.compile(r"\bin\s+(?:\w+\()*(?:(?!self\b|range\b)[a-z_]\w*\b(?!\s*[.(])|[\w.]+\[)|\]\s*[.\[]")
+
+
+def _source(module: nn.Module) -> str:
+    """What a module's class does in its forward and in methods of its own, those that build it aside."""
+    functions = {}
+    for cls in type(module).__mro__:
+        if cls is not object and not cls.__module__.startswith("torch.nn."):
+            functions = {name: f for name, f in vars(cls).items() if inspect.isfunction(f)} | functions
     try:
-        source = inspect.getsource(type(parent).forward)
-    except (OSError, TypeError):
-        return False
-    return bool(re.search(rf"\.{re.escape(name)}\b(?!\()|\b(children|modules|_modules|getattr)\b", source))
+        return "\n".join(inspect.getsource(f) for name, f in functions.items() if "init" not in name)
+    except OSError:
+        return ""
+
+
+def _may_be_taken_apart(parent: nn.Module, name: str, child: nn.Module, sources: str) -> bool:
+    """Whether forwards that do not trace, of the modules around, may call the parts of `child` one by one: their
+    sources do more with it than call it, name its parts, or go over modules without their names."""
+    if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, nn.Sequential) and _NAMELESS.search(sources):
+            return True
+        if isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            return bool(_NESTED.search(sources))
+        taken = rf"\.{re.escape(name)}\b(?!\()"
+        inside = re.search(taken, _source(parent)) or re.search(r"(?<!\bself)" + taken, sources)
+        return isinstance(child, nn.Sequential) and bool(inside)
+    parts = "|".join(map(re.escape, child._modules))
+    return bool(parts and re.search(rf"(?<!\bself)\.({parts})\b", sources))
 
 
 def _graphs(model: nn.Module, flip: bool = False) -> list[tuple[nn.Module, fx.Graph]]:
@@ -348,22 +399,28 @@ def _graphs(model: nn.Module, flip: bool = False) -> list[tuple[nn.Module, fx.Gr
         except Exception:  # whatever a forward raises when it is given a Proxy
             return None
 
-    def explore(module: nn.Module) -> None:
+    def explore(module: nn.Module, sources: str = "") -> None:
         before = len(opaque)
         if trace(module) is not None:
             return
+        sources += _source(module)
         for name, child in module.named_children():
-            if isinstance(child, nn.Sequential) and _may_be_taken_apart(module, name):
-                opaque.add(child)
-                untraceable.append(child)
-                for part in child:
-                    if not _is_part(part):
-                        explore(part)
-            elif not _is_part(child):
-                explore(child)
+            if not _is_part(child):
+                look_into(module, name, child, sources)
         if len(opaque) == before or trace(module) is None:
             opaque.add(module)
             untraceable.append(module)
+
+    def look_into(parent: nn.Module, name: str, child: nn.Module, sources: str) -> None:
+        """Into a part of what does not trace."""
+        if not _may_be_taken_apart(parent, name, child, sources):
+            explore(child, sources)
+            return
+        opaque.add(child)
+        untraceable.append(child)
+        for name, part in child.named_children():
+            if not _is_part(part):
+                look_into(child, name, part, sources)
 
     for root in (model, *hooked):
         explore(root)

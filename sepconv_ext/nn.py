@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from . import functional
-from .fold import Chain, Stage
+from .fold import Chain, Stage, is_depthwise, is_pointwise
 from .reference import ACTIVATIONS
 
 __all__ = ["Conv1d", "Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d", "SpatialSeparableConv2d"]
@@ -84,6 +84,16 @@ class Conv1d(nn.Conv1d):
         return functional.padded_conv1d(*arguments, padding_mode=self.padding_mode)
 
 
+def _check_activation(name: str, value: str) -> None:
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, but is {value!r}")
+
+
+def _check_multiplier(value: int) -> None:
+    if value < 1:
+        raise ValueError(f"multiplier must be a positive integer, but is {value}")
+
+
 class _FusedConv2d(Conv2d):
     """A Conv2d that applies an activation to its output before the output reaches memory."""
 
@@ -104,6 +114,8 @@ class DepthwiseConv2d(_FusedConv2d):
         activation: "identity" (default), "relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "sigmoid" or
             "tanh".
 
+    Raises ValueError for an unknown activation and for a multiplier that is not positive.
+
     The weight is [C * multiplier, 1, R, S]: the state_dict of torch.nn.Conv2d(C, C * multiplier, ..., groups=C) loads.
     """
 
@@ -121,6 +133,8 @@ class DepthwiseConv2d(_FusedConv2d):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        _check_activation("activation", activation)
+        _check_multiplier(multiplier)
         super().__init__(
             channels,
             channels * multiplier,
@@ -150,6 +164,8 @@ class PointwiseConv2d(_FusedConv2d):
         bias, device, dtype: as for torch.nn.Conv2d.
         activation: as for DepthwiseConv2d. Default: "identity".
 
+    Raises ValueError for an unknown activation.
+
     The weight is [K, C, 1, 1]: the state_dict of torch.nn.Conv2d(C, K, 1) loads.
     """
 
@@ -162,6 +178,7 @@ class PointwiseConv2d(_FusedConv2d):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        _check_activation("activation", activation)
         super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
         self.activation = activation
 
@@ -202,7 +219,8 @@ class SeparableConv2d(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an unknown activation or norm; padding="same" for a kernel of an even extent at a stride.
+        ValueError: an unknown activation or norm; a multiplier that is not positive; padding="same" for a kernel of an
+            even extent at a stride.
 
     Channels: an nn.Conv2d(C, K, groups=g) needs g to divide both C and K, so its finest grouping is g = gcd(C, K): a
     layer from 32 to 48 channels has at most 16 groups, two channels in and three out each, and a depthwise layer
@@ -234,9 +252,9 @@ class SeparableConv2d(nn.Module):
         super().__init__()
         if norm not in (None, "batch"):
             raise ValueError(f"norm must be None or 'batch', but is {norm!r}")
-        for name, value in dict(activation=activation, depthwise_activation=depthwise_activation).items():
-            if value not in ACTIVATIONS:
-                raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, but is {value!r}")
+        _check_activation("activation", activation)
+        _check_activation("depthwise_activation", depthwise_activation)
+        _check_multiplier(multiplier)
         place = dict(device=device, dtype=dtype)
         normed = (norm is not None and depthwise_norm, norm is not None)
         self.depthwise = Conv2d(
@@ -288,6 +306,8 @@ class SeparableConv2d(nn.Module):
         """The parts as one op; None where one was exchanged for something else, parametrized for example."""
         norms = (type(None), nn.BatchNorm2d, nn.SyncBatchNorm)
         if not all(type(conv) is Conv2d and type(norm) in norms for conv, norm, _ in self._stages()):
+            return None
+        if not (is_depthwise(self.depthwise) and is_pointwise(self.pointwise)):
             return None
         return Chain([Stage(*parts) for parts in self._stages()], save_intermediate=self.save_intermediate)
 

@@ -944,3 +944,212 @@ def test_a_wrong_input_size_changes_nothing() -> None:
     with pytest.raises(RuntimeError):
         convert_(net, fuse=True, input_size=(1, 5, 11, 11))
     assert type(net[3]) is nn.Conv2d and not any("forward" in vars(module) for module in net)
+
+
+def _in_blocks() -> nn.Sequential:
+    layers = _small()
+    return nn.Sequential(*(nn.Sequential(*layers[part]) for part in (slice(3), slice(3, 6), slice(6, 8)))).eval()
+
+
+def _replace_class(module: nn.Module) -> None:
+    class Halved(type(module)):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+    module.__class__ = Halved
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda net: _put(net, 1, nn.Conv2d(8, 8, 3)),
+        lambda net: _put(net, 2, nn.Tanh()),
+        lambda net: net.insert(2, nn.Tanh()),
+        lambda net: net[1].append(nn.Tanh()),
+        lambda net: setattr(net[1][1], "forward", torch.tanh),
+        lambda net: setattr(net[1], "forward", torch.tanh),
+        lambda net: setattr(net[2][0], "stride", (2, 2)),
+        lambda net: setattr(net[1][2], "max_val", 0.1),
+        lambda net: _replace_class(net[1][1]),
+        lambda net: _replace_class(net[1]),
+    ),
+    ids=("first_block", "last_block", "block_between", "layer_between", "forward", "blocks_forward", "stride",
+         "max_val", "class", "blocks_class"),
+)  # fmt: skip
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+def test_what_changes_around_the_blocks_of_a_chain(change: Callable, compiled: bool) -> None:
+    nets = _in_blocks(), _in_blocks()
+    for net in nets:
+        net[1][2] = nn.ReLU6()
+    assert [entry.name for entry in convert_(nets[0], fuse=True).fused] == ["0.0", "1.0 -> 2.0"]
+    x = torch.randn(2, 3, 11, 11)
+    torch._dynamo.reset()
+    run = torch.compile(nets[0], backend="eager") if compiled else nets[0]
+    with torch.no_grad():
+        run(x)
+        for net in nets:
+            torch.manual_seed(1)
+            change(net)
+        torch.testing.assert_close(run(x), nets[1](x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_on_what_holds_a_part_of_a_chain_sees_what_it_saw() -> None:
+    plain, net, seen = _in_blocks(), _in_blocks(), []
+    convert_(net, fuse=True)
+    for model in (plain, net):
+        model[1].register_forward_hook(lambda module, _, out: seen.append(out))
+    x = torch.randn(2, 3, 11, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), plain(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_hook_that_takes_itself_away(place: int) -> None:
+    """The chain runs apart to its end, and as one op the next time."""
+    plain, net = _small(), _small()
+    convert_(net, fuse=True)
+    x = torch.randn(2, 3, 11, 11)
+    for model in (plain, net):
+        handle = model[place].register_forward_hook(lambda *_, held=(held := []): held.pop().remove())
+        held.append(handle)
+    for _ in range(2):
+        assert_same(net, plain, x)
+    assert calls(net, x)["separable_conv2d"] == 1
+
+
+def test_a_part_that_was_called_alone_in_train_does_not_work_twice() -> None:
+    plain, net = _small(), _small()
+    convert_(net, fuse=True)
+    x = torch.randn(2, 3, 11, 11)
+    for model in (plain, net):
+        model.train()[0](x)
+        model.eval()
+    assert_same(net, plain, x)
+
+
+def test_a_step_of_another_models_optimiser_spoils_no_gradient() -> None:
+    """A fixed network that two losses go through, with a step of another network's optimiser between them."""
+    gradients = []
+    for net in (_small(), _small()):
+        if gradients:
+            convert_(net, fuse=True)
+        net.requires_grad_(False)
+        x = torch.randn(2, 3, 11, 11, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        other = nn.Parameter(torch.ones(1))
+        optimiser = torch.optim.SGD([other], lr=0.1)
+        first = net(x)
+        other.square().backward()
+        optimiser.step()
+        (first * net(x)).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_through_weights_that_were_changed_since_is_refused() -> None:
+    """As torch refuses it; what was computed with other tensors keeps its own."""
+    plain, net = _small().requires_grad_(False), _small().requires_grad_(False)
+    convert_(net, fuse=True)
+    gradients = []
+    for model in (plain, net):
+        x = torch.ones(2, 3, 11, 11, requires_grad=True)
+        states = [{name: (1 + i) * value for name, value in model.state_dict().items()} for i in range(2)]
+        first, second = (functional_call(model, state, (x,)) for state in states)
+        (first * second).sum().backward()
+        gradients.append(x.grad)
+        out = model(x)
+        with torch.no_grad():
+            model[3].weight.mul_(2)
+            model(x)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+class _Reaching(nn.Module):
+    """A forward that does not trace and takes the parts of its parts one by one: the middle is wanted too."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.f = layers
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.run(x) if float(x.sum()) < 1e30 else []
+
+    def go(self, layers: nn.Module, x: Tensor) -> list[Tensor]:
+        taps = []
+        for layer in layers:
+            x = layer(x)
+            taps.append(x)
+        return taps
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        return self.go(self.f, x)
+
+
+class _InAList(_Reaching):
+    def run(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for block in self.f:
+            taps += self.go(block, x)
+        return taps
+
+
+class _BySubscript(_Reaching):
+    def run(self, x: Tensor) -> list[Tensor]:
+        return self.go(self.f[0], x)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.dw, self.norm, self.act, self.pw = _small()[:3], *_small()[3:7]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw(self.act(self.norm(self.dw(self.stem(x)))))
+
+
+class _ByName(_Reaching):
+    def run(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for block in self.f:
+            x = block.norm(block.dw(block.stem(x)))
+            taps.append(x)
+            x = block.pw(block.act(x))
+        return [*taps, x]
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda: _Reaching(_small()),
+        lambda: _InAList(nn.ModuleList([_small()])),
+        lambda: _BySubscript(nn.Sequential(_small(), nn.Identity())),
+        lambda: _ByName(nn.ModuleList([_Block()])),
+    ),
+    ids=("by_a_method", "in_a_list", "by_subscript", "by_name"),
+)
+def test_parts_that_an_untraceable_forward_reaches_for_are_not_fused(make: Callable) -> None:
+    plain, net = make().eval(), make().eval()
+    convert_(net, fuse=True)
+    x = torch.randn(2, 3, 11, 11)
+    with torch.no_grad():
+        for got, want in zip(net(x), plain(x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_relu6_with_other_bounds_is_none() -> None:
+    net = nn.Sequential(depthwise(3), nn.ReLU6(), nn.Conv2d(3, 3, 1))
+    net[1].max_val = 0.1
+    assert "ReLU6 follows" in why_not(net, torch.randn(2, 3, 9, 9))
+
+
+@pytest.mark.parametrize("grad", (False, True))
+def test_jit_trace_sees_parameters(grad: bool) -> None:
+    net = _small()
+    convert_(net, fuse=True)
+    x = torch.randn(2, 3, 11, 11)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(net, x)  # checks itself against a second trace
+        net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()})
+        torch.testing.assert_close(traced(x), net(x), rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sepconv_ext
 from harness import ACTIVATIONS, only_our_kernels, random
 from sepconv_ext import convert_, reference
-from sepconv_ext.nn import Conv2d, SeparableConv2d
+from sepconv_ext.nn import Conv2d, DepthwiseConv2d, PointwiseConv2d, SeparableConv2d
 
 
 class ByHand(nn.Module):
@@ -392,3 +392,36 @@ def _assert_grouped_layer(arguments: dict, device: str) -> None:
         ours = torch.autograd.grad(y, (image, layer.weight), g)
     for actual, wanted in zip((y, *ours), (expected, *gradients), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_arguments_that_make_no_layer() -> None:
+    for make in (DepthwiseConv2d, lambda channels, _, **named: PointwiseConv2d(channels, 4, **named)):
+        with pytest.raises(ValueError, match=r"activation must be one of .* but is 'foo'"):
+            make(3, 3, activation="foo")
+    for make in (lambda **named: DepthwiseConv2d(3, 3, **named), lambda **named: SeparableConv2d(3, 4, 3, **named)):
+        for multiplier in (0, -1):
+            with pytest.raises(ValueError, match=f"multiplier must be a positive integer, but is {multiplier}"):
+                make(multiplier=multiplier)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    (
+        ("pointwise", Conv2d(3, 8, 1, stride=2)),
+        ("pointwise", Conv2d(3, 8, 3, padding=1)),
+        ("depthwise", Conv2d(3, 3, 3, padding=1)),
+    ),
+    ids=("stride", "kernel", "dense"),
+)
+def test_parts_that_are_exchanged_for_other_convolutions(name: str, part: Conv2d) -> None:
+    layer = SeparableConv2d(3, 8, 3, norm="batch", activation="relu").eval()
+    setattr(layer, name, part)
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        expected = layer.pointwise_norm(layer.pointwise(layer.depthwise_norm(layer.depthwise(x)))).relu()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        layer = SeparableConv2d(3, 8, 3).eval()
+        layer.pointwise.stride = (2, 2)
+        assert layer(x).shape == (2, 8, 5, 5)
+        layer.depthwise.forward = torch.zeros_like
+        torch.testing.assert_close(layer(x), layer.pointwise.bias[:, None, None].expand(2, 8, 5, 5))
