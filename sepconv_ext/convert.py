@@ -66,11 +66,11 @@ def convert_(
     So does a chain while one of its modules, or a block that holds some of them, has a hook; and from when on one of
     these is exchanged, has a layer inserted, or does something else than before (another eps or stride, a forward of
     its own). The modules of a chain work together: to call one of them alone, to put some of them into another
-    container, to script the model or to export it to ONNX, revert_ it first. Not fused is what is used in several
-    places (a convolution, a norm, an activation, or the output between two of them), has hooks or is parametrized. A
-    value that is written through `.data`, by another process, by a collective of torch.distributed or by the replay of
-    a CUDA graph is seen after the next forward pass in train(). A forward that an attribute of the model makes use the
-    middle of a chain is not seen through.
+    container (as what rewrites models by torch.fx does), to script the model or to export it to ONNX, revert_ it first.
+    Not fused is what is used in several places (a convolution, a norm, an activation, or the output between two of
+    them), has hooks or is parametrized. A value that is written through `.data`, by another process, by a collective of
+    torch.distributed or by the replay of a CUDA graph is seen after the next forward pass in train(). A forward that an
+    attribute of the model makes use the middle of a chain is not seen through.
     """
     before = cost(model, input_size) if fuse and input_size is not None else None  # fails before anything is changed
     report = Report()

@@ -184,15 +184,23 @@ def find_chains(model: nn.Module) -> Findings:
             module.training = training
         modes.append(_Finder(twin, names).findings())
     now, otherwise = modes
-    differing = {chain.stages[0].conv: "train() and eval() differ there" for chain in now.chains}
-    now.chains = [chain for chain in now.chains if chain in otherwise.chains]
-    if any(type(a.default) is bool for a in inspect.signature(model.forward).parameters.values()):
-        flipped = _Finder(twin, names, flip=True).findings().chains
-        now.chains = [chain for chain in now.chains if chain in flipped]
-    for chain in now.chains:
-        del differing[chain.stages[0].conv]
-    now.refused |= differing
+    differing = [(otherwise.chains, "train() and eval() differ there")]
+    flags = _flags(twin)
+    for flip in dict.fromkeys([flags, *(frozenset([flag]) for flag in flags)] if flags else []):
+        reason = f"{' or '.join(sorted(flip))} of a forward changes what is there"
+        differing.append((_Finder(twin, names, flip).findings().chains, reason))
+    for chains, reason in differing:
+        now.refused |= {chain.stages[0].conv: reason for chain in now.chains if chain not in chains}
+        now.chains = [chain for chain in now.chains if chain in chains]
     return now
+
+
+def _flags(model: nn.Module) -> frozenset[str]:
+    """The arguments of the forwards in a model that are True or False by default."""
+    kinds = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    forwards = [inspect.signature(kind.forward) for kind in kinds if inspect.isfunction(kind.forward)]
+    arguments = [argument for forward in forwards for argument in forward.parameters.values()]
+    return frozenset(a.name for a in arguments if type(a.default) is bool)
 
 
 class _Tracer(fx.Tracer):
@@ -246,7 +254,7 @@ def _norm_activation(module: nn.Module) -> str | None:
 class _Finder:
     """The chains of one model in one mode."""
 
-    def __init__(self, model: nn.Module, names: dict[nn.Module, str], flip: bool = False) -> None:
+    def __init__(self, model: nn.Module, names: dict[nn.Module, str], flip: frozenset[str] = frozenset()) -> None:
         self.names = names
         graphs = _graphs(model, flip)
         self.modules: dict[fx.Node, nn.Module] = {
@@ -381,11 +389,11 @@ def _may_be_taken_apart(parent: nn.Module, name: str, child: nn.Module, sources:
     return bool(parts and re.search(rf"(?<!\bself)\.({parts})\b", sources))
 
 
-def _graphs(model: nn.Module, flip: bool = False) -> list[tuple[nn.Module, fx.Graph]]:
+def _graphs(model: nn.Module, flip: frozenset[str] = frozenset()) -> list[tuple[nn.Module, fx.Graph]]:
     """The graph of the model; or, where something in it does not trace, of all its parts that do.
 
-    A module that does not trace is opaque to the one around it, and so is one with hooks, which would be run. With
-    `flip`, arguments that are True or False by default have the other value.
+    A module that does not trace is opaque to the one around it, and so is one with hooks, which would be run. The
+    arguments named in `flip`, True or False by default, have the other value.
     """
     hooked = [module for module in model.modules() if has_hooks(module) and not _is_part(module)]
     opaque, untraceable = set(hooked), []
@@ -394,7 +402,7 @@ def _graphs(model: nn.Module, flip: bool = False) -> list[tuple[nn.Module, fx.Gr
         try:
             arguments = inspect.signature(root.forward).parameters.values()
             defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
-            defaults |= {name: not value for name, value in defaults.items() if flip and isinstance(value, bool)}
+            defaults |= {name: not value for name, value in defaults.items() if name in flip and type(value) is bool}
             return _Tracer(opaque - {root}).trace(root, defaults or None)
         except Exception:  # whatever a forward raises when it is given a Proxy
             return None

@@ -1138,6 +1138,31 @@ def test_parts_that_an_untraceable_forward_reaches_for_are_not_fused(make: Calla
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+class _TwoFlags(_Block):
+    def forward(self, x: Tensor, middle: bool = False, logits: bool = True) -> Tensor:
+        x = self.norm(self.dw(self.stem(x)))
+        if middle and logits:
+            return x
+        return self.pw(self.act(x))
+
+
+class _CallsAPartWithAFlag(_Reaching):
+    def run(self, x: Tensor) -> list[Tensor]:
+        return [self.f(x, middle=True), self.f(x)]
+
+
+@pytest.mark.parametrize("of_a_part", (False, True), ids=("of_the_model", "of_a_part"))
+def test_flags_are_tried_one_by_one(of_a_part: bool) -> None:
+    plain, net = (_CallsAPartWithAFlag(_TwoFlags()).eval() if of_a_part else _TwoFlags().eval() for _ in range(2))
+    report = convert_(net, fuse=True)
+    assert [entry.reason for entry in report.unpaired] == ["middle of a forward changes what is there"]
+    x = torch.randn(2, 3, 11, 11)
+    with torch.no_grad():
+        got, want = ((m(x) if of_a_part else [m(x), m(x, middle=True)]) for m in (net, plain))
+        for mine, torchs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_relu6_with_other_bounds_is_none() -> None:
     net = nn.Sequential(depthwise(3), nn.ReLU6(), nn.Conv2d(3, 3, 1))
     net[1].max_val = 0.1
