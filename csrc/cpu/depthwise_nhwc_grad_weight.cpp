@@ -37,8 +37,6 @@ inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
 inline constexpr int64_t kStreamedVectors = 8;  // of a chunk that rows are streamed for: half a kilobyte a pixel
 
-inline constexpr int64_t kNearBytes = 10 << 20;  // of x and grad_y: up to here they are expected in some cache
-
 // The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
 template <typename T>
 struct Kernel {

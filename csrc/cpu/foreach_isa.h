@@ -42,6 +42,9 @@
 
 namespace sepconv::cpu {
 
+// Bytes of all tensors of a call, up to which they are expected in some cache: fetching ahead costs more than it brings.
+inline constexpr int64_t kNearBytes = 10 << 20;
+
 // Storage types of 16 bits; arithmetic happens in float.
 struct float16 {
   uint16_t bits;

@@ -93,6 +93,8 @@ class Planes {
   static constexpr int64_t kKeepGroup = 256 << 10;  // the same for the planes of a group
   static constexpr int64_t kMaxScratch = 1 << 20;   // bytes of input scratch: more channels are taken in blocks
   static constexpr int64_t kMaxTile = 256 << 10;    // bytes of tiles and of converted weights
+  static constexpr int64_t kOutAhead =
+      2 << 10;  // bytes from where a row is stored to what is fetched for the next ones
   static constexpr int64_t kTasks = 64;
 
   explicit Planes(const PlanesJob& job) : job_(job), layout_(job.columns, kLanes<A>) {
@@ -101,6 +103,9 @@ class Planes {
     tile_pitch_ = round_up(columns.count, kLanes<A>);
     tile_row_ = tile_pitch_ * columns.classes.size();
     const int64_t planes = job.images * job.groups;
+    far_ = planes * (job.ins * rows.in_size * columns.in_size + job.outs * rows.out_size * columns.out_size) *
+               static_cast<int64_t>(sizeof(T)) >
+           kNearBytes;
     in_place_ = kMasks && kSameType && job.ins == 1 && job.in.w == 1 && rows.in_step == 1 && columns.in_step == 1 &&
                 rows.run_step == 1;
     // Strips: of whole blocks of rows, not much shorter than what they share with their neighbours.
@@ -193,8 +198,9 @@ class Planes {
           Place to = at, after = at;
           for (int64_t i = 0; i < batch; ++i) advance(after);
           for (int64_t i = 0; i < batch; ++i, advance(to)) {
-            if (unit + batch + i < end) prefetch_in(after), advance(after);
-            compute(scratch + i * slot_, tiles, weights, to, c0, c1, k0, k1);
+            Ahead next;
+            if (unit + batch + i < end) next = ahead_of(after), advance(after);
+            compute(scratch + i * slot_, tiles, weights, to, c0, c1, k0, k1, next);
           }
         }
       }
@@ -228,6 +234,8 @@ class Planes {
     std::vector<const A*> in_rows(scratch_rows_);
     Block<A> b{};
     b.channels = 1;
+    b.in_row = job_.in.h;
+    b.ahead = far_;
     b.w_row = w_row_ * rows.index_step;
     b.activation = direct_ ? job_.activation : Activation::identity;
     Place at = place(begin);
@@ -260,19 +268,20 @@ class Planes {
     }
   }
 
-  // Reads from main memory while sums are computed.
-  void prefetch_in(const Place& at) const {
+  // What a unit reads, to be fetched while another one is computed.
+  Ahead ahead_of(const Place& at) const {
     const Axis& rows = job_.rows;
-    if (job_.ins > 1 || job_.in.w != 1) return;
+    if (job_.ins > 1 || job_.in.w != 1) return {};
     const T* image = static_cast<const T*>(job_.in_data) + at.n * job_.in.n + at.group * job_.in.c;
     const int64_t h0 = std::max<int64_t>(0, at.strip * strip_ * rows.in_step + rows.phases[0]);
     const int64_t h1 = std::min(rows.in_size, h0 + scratch_rows_ * rows.in_step);
-    for (const T* row = image + h0 * job_.in.h; row < image + h1 * job_.in.h; row += 64 / sizeof(T))
-      __builtin_prefetch(row);
+    const int64_t vectors = job_.outs * rows.classes.size() * job_.columns.classes.size() * ceil_div(strip_, kMaxRows) *
+                            (tile_pitch_ / kLanes<A>);
+    return {image + h0 * job_.in.h, (h1 - h0) * job_.in.h, vectors};
   }
 
-  void compute(const A* scratch, A* tiles, A* weights, const Place& at, int64_t c0, int64_t c1, int64_t k0,
-               int64_t k1) const {
+  void compute(const A* scratch, A* tiles, A* weights, const Place& at, int64_t c0, int64_t c1, int64_t k0, int64_t k1,
+               Ahead& next) const {
     const T* w = static_cast<const T*>(job_.w_data) + at.group * job_.w_group + k0 * job_.w_out + c0 * job_.w_in;
     const A* w_sums;
     if constexpr (kSameType) {
@@ -288,6 +297,8 @@ class Planes {
     b.in_row = layout_.row() * job_.rows.run_step;
     b.w_row = w_row_ * job_.rows.index_step;
     b.add = c0 > 0;
+    b.ahead = far_ && direct_;
+    b.next = far_ ? &next : nullptr;
     for (int64_t k = k0; k < k1; ++k) {
       const int64_t channel = at.group * job_.outs + k;
       const A bias = job_.bias == nullptr ? A(0) : load_one(static_cast<const T*>(job_.bias) + channel);
@@ -335,14 +346,17 @@ class Planes {
     }
   }
 
+  // Row after row as they lie in the image.
   void copy_out(T* out, const A* tile, int64_t strip, A bias) const {
     const Axis& rows = job_.rows;
-    for (size_t rc = 0; rc < rows.classes.size(); ++rc) {
-      const int64_t count = std::min(strip_, rows.classes[rc].count - strip * strip_);
-      T* to = out + (rows.classes[rc].first + strip * strip_ * rows.out_step) * job_.out.h;
-      const A* from = tile + rc * strip_ * tile_row_;
-      for (int64_t i = 0; i < count; ++i, from += tile_row_, to += rows.out_step * job_.out.h) {
-        copy_out_row(to, job_.out.w, from, tile_pitch_, job_.columns, bias, job_.activation);
+    const int64_t ahead = far_ && job_.out.w == 1 ? kOutAhead / static_cast<int64_t>(sizeof(T)) : 0;
+    for (int64_t i = 0; i < strip_; ++i) {
+      for (size_t rc = 0; rc < rows.classes.size(); ++rc) {
+        const int64_t row = strip * strip_ + i;
+        if (row >= rows.classes[rc].count) continue;
+        T* to = out + (rows.classes[rc].first + row * rows.out_step) * job_.out.h;
+        copy_out_row(to, job_.out.w, tile + (rc * strip_ + i) * tile_row_, tile_pitch_, job_.columns, bias,
+                     job_.activation, ahead);
       }
     }
   }
@@ -366,6 +380,7 @@ class Planes {
   int64_t taps_;
   int64_t w_out_, w_in_, w_row_, w_column_;
   int64_t parts_, units_, tasks_;
+  bool far_;                                            // input and output come from memory
   bool in_place_;                                       // reads the input where it is, without scratch memory
   bool direct_;                                         // stores sums where they belong, without a tile
   std::vector<std::vector<RunSteps>> runs_;             // by row class

@@ -47,11 +47,13 @@ struct Axis {
   std::vector<int64_t> phases = {};  // position i of a phase is the in position phases[...] + i * in_step
   std::vector<AxisClass> classes = {};
   int64_t run_step, index_step;
+  int64_t out_size = 0;
   int64_t count = 0;  // the largest count of a class
   int64_t reach = 0;  // the largest offset
 
   void measure() {
     for (const AxisClass& c : classes) {
+      out_size += c.count;
       count = std::max(count, c.count);
       for (const Tap& tap : c.taps) reach = std::max(reach, tap.offset);
     }

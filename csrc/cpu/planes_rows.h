@@ -17,13 +17,16 @@ struct Block {
   int64_t channels, in_channel, w_channel;
   const RunSteps* runs;
   int run_count;
-  int64_t in_row, w_row;  // from one output row, and from one tap of a run, to the next
+  int64_t in_row,
+      w_row;  // from one output row (in place: one row of the image), and from one tap of a run, to the next
   const ColumnSteps* taps;
   int tap_count;
   int64_t out_row, columns;
   const uint32_t* masks;        // [vector of columns, tap]: the lanes that lie inside the image (in place only)
   int64_t first_row, last_row;  // of the padded plane, inside the image (in place only)
   bool add;                     // to what stands in out, instead of starting from the bias
+  bool ahead;                   // fetch the next rows meanwhile
+  Ahead* next;                  // what the next unit reads; may be null
   A bias;
   Activation activation;
 };
@@ -141,6 +144,16 @@ void row_block(const Block<A>& b, const A* in_rows, const A* const* rows, int64_
   }
   for (; q < columns; q += kCount) {
     const uint32_t* masks = kInPlace ? b.masks + q / kCount * b.tap_count : nullptr;
+    if (kRows > 1 && b.ahead) {
+      // A block's rows are too short for the processor's own prefetching to get under way. Past the last row of a plane
+      // comes, as a rule, the next plane.
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        if constexpr (kInPlace) __builtin_prefetch(rows[1 + i] + q + kRows * b.in_row);
+        __builtin_prefetch(out_rows + (i + kRows) * out_row + q, 1);
+      }
+    }
+    if (!kInPlace && b.next != nullptr) b.next->fetch();
     Vector<A> sums[kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) sums[i] = b.add ? load(out_rows + i * out_row + q) : broadcast<A>(b.bias);

@@ -111,10 +111,11 @@ void copy_plane(accumulate_t<T>* scratch, const T* image, int64_t row_step, int6
   }
 }
 
-// Sums back into an image row: those of every column class (`pitch` numbers apart), with bias and activation.
+// Sums back into an image row: those of every column class (`pitch` numbers apart), with bias and activation. `ahead`: how
+// far on the image is fetched meanwhile, in numbers; 0: not at all.
 template <typename T>
 SEPCONV_INLINE void copy_out_row(T* image, int64_t step, const accumulate_t<T>* sums, int64_t pitch, const Axis& axis,
-                                 accumulate_t<T> bias, Activation activation) {
+                                 accumulate_t<T> bias, Activation activation, int64_t ahead) {
   using A = accumulate_t<T>;
   constexpr int kCount = kLanes<A>;
   const Vector<A> offset = broadcast<A>(bias);
@@ -125,6 +126,10 @@ SEPCONV_INLINE void copy_out_row(T* image, int64_t step, const accumulate_t<T>* 
     const A* odd = sums + (swapped ? 0 : pitch);
     const int64_t total = classes[0].count + classes[1].count;
     for (int64_t i = 0; 2 * i < total; i += kCount) {
+      if (ahead != 0) {
+        __builtin_prefetch(image + 2 * i + ahead, 1);
+        __builtin_prefetch(image + 2 * i + kCount + ahead, 1);
+      }
       const Vector<A> a = activate_lanes<A>(activation, load(even + i) + offset);
       const Vector<A> b = activate_lanes<A>(activation, load(odd + i) + offset);
       store_some(image + 2 * i, interleave<A, false>(a, b), total - 2 * i);
@@ -150,6 +155,25 @@ SEPCONV_INLINE void copy_out_row(T* image, int64_t step, const accumulate_t<T>* 
 }
 
 // ---- inner loops ----
+
+// Memory that is used next, fetched some lines at a time: all at once they would fill the miss buffers, and every load
+// would wait for them.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+  int64_t lines = 0;  // a call
+
+  template <typename T>
+  Ahead(const T* begin, int64_t count, int64_t calls)
+      : at(reinterpret_cast<const char*>(begin)),
+        end(at + count * static_cast<int64_t>(sizeof(T))),
+        lines(ceil_div(end - at, 64 * calls)) {}
+  Ahead() = default;
+
+  template <bool kToWrite = false>
+  SEPCONV_INLINE void fetch() {
+    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, kToWrite);
+  }
+};
 
 inline constexpr int kMaxRows = 8;
 

@@ -139,10 +139,13 @@ struct SmallPlanes {
   std::vector<PixelClass> classes = {};
   std::vector<float> weights = {};  // [class, channel, taps]
   int64_t tasks = 1, batch = 1;
+  int64_t calls = 0;  // of correlate() for a plane
+  bool far = false;   // input and output come from memory
 
   void prepare(const T* w) {
     for (const AxisTaps& r : row_classes) {
       for (const AxisTaps& c : column_classes) {
+        calls += ceil_div(r.count, kRows) * ceil_div(c.count, kLane);
         classes.push_back({r.first, r.count, (r.start + frame.top) * frame.row_step + c.start + frame.left,
                            static_cast<int64_t>(weights.size()), correlate_for(r.taps, c.taps, frame.stride)});
         for (int64_t k = 0; k < s.C; ++k) {
@@ -157,6 +160,7 @@ struct SmallPlanes {
     }
     batch = std::clamp<int64_t>(kScratch / (frame.size * static_cast<int64_t>(sizeof(float))), 1, kMaxBatch);
     tasks = small_planes_tasks(s, s.N * s.C);
+    far = s.N * s.C * (s.H * s.W + s.P * s.Q) * static_cast<int64_t>(sizeof(T)) > kNearBytes;
   }
 
   void operator()(int64_t task) const {
@@ -176,18 +180,24 @@ struct SmallPlanes {
         if (++from_c == s.C) from_c = 0, ++from_n;
       }
       for (int64_t i = 0; i < count; ++i) {
-        prefetch(in + from_n * in_strides.n + from_c * in_strides.c, frame.rows * frame.columns);
-        if (from_n < s.N - 1 || from_c < s.C - 1) {
-          if (++from_c == s.C) from_c = 0, ++from_n;
+        T* const image = out + n * out_strides.n + c * out_strides.c;
+        Ahead next_in, next_out;
+        if (far) {
+          next_in = {in + from_n * in_strides.n + from_c * in_strides.c, frame.rows * frame.columns, calls};
+          next_out = {image + out_strides.c, out_strides.c, calls};
+          if (from_n < s.N - 1 || from_c < s.C - 1) {
+            if (++from_c == s.C) from_c = 0, ++from_n;
+          }
         }
-        compute(scratch + i * frame.size, tile, tile_pitch, out + n * out_strides.n + c * out_strides.c, c);
+        compute(scratch + i * frame.size, tile, tile_pitch, image, c, next_in, next_out);
         if (++c == s.C) c = 0, ++n;
       }
     }
   }
 
  private:
-  void compute(const float* scratch, float* tile, int64_t tile_pitch, T* image, int64_t c) const {
+  void compute(const float* scratch, float* tile, int64_t tile_pitch, T* image, int64_t c, Ahead& next_in,
+               Ahead& next_out) const {
     const int64_t steps = column_classes.size();
     CorrelateArgs a;
     a.pitch = frame.pitch, a.row_step = frame.row_step, a.row_phase = frame.row_phase;
@@ -217,6 +227,8 @@ struct SmallPlanes {
             a.in = from + q;
             a.out = sums + q;
             a.count = direct ? static_cast<int>(std::min<int64_t>(kLane, columns - q)) : kLane;
+            next_in.fetch();
+            next_out.template fetch<true>();
             k.correlate(a);
           }
         }

@@ -31,12 +31,6 @@ SEPCONV_INLINE void copy_overlapping(float* to, const float* from, int64_t count
   }
 }
 
-// A plane that is copied next, while sums are computed.
-template <typename T>
-SEPCONV_INLINE void prefetch(const T* image, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(image + i);
-}
-
 template <typename T>
 SEPCONV_INLINE void copy_in(float* scratch, const T* image, const Frame& f) {
   if (f.stride == 1) {
