@@ -76,6 +76,18 @@ EDGES = (
     Case("depthwise_one_more", 1, 33, 6, 5, 33, 3, 3, padding=(1, 1), groups=33),
 )
 
+# Walks of the channels_last kernels: phases of a dilation (some without a row), outputs that meet no row of the image,
+# odd and even padding at stride 2, one block of channels more than whole ones, one channel a thread.
+WALKS = (
+    Case("walk_k5_dilation2x3", 1, 6, 9, 10, 6, 5, 5, padding=(4, 6), dilation=(2, 3), groups=6, bias=True),
+    Case("walk_k3_dilation_beyond", 1, 4, 5, 6, 4, 3, 3, padding=(8, 9), dilation=(8, 9), groups=4),
+    Case("walk_k3_far_padding", 1, 2, 3, 4, 2, 3, 3, padding=(6, 8), groups=2, bias=True),
+    Case("walk_k3_stride2_far", 1, 2, 6, 7, 2, 3, 3, stride=(2, 2), padding=(6, 7), groups=2, bias=True),
+    Case("walk_k5_stride2", 1, 3, 10, 9, 3, 5, 5, stride=(2, 2), padding=(1, 4), groups=3, bias=True),
+    Case("walk_k7_stride2_no_padding", 1, 2, 12, 11, 2, 7, 7, stride=(2, 2), groups=2),
+    Case("walk_k7_c70", 1, 70, 5, 8, 70, 7, 7, padding=(3, 3), groups=70, bias=True),
+)
+
 # Kernels of 7x7 and more on tensor cores: images side by side, strips, several tiles of columns and of taps, and every
 # number of steps along a window.
 LARGE = (
@@ -152,6 +164,11 @@ def _runs() -> Iterator[Run]:
             for layout in LAYOUTS:
                 for dtype in ("float32", "float16"):
                     yield made(case, map, layout, dtype)
+    for case in WALKS:
+        for map in ("forward", "grad_input"):
+            for dtype in ("float32", "float16"):
+                yield made(case, map, "channels_last", dtype)
+            yield made(case, map, "channels_last", DTYPES[1 + count % 2 * 2], rows=2, w_layout="channels_last")
     for case in LARGE:
         for map in MAPS if case.K == case.C else ("forward", "grad_weight"):
             for dtype in ("float16", "bfloat16"):

@@ -64,6 +64,9 @@ def test_the_emulator_runs_every_wrapper(build: str) -> None:
             rows = [(8 * matrix + 2 * (lane % 4) + i) ^ 5 for i in (0, 1)]
             low, high = (row * 256 + lane // 4 for row in rows)
             assert words["ldmatrix_x4_trans"][lane * 4 + matrix] == low | high << 16
+        first, second = ((2 * lane + i) * 2654435761 % 2**32 if lane % 3 else 0 for i in (0, 1))
+        loaded = words["load16_if load32_if load64_if opaque"][lane * 4 : lane * 4 + 4]
+        assert loaded == [first & 0xFFFF, first, first, second]
 
 
 def _nvcc() -> str | None:

@@ -37,6 +37,7 @@ SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.
 HEADERS = {
     "depthwise_direct.cu": ("common.cuh",),
+    "depthwise_nhwc.cu": ("depthwise_nhwc.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
     "separable.cu": ("separable.cuh",),
 }
@@ -69,7 +70,8 @@ def runs_of(source: Path) -> list[Run]:
             continue
         c = run.case
         odd = c.C % 8 != 0 or (c.C // c.groups) % 4 != 0
-        edge = c.name if c in (*test_emulated.EDGES, *test_emulated.SPATIAL, *test_emulated.FRAMES) else ""
+        edges = (*test_emulated.EDGES, *test_emulated.WALKS, *test_emulated.SPATIAL, *test_emulated.FRAMES)
+        edge = c.name if c in edges else ""
         curved = run.activation in ("gelu", "silu", "sigmoid", "tanh")
         key = (
             edge,

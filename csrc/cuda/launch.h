@@ -26,12 +26,13 @@ struct Tile {
 };
 
 // The kernels of depthwise_nhwc.cu, depthwise_nchw.cu and, along the height, depthwise_grad_weight.cu that keep a
-// window in registers: square kernels of these sizes, equal strides, no dilation.
+// window in registers: square kernels of these sizes, equal strides, no dilation (depthwise_nhwc.cu: any, at stride 1).
 constexpr bool has_window(int64_t kernel, int64_t stride) {
   return (kernel == 3 || kernel == 5 || kernel == 7) && (stride == 1 || stride == 2);
 }
 
-// depthwise_nhwc.cu: multiplier 1, channels dense, has_window, not float64; tile.vec is 1 or 16 bytes' worth.
+// depthwise_nhwc.cu: multiplier 1, channels dense, has_window, not float64; tile.vec is 2 where channels are even in number and
+// everything is aligned to two, or 1.
 cudaError_t launch_depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
                                           void* y, const Tile&, cudaStream_t);
 cudaError_t launch_depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,

@@ -24,6 +24,17 @@ bool window(const ConvShape& s) {
          has_window(s.R, s.stride_h);
 }
 
+// A register window over dense channels: as window(), and any dilation at stride 1.
+bool nhwc_can_run(Map map, const ConvShape& s, DType dtype) {
+  constexpr int64_t kDilation = 1 << 16;
+  const int64_t dilation = std::max(s.dilation_h, s.dilation_w);
+  const bool steps = s.stride_h == s.stride_w && (s.stride_h == 1 ? dilation < kDilation : dilation == 1);
+  // Places are counted in 31 bits, and so are the bytes from one column to the next.
+  return map != Map::grad_weight && s.K == s.C && s.R == s.S && steps && has_window(s.R, s.stride_h) &&
+         dense_channels(s) && dtype != DType::float64 && s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow / 8 &&
+         std::max(s.x.w, s.y.w) * s.dilation_w * element_size(dtype) < kNarrow;
+}
+
 // ---- tiles
 
 // The image that the map writes.
@@ -40,18 +51,30 @@ int even_rows(int64_t rows, int64_t most) {
 }
 
 Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  Plan p{Kernel::depthwise_nhwc,
-         "cuda_depthwise_nhwc",
-         "depthwise, channels dense, 3x3, 5x5 or 7x7, stride 1 or 2",
-         {},
-         0};
-  const int vec16 = static_cast<int>(16 / element_size(dtype));
-  p.tile.vec = whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
-  // Tall strips read the halo rows less often; four blocks a multiprocessor (each of about 1024 vectors a row) come
-  // first.
+  Plan p{Kernel::depthwise_nhwc, "cuda_depthwise_nhwc", "", {}, 0};
+  p.tile.vec = whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
+  p.reason = p.tile.vec == 2
+                 ? "depthwise 3x3, 5x5 or 7x7, channels dense, stride 1 or 2: every row read once"
+                 : "depthwise 3x3, 5x5 or 7x7, channels dense but odd or not aligned in pairs, stride 1 or 2: "
+                   "every row read once";
+  // A multiprocessor works off `busy` blocks as fast as fewer, and more than that one after the other: 3x3 waits for memory,
+  // 7x7 for arithmetic. A block's time is its rows, and those that it shares with others.
   const Written out = written(map, s);
-  const int64_t blocks = s.N * out.rows * ceil_div(out.columns, 4) * (s.C / p.tile.vec) / 256;
-  p.tile.rows = even_rows(out.rows, std::clamp<int64_t>(blocks / (4 * device.multiprocessors), 1, 8));
+  const int64_t busy = s.R == 3 ? 4 : s.R == 5 ? 2 : 1, shared = map == Map::forward ? s.R / s.stride_h : s.R;
+  const int64_t even = map == Map::grad_input ? s.stride_h : 1;  // grad_input of stride 2 walks in pairs of rows
+  const int64_t vectors = s.C / p.tile.vec, lanes = nhwc_lanes(vectors), slots = kNhwcThreads / lanes;
+  const int64_t phases = std::clamp<int64_t>(out.rows, 1, s.dilation_h);
+  const int64_t phase_rows = std::max<int64_t>(ceil_div(out.rows, phases), 1);
+  const int64_t columns = s.N * phases * ceil_div(out.columns, nhwc_columns(static_cast<int>(s.stride_h)));
+  int64_t least = 0;
+  for (int64_t strips = 1, last = 0; strips != last;) {
+    const int64_t rows = ceil_div(phase_rows, strips * even) * even;
+    const int64_t blocks = ceil_div(vectors, lanes) * ceil_div(columns * ceil_div(phase_rows, rows), slots);
+    const int64_t time = (rows + shared) * std::max(ceil_div(blocks, device.multiprocessors), busy);
+    if (last == 0 || time < least) least = time, p.tile.rows = static_cast<int>(rows);
+    last = strips;
+    strips = std::min(strips + std::max<int64_t>(strips / 3, 1), phase_rows);
+  }
   return p;
 }
 
@@ -192,8 +215,7 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
     return depthwise_grad_weight(s, dtype, alignment);
   }
   const bool multiplier = s.K != s.C;
-  if (narrow && window(s) && !multiplier && dense_channels(s) && dtype != DType::float64 &&
-      s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow / 4) {
+  if (narrow && nhwc_can_run(map, s, dtype)) {
     return depthwise_nhwc(map, s, dtype, device, alignment);
   }
   if (narrow && window(s) && (!multiplier || map == Map::forward) && dense_columns(s)) {

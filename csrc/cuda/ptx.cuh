@@ -16,6 +16,38 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// ---- the same number, of which the compiler no longer knows anything: it is kept, and neither computed again nor joined with
+// what it was made of. A load from an address made of it stays in its loop.
+__device__ __forceinline__ int opaque(int i) {
+  asm volatile("" : "+r"(i));
+  return i;
+}
+
+// ---- loads of 2, 4 or 8 aligned bytes of global memory that nobody writes, zeros where `valid` is zero: nothing is then read.
+// Always one predicated instruction, where an `if` may become a branch with the address made behind it.
+__device__ __forceinline__ uint32_t load16_if(const void* from, uint32_t valid) {
+  uint16_t v;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.b16 %0, [%1];}"
+               : "=h"(v)
+               : "l"(from), "r"(valid));
+  return v;
+}
+__device__ __forceinline__ uint32_t load32_if(const void* from, uint32_t valid) {
+  uint32_t v;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%1];}"
+               : "=r"(v)
+               : "l"(from), "r"(valid));
+  return v;
+}
+__device__ __forceinline__ uint2 load64_if(const void* from, uint32_t valid) {
+  uint2 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.nc.v2.b32 {%0, %1}, [%2];}"
+      : "=r"(v.x), "=r"(v.y)
+      : "l"(from), "r"(valid));
+  return v;
+}
+
 // ---- matrix product of a warp (sm_80), d += a * b with a 16 x 16, b 16 x 8, fp32 sums.
 // Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
 //   a[0]: row g, k 2t and 2t + 1; a[1]: row g + 8; a[2], a[3]: the same rows, k + 8

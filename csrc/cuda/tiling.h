@@ -67,6 +67,22 @@ inline int grouped_grad_weight_splits(const ConvShape& s) {
   return grad_weight_splits(channels ? (tiles + 31) / 32 : tiles, s.N * s.P * s.Q, channels ? 64 : 1024);
 }
 
+// ---- depthwise_nhwc.cu: blocks of kNhwcThreads threads, each with up to kNhwcLanes channel vectors.
+inline constexpr int kNhwcThreads = 128, kNhwcLanes = 32;
+// Output columns a thread works on. Planes of 7, 14, 28, 56 and 112 columns leave none over.
+constexpr int nhwc_columns(int stride) { return stride == 1 ? 7 : 4; }
+// Blocks a multiprocessor, for which the compiler has to fit the registers: 65536 in all.
+constexpr int nhwc_blocks(int kernel, int vec) {
+  if (vec == 1) return kernel == 3 ? 6 : 4;
+  return kernel == 3 ? 4 : kernel == 5 ? 3 : 2;
+}
+// Channel vectors of a block: all there are, in equal parts, or 16, whichever leaves fewer threads without work.
+inline int64_t nhwc_lanes(int64_t vectors) {
+  const auto blocks = [vectors](int64_t lanes) { return (vectors + lanes - 1) / lanes; };
+  const int64_t half = kNhwcLanes / 2, even = (vectors + blocks(kNhwcLanes) - 1) / blocks(kNhwcLanes);
+  return kNhwcThreads / half * blocks(even) > kNhwcThreads / even * blocks(half) ? half : even;
+}
+
 // ---- depthwise_toeplitz.cu
 // Steps of 16 columns that the window of 8 neighbouring outputs takes; those that there are kernels for.
 inline int toeplitz_steps(int64_t S) {

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -220,12 +221,31 @@ def runners(
     return {b: link([o for o, (_, of) in zip(objects, todo, strict=True) if of == b], b) for b in builds}
 
 
-def planned_kernels(cases: Sequence[Sequence[str]]) -> list[str]:
-    """The name of the kernel that the plan takes for each case; compiles the plan alone, in a few seconds, once."""
+@dataclass(frozen=True)
+class Planned:
+    """What the plan says of a case, as explain() does."""
+
+    kernel: str
+    tile: dict[str, int]  # what is not 1
+    reason: str
+
+
+def plans(cases: Sequence[Sequence[str]]) -> list[Planned]:
+    """The plan of each case; compiles the plan alone, in a few seconds, once."""
     parts = (*PLAN, HERE / "tensor.cpp", HERE / "case.cpp", HERE / "planner.cpp")
     planner = link([compile_object(p, "race") for p in parts], "race", "planner")
     lines = "".join(" ".join(case) + "\n" for case in cases)
-    return subprocess.run([str(planner)], input=lines, text=True, capture_output=True, check=True).stdout.splitlines()
+    output = subprocess.run([str(planner)], input=lines, text=True, capture_output=True, check=True).stdout
+    planned = []
+    for line in output.splitlines():
+        kernel, tile, reason = line.split("\t")
+        planned.append(Planned(kernel, {k: int(v) for k, v in re.findall(r"(\w+) (\d+)", tile)}, reason))
+    return planned
+
+
+def planned_kernels(cases: Sequence[Sequence[str]]) -> list[str]:
+    """The name of the kernel that the plan takes for each case."""
+    return [planned.kernel for planned in plans(cases)]
 
 
 def run(

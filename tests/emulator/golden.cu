@@ -69,6 +69,18 @@ __global__ void copy_golden(const uint32_t* from, uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = first[i] * 31 + to[1][lane][i];
 }
 
+// out: [lane][4 words]. Every third lane reads nothing, from an address that is nobody's.
+__global__ void load_golden(const uint32_t* from, uint32_t* out) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const uint32_t valid = static_cast<uint32_t>(opaque(lane % 3)) << 5;
+  const uint32_t* at = valid ? from + 2 * lane : nullptr;
+  const uint2 both = load64_if(at, valid);
+  out[lane * 4] = load16_if(at, valid);
+  out[lane * 4 + 1] = load32_if(at, valid);
+  out[lane * 4 + 2] = both.x;
+  out[lane * 4 + 3] = both.y;
+}
+
 struct Memory {  // on the GPU, or plain memory in the emulator
   uint32_t* data = nullptr;
   explicit Memory(const std::vector<uint32_t>& values) {
@@ -114,6 +126,7 @@ bool show_all() {
   fine &= show("ldmatrix_x4", ldmatrix_golden<false>);
   fine &= show("ldmatrix_x4_trans", ldmatrix_golden<true>);
   fine &= show("cp_async16 cp_async_commit cp_async_wait", copy_golden, static_cast<const uint32_t*>(from.data));
+  fine &= show("load16_if load32_if load64_if opaque", load_golden, static_cast<const uint32_t*>(from.data));
   return fine;
 }
 

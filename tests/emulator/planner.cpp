@@ -1,4 +1,4 @@
-// Reads cases, one a line, and prints which kernel the plan takes for each: what gives the tests their names.
+// Reads cases, one a line, and prints what the plan says of each: kernel, tile and reason, with tabs between.
 #include <iostream>
 #include <iterator>
 #include <sstream>
@@ -11,8 +11,9 @@ int main() {
     const emulator::Arguments arguments({std::istream_iterator<std::string>(in), {}});
     const emulator::Case c = emulator::read_case(arguments);
     const bool separable = emulator::is_separable(arguments);
-    std::cout << (separable ? emulator::make_separable_plan(c, emulator::read_pointwise(arguments, c), arguments).name
-                            : emulator::make_plan(c, arguments).name)
-              << '\n';
+    const sepconv::Explanation plan = sepconv::cuda::explain(
+        separable ? emulator::make_separable_plan(c, emulator::read_pointwise(arguments, c), arguments)
+                  : emulator::make_plan(c, arguments));
+    std::cout << plan.kernel << '\t' << plan.tile << '\t' << plan.reason << '\n';
   }
 }

@@ -8,6 +8,16 @@
 
 namespace sepconv::cuda {
 
+inline int opaque(int i) { return i; }
+
+template <typename T>
+T load_if(const void* from, uint32_t valid) {
+  return valid ? *static_cast<const T*>(from) : T{};
+}
+inline uint32_t load16_if(const void* from, uint32_t valid) { return load_if<uint16_t>(from, valid); }
+inline uint32_t load32_if(const void* from, uint32_t valid) { return load_if<uint32_t>(from, valid); }
+inline uint2 load64_if(const void* from, uint32_t valid) { return load_if<uint2>(from, valid); }
+
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATOR_HERE) {
   emulator::multiply_m16n8k16<T>(d, a, b, EMULATOR_LOCATION);

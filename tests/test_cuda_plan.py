@@ -1,0 +1,109 @@
+"""The CUDA plan, which is a pure function: which kernel, which tile and why, for GPUs that need not be there.
+
+tests/emulator/planner.cpp is csrc/cuda/plan*.cpp compiled by g++.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import emulate
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulate.why_not() is not None, reason=str(emulate.why_not())),
+]
+
+H100 = 132  # multiprocessors
+
+
+@functools.cache
+def planned(**case: object) -> emulate.Planned:
+    return emulate.plans([[f"{key}={value}" for key, value in case.items()]])[0]
+
+
+def depthwise(
+    N: int, C: int, size: int, kernel: int, stride: int = 1, dilation: int = 1, **rest: object
+) -> emulate.Planned:
+    """A channels_last layer with "same" padding, in float16 and forward unless `rest` says otherwise."""
+    pad = dilation * (kernel - 1) // 2
+    case = {"map": "forward", "dtype": "float16", "layout": "channels_last", "N": N, "C": C, "H": size, "W": size}
+    case |= {"K": C, "R": kernel, "S": kernel, "groups": C, "stride": f"{stride},{stride}"}
+    case |= {"padding": f"{pad},{pad},{pad},{pad}", "dilation": f"{dilation},{dilation}"}
+    return planned(**case | rest)
+
+
+# --- depthwise, channels_last ---
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_dense_channels_take_the_register_window(map: str, dtype: str, kernel: int) -> None:
+    for stride in (1, 2):
+        plan = depthwise(8, 144, 56, kernel, stride, map=map, dtype=dtype)
+        assert plan.kernel == "cuda_depthwise_nhwc" and plan.tile["vec"] == 2
+        assert "every row read once" in plan.reason
+    for dilation in (2, 3, 6):
+        assert depthwise(8, 144, 56, kernel, 1, dilation, map=map, dtype=dtype).kernel == "cuda_depthwise_nhwc"
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+def test_what_the_register_window_leaves_to_others(map: str) -> None:
+    for layer in (
+        {"kernel": 3, "dtype": "float64"},
+        {"kernel": 9, "dtype": "float32"},
+        {"kernel": 4, "dtype": "float32"},
+        {"kernel": 3, "stride": 3},
+        {"kernel": 3, "stride": 2, "dilation": 2},
+    ):
+        assert depthwise(8, 144, 56, **layer, map=map).kernel == "cuda_depthwise_direct"
+
+
+@pytest.mark.parametrize("channels", [12, 20, 24, 28, 36, 58, 116, 144, 232])
+def test_channels_go_in_pairs_wherever_they_can(channels: int) -> None:
+    for dtype in ("float32", "float16"):
+        assert depthwise(8, channels, 28, 3, dtype=dtype).tile["vec"] == 2
+        for more, rest in ((0, {"offset": 1}), (1, {})):
+            plan = depthwise(8, channels + more, 28, 3, dtype=dtype, **rest)
+            assert "vec" not in plan.tile and "odd or not aligned in pairs" in plan.reason
+        # A view of two elements further on is as good as the whole.
+        assert depthwise(8, channels, 28, 3, dtype=dtype, offset=2).tile["vec"] == 2
+
+
+def strips(layer: tuple[int, int, int, int], plan: emulate.Planned) -> int:
+    N, C, size, _ = layer
+    return N * -(-size // plan.tile.get("rows", 1)) * -(-size // 7) * (C // 2)
+
+
+@pytest.mark.parametrize("layer", [(1, 960, 7, 3), (1, 384, 14, 3), (1, 768, 7, 7), (1, 96, 56, 7), (1, 32, 112, 3)])
+def test_small_problems_are_cut_until_the_gpu_is_full(layer: tuple[int, int, int, int]) -> None:
+    """Into single rows, or until each multiprocessor has what keeps it busy: more would repeat rows for nothing."""
+    plan = depthwise(*layer)
+    busy = {3: 4, 5: 2, 7: 1}[layer[3]] * 128 * H100
+    assert plan.tile.get("rows", 1) == 1 or strips(layer, plan) >= busy / 3
+    assert strips(layer, plan) <= 2 * busy
+    # and a small GPU needs fewer strips
+    assert depthwise(*layer, multiprocessors=8).tile.get("rows", 1) >= plan.tile.get("rows", 1)
+
+
+@pytest.mark.parametrize("layer", [(128, 144, 56, 3), (128, 96, 56, 7), (128, 672, 28, 5), (128, 384, 14, 3)])
+def test_large_problems_keep_strips_tall(layer: tuple[int, int, int, int]) -> None:
+    plan = depthwise(*layer)
+    assert plan.tile["rows"] >= min(layer[2] // 2, 14)
+
+
+def test_grad_input_of_stride_2_walks_in_pairs_of_rows() -> None:
+    for N in (1, 8, 64):
+        for size in (7, 15, 28):
+            assert depthwise(N, 96, size, 3, 2, map="grad_input").tile["rows"] % 2 == 0
+
+
+def test_more_dilation_than_rows() -> None:
+    plan = depthwise(2, 24, 7, 3, dilation=9)
+    assert plan.kernel == "cuda_depthwise_nhwc" and "rows" not in plan.tile
