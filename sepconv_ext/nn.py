@@ -22,7 +22,8 @@ class Conv2d(nn.Conv2d):
 
     Arguments, defaults, attributes, initialisation, state_dict and printed form are torch.nn.Conv2d's, and so is every
     `padding_mode`, for which no padded copy is made (`sepconv_ext.functional.padded_conv2d`). Input [N, C, H, W] or
-    [C, H, W]; output [N, K, P, Q] or [K, P, Q] in the layout that torch.nn.Conv2d gives.
+    [C, H, W]; output [N, K, P, Q] or [K, P, Q] in the layout that torch.nn.Conv2d gives; channels_last stays so under
+    padding_mode="circular" too, where torch's padded copy loses it.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

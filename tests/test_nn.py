@@ -164,3 +164,10 @@ def test_trace_and_fx() -> None:
         with only_our_kernels(at_least=2):
             y = form(x)
         torch.testing.assert_close(y, layer(x))
+
+
+@pytest.mark.parametrize("mode", ("zeros", "reflect", "replicate", "circular"))
+def test_channels_last_stays_channels_last_under_every_padding_mode(mode: str) -> None:
+    layer = Conv2d(4, 4, 3, padding=1, groups=4, padding_mode=mode)
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
