@@ -204,9 +204,8 @@ struct Separable {
     for (int64_t c = 0; c < d.C; ++c) {
       for (int64_t i = 0; i < tile.images; ++i) {
         const T* plane = x + i * d.x.n + c * d.x.c;
-        planes.copy_strip(plane, tile.p, tile.rows, tile.q, tile.columns, strip);
-        const T* next = i + 1 < tile.images ? plane + d.x.n : x + (c + 1) * d.x.c;
-        if (i + 1 < tile.images || c + 1 < d.C) planes.prefetch_strip(next, tile.p, tile.rows, tile.q, tile.columns);
+        const T* next = i + 1 < tile.images ? plane + d.x.n : c + 1 < d.C ? x + (c + 1) * d.x.c : nullptr;
+        planes.copy_strip(plane, next, tile.p, tile.rows, tile.q, tile.columns, strip);
         for (int64_t k = c * multiplier; k < (c + 1) * multiplier; ++k) {
           planes(strip, packed_d.data() + k * taps, packed_d[d.K * taps + k], stage_activation(), tile.rows,
                  tile.columns, wide + k * pitch + i * tile.pixels_per_image());

@@ -74,32 +74,20 @@ struct PlaneStage {
     }
   }
 
-  // Asks for what copy_strip() will read of the next plane: a strip is too short a run for the processor to guess.
-  void prefetch_strip(const T* plane, int64_t p0, int64_t p_count, int64_t q0, int64_t q_count) const {
-    const int64_t top = std::max<int64_t>(0, p0 * s.stride_h - s.pad_h);
-    const int64_t bottom = std::min(s.H, (p0 + p_count - 1) * s.stride_h - s.pad_h + (s.R - 1) * s.dilation_h + 1);
-    const int64_t left = std::max<int64_t>(0, q0 * s.stride_w - s.pad_w);
-    const int64_t right = std::min(s.W, (q0 + q_count - 1) * s.stride_w - s.pad_w + (s.S - 1) * s.dilation_w + 1);
-    if (s.x.w != 1) return;
-    constexpr int64_t kLine = 64 / sizeof(T);
-    if (s.x.h == s.W && right - left == s.W) {  // one run
-      const T* end = plane + bottom * s.x.h;
-      for (const T* at = plane + top * s.x.h; at < end; at += kLine) __builtin_prefetch(at);
-      return;
-    }
-    for (int64_t h = top; h < bottom; ++h) {
-      for (int64_t w = left; w < right; w += kLine) __builtin_prefetch(plane + h * s.x.h + w);
-    }
-  }
-
-  // The strip of channel c's outputs [p0, p0 + p_count) x [q0, q0 + q_count).
-  void copy_strip(const T* plane, int64_t p0, int64_t p_count, int64_t q0, int64_t q_count, A* strip) const {
+  // The strip of a plane's outputs [p0, p0 + p_count) x [q0, q0 + q_count). Meanwhile the same of the plane that is next (if
+  // not null) is fetched, row by row: a strip is too short a run for the processor to guess.
+  void copy_strip(const T* plane, const T* next, int64_t p0, int64_t p_count, int64_t q0, int64_t q_count,
+                  A* strip) const {
     const int64_t top = p0 * s.stride_h - s.pad_h, left = q0 * s.stride_w - s.pad_w;
     const int64_t height = (p_count - 1) * s.stride_h + (s.R - 1) * s.dilation_h + 1;
     const int64_t width = (q_count - 1) * s.stride_w + (s.S - 1) * s.dilation_w + 1;
+    const int64_t begin = std::max<int64_t>(left, 0), end = s.x.w == 1 ? std::min(s.W, left + width) : 0;
     for (int64_t i = 0; i < height; ++i) {
       const int64_t h = top + i;
-      copy_row(h >= 0 && h < s.H ? plane + h * s.x.h : nullptr, left, width, strip + i * row);
+      const bool inside = h >= 0 && h < s.H;
+      copy_row(inside ? plane + h * s.x.h : nullptr, left, width, strip + i * row);
+      if (!inside || next == nullptr) continue;
+      for (int64_t w = begin; w < end; w += 64 / sizeof(T)) __builtin_prefetch(next + h * s.x.h + w);
     }
   }
 
