@@ -69,7 +69,7 @@ __device__ __forceinline__ Range positions(const PaddedAxis& axis, int64_t pixel
 }
 
 template <typename T, bool kTransposed, bool kChannelsFastest>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     border_kernel(const GatherArgs a, const T* __restrict__ in, const T* __restrict__ weight,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ out) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -123,8 +123,9 @@ struct ProductArgs {
 };
 
 template <typename T, bool kChannelLanes>
-__global__ void __launch_bounds__(kThreads) border_grad_weight_kernel(const ProductArgs a, const T* __restrict__ grad_y,
-                                                                      const T* __restrict__ x, T* __restrict__ grad_w) {
+__global__ void __launch_bounds__(kThreads, 2)
+    border_grad_weight_kernel(const ProductArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
+                              T* __restrict__ grad_w) {
   constexpr int kWorkers = kChannelLanes ? kWarps : kThreads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Weights are counted as [R, S, C / groups, K]. Lanes beyond the last one work on weight 0 and add nothing to it.
