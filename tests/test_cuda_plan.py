@@ -46,7 +46,7 @@ def depthwise(
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_dense_channels_take_the_register_window(map: str, dtype: str, kernel: int) -> None:
     for stride in (1, 2):
-        plan = depthwise(8, 144, 56, kernel, stride, map=map, dtype=dtype)
+        plan = depthwise(64, 144, 56, kernel, stride, map=map, dtype=dtype)
         assert plan.kernel == "cuda_depthwise_nhwc" and plan.tile["vec"] == 2
         assert "every row read once" in plan.reason
     for dilation in (2, 3, 6):
@@ -68,28 +68,27 @@ def test_what_the_register_window_leaves_to_others(map: str) -> None:
 @pytest.mark.parametrize("channels", [12, 20, 24, 28, 36, 58, 116, 144, 232])
 def test_channels_go_in_pairs_wherever_they_can(channels: int) -> None:
     for dtype in ("float32", "float16"):
-        assert depthwise(8, channels, 28, 3, dtype=dtype).tile["vec"] == 2
+        assert depthwise(512, channels, 28, 3, dtype=dtype).tile["vec"] == 2
         for more, rest in ((0, {"offset": 1}), (1, {})):
-            plan = depthwise(8, channels + more, 28, 3, dtype=dtype, **rest)
+            plan = depthwise(512, channels + more, 28, 3, dtype=dtype, **rest)
             assert "vec" not in plan.tile and "odd or not aligned in pairs" in plan.reason
         # A view of two elements further on is as good as the whole.
-        assert depthwise(8, channels, 28, 3, dtype=dtype, offset=2).tile["vec"] == 2
-
-
-def strips(layer: tuple[int, int, int, int], plan: emulate.Planned) -> int:
-    N, C, size, _ = layer
-    return N * -(-size // plan.tile.get("rows", 1)) * -(-size // 7) * (C // 2)
+        assert depthwise(512, channels, 28, 3, dtype=dtype, offset=2).tile["vec"] == 2
 
 
 @pytest.mark.parametrize("layer", [(1, 960, 7, 3), (1, 384, 14, 3), (1, 768, 7, 7), (1, 96, 56, 7), (1, 32, 112, 3)])
 def test_small_problems_are_cut_until_the_gpu_is_full(layer: tuple[int, int, int, int]) -> None:
-    """Into single rows, or until each multiprocessor has what keeps it busy: more would repeat rows for nothing."""
+    """Into single channels and rows, or until each multiprocessor has what keeps it busy: more would repeat rows."""
     plan = depthwise(*layer)
-    busy = {3: 4, 5: 2, 7: 1}[layer[3]] * 128 * H100
-    assert plan.tile.get("rows", 1) == 1 or strips(layer, plan) >= busy / 3
-    assert strips(layer, plan) <= 2 * busy
-    # and a small GPU needs fewer strips
-    assert depthwise(*layer, multiprocessors=8).tile.get("rows", 1) >= plan.tile.get("rows", 1)
+    assert "vec" not in plan.tile and "too few for pairs" in plan.reason
+    N, C, size, kernel = layer
+    threads = N * -(-size // plan.tile.get("rows", 1)) * -(-size // 7) * C
+    busy = {3: 4, 5: 2, 7: 1}[kernel] * 128 * H100
+    assert plan.tile.get("rows", 1) == 1 or threads >= busy / 2
+    assert threads <= 2 * busy
+    # A small GPU is full sooner.
+    small = depthwise(*layer, multiprocessors=2)
+    assert small.tile["vec"] == 2 and small.tile["rows"] > plan.tile.get("rows", 1)
 
 
 @pytest.mark.parametrize("layer", [(128, 144, 56, 3), (128, 96, 56, 7), (128, 672, 28, 5), (128, 384, 14, 3)])

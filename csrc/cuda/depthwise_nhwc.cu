@@ -27,9 +27,10 @@ struct Axis {
 
 struct Args {
   Axis h, w;
-  int64_t in_n, out_n;           // strides, in elements
-  int in_h, in_w, out_h, out_w;  // strides, in elements
-  int vectors;                   // channel vectors
+  int64_t in_n, in_h, in_w, out_n, out_h, out_w;  // strides, in bytes
+  int64_t in_row_step, out_row_step;              // and from one row or column of a phase to the next
+  int in_column_step, out_column_step;
+  int vectors;  // channel vectors
   int lanes, slots, rows;
   uint32_t places;  // N * strips and column tiles of all phases
   FastDiv by_lanes, by_channel_blocks, by_strips, by_column_tiles, by_phases_h, by_phases_w, by_dilation_h;
@@ -85,12 +86,18 @@ __device__ __forceinline__ int columns_inside(int first, int step, int size) {
   return bits;
 }
 
-template <typename T, int kVec, int kKernel, int kDown, int kUp>
-__global__ void __launch_bounds__(kNhwcThreads, nhwc_blocks(kKernel, kVec))
+// Blocks a multiprocessor, for which the compiler has to fit the registers: 65536 in all.
+template <int kVec, typename W>
+constexpr int blocks_of() {
+  if (kVec == 1) return W::kKernel == 3 ? 6 : 4;
+  return W::kKernel == 3 ? 4 : W::kKernel == 5 ? 3 : 2;
+}
+
+template <typename T, int kVec, typename W>
+__global__ void __launch_bounds__(kNhwcThreads, (blocks_of<kVec, W>()))
     walk_kernel(const Args a, const T* __restrict__ in, const T* __restrict__ w, const T* __restrict__ bias,
                 const Activation activation, T* __restrict__ out) {
-  using W = Walk<kKernel, kDown, kUp>;
-  constexpr int kBytes = sizeof(T);
+  constexpr int kKernel = W::kKernel, kDown = W::kDown, kUp = W::kUp;
   DYN_SMEM(smem);
   float* filter = reinterpret_cast<float*>(smem);
   uint32_t channel_block = blockIdx.x;
@@ -103,32 +110,28 @@ __global__ void __launch_bounds__(kNhwcThreads, nhwc_blocks(kKernel, kVec))
   const int in_end = static_cast<int>(a.by_dilation_h.div(max(a.h.in_size - p.in_row + a.h.dilation - 1, 0)));
   const int begin =
       max((p.walk_row + W::kLag - (W::kRing - 1)) / kUp, min(in_first / kDown, (p.walk_row + W::kLag) / kUp));
-  const int end = (p.first_row + p.rows - 1 + W::kLag) / kUp + 1;
-  int position = kUp * begin - W::kLag - p.first_row;  // of the ring's first row, from the first that is stored
-
+  const int end = (p.first_row + p.rows - 1 + W::kLag) / kUp + 1;  // where position passes p.rows
   const int in_column =
       p.in_column + (kUp == 1 ? p.walk_column * kDown * a.w.dilation : p.walk_column / kUp - (kKernel - 1) / kUp);
   const int out_column = p.out_column + p.walk_column * a.w.dilation;
-  const int out_inside = opaque(columns_inside<W::kColumns>(out_column, a.w.dilation, a.w.out_size));
-  const int out_step = opaque(kBytes * a.out_w * a.w.dilation);
-  const int64_t out_row_step = int64_t{kBytes} * a.out_h * a.h.dilation;
-  char* to = reinterpret_cast<char*>(out + p.n * a.out_n + p.vector * kVec) + int64_t{kBytes} * p.out_row * a.out_h +
-             int64_t{kBytes} * out_column * a.out_w + (p.first_row + position) * out_row_step;
+  const int in_inside = columns_inside<W::kWindow>(in_column, a.w.dilation, a.w.in_size);
+  const int out_inside = columns_inside<W::kColumns>(out_column, a.w.dilation, a.w.out_size);
+  const int inside = opaque(p.active ? in_inside | out_inside << W::kWindow : 0);  // or it is made again for every row
+
+  int position = kUp * begin - W::kLag - p.first_row;  // of the ring's first row, from the first that is stored
+  char* to = reinterpret_cast<char*>(out + p.vector * kVec) + p.n * a.out_n + p.out_row * a.out_h +
+             out_column * a.out_w + (p.first_row + position) * a.out_row_step;
 
   // Rows are read in order, each once.
-  const int in_inside = p.active ? columns_inside<W::kWindow>(in_column, a.w.dilation, a.w.in_size) : 0;
-  const int in_step = kBytes * a.in_w * a.w.dilation;
-  const int64_t in_row_step = int64_t{kBytes} * a.in_h * a.h.dilation;
-  const char* from = reinterpret_cast<const char*>(in + p.n * a.in_n + p.vector * kVec) +
-                     int64_t{kBytes} * p.in_row * a.in_h + int64_t{kBytes} * in_column * a.in_w +
-                     kDown * begin * in_row_step;
+  const char* from = reinterpret_cast<const char*>(in + p.vector * kVec) + p.n * a.in_n + p.in_row * a.in_h +
+                     in_column * a.in_w + kDown * begin * a.in_row_step;
   int unread = kDown * begin - in_first;  // the next row to read, from the first in the image
   const auto rows_read = static_cast<unsigned>(max(min(in_end, kDown * end) - in_first, 0));
   const auto read_row = [&](Pixel<T, kVec>(&row)[W::kWindow]) {
-    const uint32_t inside = static_cast<unsigned>(unread) < rows_read ? in_inside : 0;
+    const uint32_t columns = static_cast<unsigned>(unread) < rows_read ? inside : 0;
 #pragma unroll
-    for (int c = 0; c < W::kWindow; ++c) row[c].load(from + int64_t{in_step} * c, inside & 1 << c);
-    ++unread, from += in_row_step;
+    for (int c = 0; c < W::kWindow; ++c) row[c].load(from + int64_t{a.in_column_step} * c, columns & 1 << c);
+    ++unread, from += a.in_row_step;
   };
   Pixel<T, kVec> ahead[W::kAhead][kDown][W::kWindow];
 #pragma unroll
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kNhwcThreads, nhwc_blocks(kKernel, kVec))
     ring[i / kVec / W::kColumns][i / kVec % W::kColumns][i % kVec] = start[i % kVec];
   }
 #pragma unroll 1
-  for (int steps = end - begin; steps > 0; --steps) {
+  while (position < p.rows) {
     const float* taps = filter + opaque(0);  // or all would be read before the loop
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(kNhwcThreads, nhwc_blocks(kKernel, kVec))
       add_row<W, kVec>(ring, window, start, taps, i);
     }
 #pragma unroll
-    for (int i = 0; i < kUp; ++i, ++position, to += out_row_step) {
+    for (int i = 0; i < kUp; ++i, ++position, to += a.out_row_step) {
       if (static_cast<unsigned>(position) >= static_cast<unsigned>(p.rows)) continue;
       float sums[W::kColumns * kVec];
 #pragma unroll
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__(kNhwcThreads, nhwc_blocks(kKernel, kVec))
         for (int v = 0; v < kVec; ++v) values[v] = sums[o * kVec + v];
         Pixel<T, kVec> pixel;
         pixel.set(values);
-        if (out_inside >> o & 1) pixel.store(to + int64_t{out_step} * o);
+        if (inside >> (W::kWindow + o) & 1) pixel.store(to + int64_t{a.out_column_step} * o);
       }
     }
   }
@@ -230,7 +233,7 @@ cudaError_t run(const ConvShape& shape, DType dtype, Args a, const void* in, con
     constexpr int kVec = decltype(vector)::value, kKernel = decltype(kernel)::value;
     const size_t smem_bytes = a.lanes * FilterLayout<kKernel, kVec>::kLane * sizeof(float);
     const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(kNhwcThreads), smem_bytes, stream};
-    return launch(walk_kernel<T, kVec, kKernel, kDown, kUp>, config, a, static_cast<const T*>(in),
+    return launch(walk_kernel<T, kVec, Walk<kKernel, kDown, kUp>>, config, a, static_cast<const T*>(in),
                   static_cast<const T*>(w), static_cast<const T*>(epilogue.bias), epilogue.activation,
                   static_cast<T*>(out));
   });
@@ -241,12 +244,15 @@ Axis make_axis(int64_t in_size, int64_t out_size, int64_t pad, int64_t dilation)
           static_cast<int>(std::min(dilation, out_size))};
 }
 
-Args make_args(const ConvShape& shape, const Axis& h, const Axis& w, const Strides& in, const Strides& out,
+Args make_args(const ConvShape& shape, DType dtype, const Axis& h, const Axis& w, const Strides& in, const Strides& out,
                bool turned) {
+  const int64_t bytes = element_bytes(dtype);
   Args a{};
   a.h = h, a.w = w;
-  a.in_n = in.n, a.in_h = static_cast<int>(in.h), a.in_w = static_cast<int>(in.w);
-  a.out_n = out.n, a.out_h = static_cast<int>(out.h), a.out_w = static_cast<int>(out.w);
+  a.in_n = bytes * in.n, a.in_h = bytes * in.h, a.in_w = bytes * in.w;
+  a.out_n = bytes * out.n, a.out_h = bytes * out.h, a.out_w = bytes * out.w;
+  a.in_row_step = h.dilation * a.in_h, a.in_column_step = static_cast<int>(w.dilation * a.in_w);
+  a.out_row_step = h.dilation * a.out_h, a.out_column_step = static_cast<int>(w.dilation * a.out_w);
   a.filter = {shape.w.n, shape.w.h, shape.w.w, static_cast<int>(shape.C), turned};
   return a;
 }
@@ -255,8 +261,8 @@ Args make_args(const ConvShape& shape, const Axis& h, const Axis& w, const Strid
 
 cudaError_t launch_depthwise_nhwc_forward(const ConvShape& s, DType dtype, const void* x, const void* w,
                                           const Epilogue& epilogue, void* y, const Tile& tile, cudaStream_t stream) {
-  const Args a = make_args(s, make_axis(s.H, s.P, s.pad_h, s.dilation_h), make_axis(s.W, s.Q, s.pad_w, s.dilation_w),
-                           s.x, s.y, false);
+  const Args a = make_args(s, dtype, make_axis(s.H, s.P, s.pad_h, s.dilation_h),
+                           make_axis(s.W, s.Q, s.pad_w, s.dilation_w), s.x, s.y, false);
   if (s.stride_h == 1) return run<1, 1>(s, dtype, a, x, w, epilogue, y, tile, stream);
   return run<2, 1>(s, dtype, a, x, w, epilogue, y, tile, stream);
 }
@@ -264,11 +270,11 @@ cudaError_t launch_depthwise_nhwc_forward(const ConvShape& s, DType dtype, const
 cudaError_t launch_depthwise_nhwc_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w,
                                              void* grad_x, const Tile& tile, cudaStream_t stream) {
   if (s.stride_h == 1) {
-    const Args a = make_args(s, make_axis(s.P, s.H, s.dilation_h * (s.R - 1) - s.pad_h, s.dilation_h),
+    const Args a = make_args(s, dtype, make_axis(s.P, s.H, s.dilation_h * (s.R - 1) - s.pad_h, s.dilation_h),
                              make_axis(s.Q, s.W, s.dilation_w * (s.S - 1) - s.pad_w, s.dilation_w), s.y, s.x, true);
     return run<1, 1>(s, dtype, a, grad_y, w, Epilogue{}, grad_x, tile, stream);
   }
-  const Args a = make_args(s, make_axis(s.P, s.H, s.pad_h, 1), make_axis(s.Q, s.W, s.pad_w, 1), s.y, s.x, false);
+  const Args a = make_args(s, dtype, make_axis(s.P, s.H, s.pad_h, 1), make_axis(s.Q, s.W, s.pad_w, 1), s.y, s.x, false);
   return run<1, 2>(s, dtype, a, grad_y, w, Epilogue{}, grad_x, tile, stream);
 }
 

@@ -1,4 +1,6 @@
 // The plan of the depthwise family: which kernel, how it is cut, and why.
+#include <limits>
+
 #include "plan_parts.h"
 #include "tiling.h"
 
@@ -52,29 +54,38 @@ int even_rows(int64_t rows, int64_t most) {
 
 Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   Plan p{Kernel::depthwise_nhwc, "cuda_depthwise_nhwc", "", {}, 0};
-  p.tile.vec = whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
-  p.reason = p.tile.vec == 2
-                 ? "depthwise 3x3, 5x5 or 7x7, channels dense, stride 1 or 2: every row read once"
-                 : "depthwise 3x3, 5x5 or 7x7, channels dense but odd or not aligned in pairs, stride 1 or 2: "
-                   "every row read once";
-  // A multiprocessor works off `busy` blocks as fast as fewer, and more than that one after the other: 3x3 waits for memory,
-  // 7x7 for arithmetic. A block's time is its rows, and those that it shares with others.
   const Written out = written(map, s);
-  const int64_t busy = s.R == 3 ? 4 : s.R == 5 ? 2 : 1, shared = map == Map::forward ? s.R / s.stride_h : s.R;
   const int64_t even = map == Map::grad_input ? s.stride_h : 1;  // grad_input of stride 2 walks in pairs of rows
-  const int64_t vectors = s.C / p.tile.vec, lanes = nhwc_lanes(vectors), slots = kNhwcThreads / lanes;
   const int64_t phases = std::clamp<int64_t>(out.rows, 1, s.dilation_h);
   const int64_t phase_rows = std::max<int64_t>(ceil_div(out.rows, phases), 1);
-  const int64_t columns = s.N * phases * ceil_div(out.columns, nhwc_columns(static_cast<int>(s.stride_h)));
-  int64_t least = 0;
-  for (int64_t strips = 1, last = 0; strips != last;) {
-    const int64_t rows = ceil_div(phase_rows, strips * even) * even;
-    const int64_t blocks = ceil_div(vectors, lanes) * ceil_div(columns * ceil_div(phase_rows, rows), slots);
-    const int64_t time = (rows + shared) * std::max(ceil_div(blocks, device.multiprocessors), busy);
-    if (last == 0 || time < least) least = time, p.tile.rows = static_cast<int>(rows);
-    last = strips;
-    strips = std::min(strips + std::max<int64_t>(strips / 3, 1), phase_rows);
+  const int64_t tiles = s.N * phases * ceil_div(out.columns, nhwc_columns(static_cast<int>(s.stride_h)));
+  // A block's time is its rows and those that it shares with others, each of vec * R * S products and what goes with them. A
+  // multiprocessor works off `busy` blocks as fast as fewer (3x3 waits for memory, 7x7 for arithmetic), and more than that
+  // one after the other. So problems that leave multiprocessors without work are cut into single rows, and into single
+  // channels where that is clearly less.
+  const int64_t busy = s.R == 3 ? 4 : s.R == 5 ? 2 : 1, shared = map == Map::forward ? s.R / s.stride_h : s.R;
+  const bool pairs = whole_vectors(s, 2, dtype, alignment);
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int vec = pairs ? 2 : 1; vec > 0; --vec) {
+    const int64_t vectors = s.C / vec, lanes = nhwc_lanes(vectors), slots = kNhwcThreads / lanes;
+    const int64_t step = (vec * s.R * s.S + 12) * (pairs && vec == 1 ? 5 : 4);
+    int64_t load = 0;  // blocks of the fullest multiprocessor; with many of them it no longer matters how they come out
+    for (int64_t strips = 1, last = 0; strips != last && load < 8 * busy;) {
+      const int64_t rows = ceil_div(phase_rows, strips * even) * even;
+      const int64_t blocks = ceil_div(vectors, lanes) * ceil_div(tiles * ceil_div(phase_rows, rows), slots);
+      load = ceil_div(blocks, device.multiprocessors);
+      const int64_t time = (rows + shared) * step * std::max(load, busy);
+      if (time < least) least = time, p.tile.vec = vec, p.tile.rows = static_cast<int>(rows);
+      last = strips;
+      strips = std::min(strips + std::max<int64_t>(strips / 3, 1), phase_rows);
+    }
   }
+  p.reason = p.tile.vec == 2 ? "depthwise 3x3, 5x5 or 7x7, channels dense, stride 1 or 2: every row read once"
+             : pairs
+                 ? "depthwise 3x3, 5x5 or 7x7, channels dense, stride 1 or 2, too few for pairs of channels to fill "
+                   "the GPU: every row read once"
+                 : "depthwise 3x3, 5x5 or 7x7, channels dense but odd or not aligned in pairs, stride 1 or 2: "
+                   "every row read once";
   return p;
 }
 

@@ -26,9 +26,9 @@ __device__ __forceinline__ int opaque(int i) {
 // ---- loads of 2, 4 or 8 aligned bytes of global memory that nobody writes, zeros where `valid` is zero: nothing is then read.
 // Always one predicated instruction, where an `if` may become a branch with the address made behind it.
 __device__ __forceinline__ uint32_t load16_if(const void* from, uint32_t valid) {
-  uint16_t v;
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.b16 %0, [%1];}"
-               : "=h"(v)
+  uint32_t v;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.u16 %0, [%1];}"
+               : "=r"(v)
                : "l"(from), "r"(valid));
   return v;
 }

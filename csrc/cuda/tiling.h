@@ -69,13 +69,8 @@ inline int grouped_grad_weight_splits(const ConvShape& s) {
 
 // ---- depthwise_nhwc.cu: blocks of kNhwcThreads threads, each with up to kNhwcLanes channel vectors.
 inline constexpr int kNhwcThreads = 128, kNhwcLanes = 32;
-// Output columns a thread works on. Planes of 7, 14, 28, 56 and 112 columns leave none over.
+// Output columns a thread works on: of planes of 7, 14, 28, 56 and 112 columns seven leave none over.
 constexpr int nhwc_columns(int stride) { return stride == 1 ? 7 : 4; }
-// Blocks a multiprocessor, for which the compiler has to fit the registers: 65536 in all.
-constexpr int nhwc_blocks(int kernel, int vec) {
-  if (vec == 1) return kernel == 3 ? 6 : 4;
-  return kernel == 3 ? 4 : kernel == 5 ? 3 : 2;
-}
 // Channel vectors of a block: all there are, in equal parts, or 16, whichever leaves fewer threads without work.
 inline int64_t nhwc_lanes(int64_t vectors) {
   const auto blocks = [vectors](int64_t lanes) { return (vectors + lanes - 1) / lanes; };
