@@ -99,6 +99,25 @@ LARGE = (
     Case("large_k35x50", 1, 1, 18, 40, 1, 35, 50, padding=(17, 25)),
 )
 
+# Planes of odd and of aligned widths: runs of columns that end in a row's middle, several planes to a block, bands of
+# one, and borders at every side.
+PLANES = (
+    Case("planes_k3_7", 2, 11, 7, 7, 11, 3, 3, padding=(1, 1), groups=11, bias=True),
+    Case("planes_k3_19", 2, 5, 19, 19, 5, 3, 3, padding=(1, 1), groups=5, bias=True),
+    Case("planes_k3_75", 1, 2, 23, 75, 2, 3, 3, padding=(1, 1), groups=2),
+    Case("planes_k3_112", 1, 1, 9, 112, 1, 3, 3, padding=(1, 1), groups=1, bias=True),
+    Case("planes_k3_wide_padding", 1, 3, 4, 9, 3, 3, 3, padding=(4, 3), groups=3),
+    Case("planes_k5_14", 3, 6, 14, 14, 6, 5, 5, padding=(2, 2), groups=6, bias=True),
+    Case("planes_k5_no_padding", 1, 3, 12, 37, 3, 5, 5, padding=(0, 1), groups=3),
+    Case("planes_k7_28", 1, 2, 15, 28, 2, 7, 7, padding=(3, 3), groups=2, bias=True),
+    Case("planes_k3_stride2_37", 2, 3, 37, 19, 3, 3, 3, stride=(2, 2), padding=(1, 1), groups=3, bias=True),
+    Case("planes_k3_stride2_even", 1, 3, 12, 56, 3, 3, 3, stride=(2, 2), padding=(0, 0), groups=3),
+    Case("planes_k5_stride2_14", 2, 5, 14, 14, 5, 5, 5, stride=(2, 2), padding=(2, 2), groups=5),
+    Case("planes_k7_stride2_19", 1, 2, 19, 18, 2, 7, 7, stride=(2, 2), padding=(3, 3), groups=2),
+    Case("planes_multiplier3", 2, 4, 7, 7, 12, 3, 3, padding=(1, 1), groups=4, bias=True),
+    Case("planes_multiplier2_stride2", 1, 5, 14, 9, 10, 3, 3, stride=(2, 2), padding=(1, 1), groups=5),
+)
+
 # Depthwise stages, and how many channels the 1x1 convolution after them gives: one tile and several, full and not.
 SEPARABLE = (
     ("depthwise_k3", 70),
@@ -177,6 +196,21 @@ def _runs() -> Iterator[Run]:
                 yield made(case, map, "contiguous", dtype)
         yield made(case, "forward", "contiguous", "float16", offset=1)
         yield made(case, "grad_weight", "contiguous", "float16", splits=2)
+    for case in PLANES:
+        for map in ("forward", "grad_input") if case.K == case.C else ("forward",):
+            # The GPU that is planned for: so small that tiles are large, without tensor cores, or an H100.
+            for layout, dtype, extra in (
+                ("contiguous", "float16", {"multiprocessors": 1, "sm": 75}),
+                ("contiguous", "float32", {"multiprocessors": 1}),
+                ("contiguous", "float32", {}),
+                ("contiguous", "bfloat16", {"multiprocessors": 1, "sm": 75, "offset": 3}),
+                ("alternate", "float16", {"rows": 5, "lanes": 1, "splits": 2, "sm": 75}),
+                ("sliced", "float32", {"multiprocessors": 1, "offset": 1}),
+            ):
+                yield made(case, map, layout, dtype, **extra)
+    # Channels too few for a group of them to be full, and rows too wide for shared memory.
+    yield made(BY_NAME["depthwise_k3_c58"], "forward", "contiguous", "float32", multiprocessors=8)
+    yield made(Case("planes_wide", 1, 1, 2, 9000, 1, 3, 3, padding=(1, 1)), "forward", "contiguous", "float32")
     for name, outputs in SEPARABLE:
         for layout in (*LAYOUTS, "strided"):
             for dtype in ("float32", "float16") if layout in LAYOUTS else (DTYPES[count % 4],):
@@ -206,7 +240,7 @@ def _runs() -> Iterator[Run]:
         yield made(case, "grad_weight", LAYOUTS[count % 2], splits=3)
     for name in ("depthwise_k3_tall", "depthwise_k3_stride2", "depthwise_k5", "depthwise_k7", "depthwise_k7_stride2"):
         for map in ("forward", "grad_input"):
-            yield made(BY_NAME[name], map, "contiguous", DTYPES[count % 2], rows=3)
+            yield made(BY_NAME[name], map, "contiguous", DTYPES[count % 2], rows=3, lanes=1, splits=2)
             for dtype in ("float32", "float16"):
                 yield made(BY_NAME[name], map, "channels_last", dtype, rows=3, vec=2)
     for case in SPATIAL:

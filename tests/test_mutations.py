@@ -33,11 +33,14 @@ pytestmark = [*test_emulated.pytestmark, pytest.mark.slow]
 ALL = os.environ.get("MUTANTS") == "all"
 SAMPLE = 8  # of the other faults, every so many-th
 MOST_RUNS, MOST_RACE_RUNS = 150, 32  # the cheapest
+# Cases that always run.
+KEPT = (*test_emulated.EDGES, *test_emulated.WALKS, *test_emulated.PLANES, *test_emulated.SPATIAL)
 SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.
 HEADERS = {
     "depthwise_direct.cu": ("common.cuh",),
     "depthwise_nhwc.cu": ("depthwise_nhwc.cuh",),
+    "depthwise_nchw.cu": ("depthwise_nchw.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
     "separable.cu": ("separable.cuh",),
 }
@@ -64,14 +67,15 @@ def runs_of(source: Path) -> list[Run]:
         kernel = str(run.extra.get("kernel", name.removeprefix("cuda_")))
         stem = "grouped_grad_weight" if (kernel, run.map) == ("grouped", "grad_weight") else kernel
         files = {stem, "sum_partials"} if run.map == "grad_weight" else {stem}
+        if stem == "depthwise_nchw" and run.map == "grad_input" and run.case.stride == (2, 2):
+            files = {"depthwise_nchw_stride2"}
         if "padding_mode" in run.extra:
             files = {"borders"}
         if source.stem not in files:
             continue
         c = run.case
         odd = c.C % 8 != 0 or (c.C // c.groups) % 4 != 0
-        edges = (*test_emulated.EDGES, *test_emulated.WALKS, *test_emulated.SPATIAL, *test_emulated.FRAMES)
-        edge = c.name if c in edges else ""
+        edge = c.name if c in (*KEPT, *test_emulated.FRAMES) else ""
         curved = run.activation in ("gelu", "silu", "sigmoid", "tanh")
         key = (
             edge,
@@ -90,7 +94,7 @@ def runs_of(source: Path) -> list[Run]:
             key = ("", run.layout, run.dtype, *sorted(run.extra.items()))
         if key not in chosen or _cost(run) < _cost(chosen[key]):
             chosen[key] = run
-    edges = [run for run in chosen.values() if run.case in (*test_emulated.EDGES, *test_emulated.SPATIAL)]
+    edges = [run for run in chosen.values() if run.case in KEPT]
     rest = sorted((run for run in chosen.values() if run not in edges), key=_cost)
     return sorted([*edges, *rest[:MOST_RUNS]], key=_cost)
 

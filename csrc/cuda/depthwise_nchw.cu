@@ -1,219 +1,125 @@
-// Depthwise forward and grad_input, columns dense in memory (contiguous), kernels 3x3, 5x5 and 7x7.
+// Depthwise forward, and grad_input of stride 1 (forward with the filter turned around), of dense rows (contiguous, or
+// channels cut out of it), kernels 3x3, 5x5 and 7x7. depthwise_nchw.cuh has the tiles and their copies.
 //
-// Thread-to-data map. A thread walks down one output column (grad_input of stride 2: a pair of columns) of one plane
-// for `rows` rows. Neighbouring threads take neighbouring columns, then the next strip of rows, then the next plane,
-// so that no lane idles on narrow planes (7x7, 14x14) and a warp's loads are whole runs of a row. The filter is in
-// registers. Every image row is loaded once on the way down, and added at once to all outputs that it meets: these
-// partial outputs are a ring of registers, whose last one is complete after each step, is stored, and leaves the
-// ring.
-#include "common.cuh"
+// Thread-to-data map. A block's planes stand in shared memory. A thread owns a run of kRun neighbouring output columns
+// of one plane, and walks down `rows` rows; neighbouring threads take neighbouring runs, then the next strip of rows, then
+// the next plane. The filter is in registers. An image row is read once on the way down and added at once to
+// all output rows that it meets: these are a ring of registers, whose oldest is complete after each step.
+#include "depthwise_nchw.cuh"
 
 namespace sepconv::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
-// Blocks a multiprocessor that the registers of a window leave room for.
-template <typename T, int kKernel>
-inline constexpr int kBlocks = sizeof(T) == 8 ? 1
-                               : kKernel == 3 ? 4
-                               : kKernel == 5 ? 3
-                                              : 2;
-
-// "in" is the image that is read and "out" the image that is written: grad_y and grad_x for grad_input.
-struct Args {
-  int64_t in_n, in_c, out_n, out_c;  // strides, in elements
-  int in_h, out_h;
-  int in_rows, in_columns, out_rows, out_columns;
-  int pad_h, pad_w;
-  int rows;
-  int64_t threads;  // planes * strips * columns, or pairs of columns
-  FastDiv by_columns, by_strips, by_channels, by_multiplier;
-  int64_t w_n, w_h, w_w;
-  bool turned;  // read the filter from its last tap to its first
-};
-
-struct Place {
-  int column, row, n, c;
-};
-
-__device__ __forceinline__ Place find_place(const Args& a, uint32_t thread) {
-  uint32_t column = thread;
-  uint32_t strip = a.by_columns.split(column);
-  uint32_t c = a.by_strips.split(strip);
-  const uint32_t n = a.by_channels.split(c);
-  return {static_cast<int>(column), static_cast<int>(strip) * a.rows, static_cast<int>(n), static_cast<int>(c)};
-}
-
-template <typename T, int kKernel>
-__device__ __forceinline__ void load_filter(const Args& a, acc_t<T> (&taps)[kKernel][kKernel],
-                                            const T* __restrict__ w) {
-#pragma unroll
-  for (int r = 0; r < kKernel; ++r) {
-#pragma unroll
-    for (int s = 0; s < kKernel; ++s) {
-      const int from_r = a.turned ? kKernel - 1 - r : r, from_s = a.turned ? kKernel - 1 - s : s;
-      taps[r][s] = to_acc(w[from_r * a.w_h + from_s * a.w_w]);
-    }
-  }
-}
-
-// kCount neighbouring values of an image row, zero outside the image.
-template <typename T, int kCount>
-__device__ __forceinline__ void load_row(const Args& a, acc_t<T> (&values)[kCount], const T* __restrict__ image,
-                                         int row, int column) {
-  const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(a.in_rows);
-  const T* p = image + (inside ? row : 0) * a.in_h;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const bool valid = inside && static_cast<unsigned>(column + i) < static_cast<unsigned>(a.in_columns);
-    values[i] = valid ? to_acc(p[column + i]) : acc_t<T>(0);
-  }
-}
-
-// Step j adds the padded rows kStride * j ... to the outputs p = j, j - 1, ...; ring[i] is output p = j - i.
-template <typename T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kKernel>)
-    forward_kernel(const Args a, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
+// Step j adds the padded rows kStride * j ... to the output rows j, j - 1, ...; row j lives in ring[j % kRing].
+template <typename T, int kKernel, int kStride, int kRun>
+__global__ void __launch_bounds__(kNchwThreads, 2)
+    forward_kernel(const PlaneArgs a, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                    const Activation activation, T* __restrict__ y) {
-  using A = acc_t<T>;
-  constexpr int kRing = (kKernel - 1) / kStride + 1;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (thread >= a.threads) return;
-  const Place place = find_place(a, static_cast<uint32_t>(thread));
-  A taps[kKernel][kKernel];
-  load_filter<T, kKernel>(a, taps, w + place.c * a.w_n);
-  const A add = bias != nullptr ? to_acc(bias[place.c]) : A(0);
-  const T* image = x + place.n * a.in_n + a.by_multiplier.div(place.c) * a.in_c;
-  T* out = y + place.n * a.out_n + place.c * a.out_c + place.column;
-  const int column = place.column * kStride - a.pad_w;
-  const int last_row = min(place.row + a.rows, a.out_rows);
+  constexpr int kWindow = (kRun - 1) * kStride + kKernel, kRing = (kKernel - 1) / kStride + 1;
+  constexpr int kTaps = kKernel * kKernel;
+  DYN_SMEM(smem);
+  T* const in = reinterpret_cast<T*>(smem);
+  float* const out = reinterpret_cast<float*>(smem + a.in_bytes);
+  T* const filters = reinterpret_cast<T*>(smem + a.in_bytes + a.out_bytes);
+  float* const biases = reinterpret_cast<float*>(smem + a.in_bytes + a.out_bytes + a.filter_bytes);
+  const PlaneBlock block(a);
+  const int end_row = min(block.band_row + a.band, a.out_rows);
+  const int in_row = max(block.band_row * kStride - a.pad_h, 0);
+  const int in_rows = max(min((end_row - 1) * kStride - a.pad_h + kKernel, a.in_rows) - in_row, 0);
+  const int first_in = static_cast<int>(a.by_multiplier.div(block.first));
+  const int last_in = static_cast<int>(a.by_multiplier.div(block.first + block.planes - 1));
+  const T* const from = x + block.n * a.in_n + first_in * a.in_c + static_cast<int64_t>(in_row) * a.in_columns;
+  T* const to = y + block.n * a.out_n + block.first * a.out_c + static_cast<int64_t>(block.band_row) * a.out_columns;
+  const T* const filter = w + static_cast<int64_t>(block.first) * kTaps;
+  const int in_plane = a.in_rows * a.in_columns, out_plane = a.out_rows * a.out_columns;  // apart, where several
 
-  A ring[kRing] = {};
-#pragma unroll 2
-  for (int j = place.row; j < last_row + kRing - 1; ++j) {
-#pragma unroll
-    for (int phase = 0; phase < kStride; ++phase) {
-      A values[kKernel];
-      load_row<T, kKernel>(a, values, image, kStride * j + phase - a.pad_h, column);
-#pragma unroll
-      for (int r = phase; r < kKernel; r += kStride) {
-#pragma unroll
-        for (int s = 0; s < kKernel; ++s) ring[(r - phase) / kStride] += values[s] * taps[r][s];
-      }
-    }
-    const int p = j - (kRing - 1);
-    if (p >= place.row) {
-      A result[1] = {ring[kRing - 1] + add};
-      activate_all(activation, result);
-      out[p * a.out_h] = from_acc<T>(result[0]);
-    }
-#pragma unroll
-    for (int i = kRing - 1; i > 0; --i) ring[i] = ring[i - 1];
-    ring[0] = 0;
-  }
-}
-
-// grad_input of stride 2. With v = h + pad_h and u = w + pad_w, grad_y[p, q] * w[r, s] goes to grad_x[v = 2 p + r,
-// u = 2 q + s]. A thread owns the columns u and u + 1, u even; step p adds row p of grad_y to ring[i], the row
-// v = 2 p + i; the first two rows of the ring are then complete.
-template <typename T, int kKernel>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kKernel>)
-    grad_input_stride2_kernel(const Args a, const T* __restrict__ grad_y, const T* __restrict__ w,
-                              T* __restrict__ grad_x) {
-  using A = acc_t<T>;
-  constexpr int kRing = kKernel + 1, kReach = (kKernel - 1) / 2;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (thread >= a.threads) return;
-  const Place place = find_place(a, static_cast<uint32_t>(thread));
-  A taps[kKernel][kKernel];
-  load_filter<T, kKernel>(a, taps, w + place.c * a.w_n);
-  const T* image = grad_y + place.n * a.in_n + place.c * a.in_c;
-  T* out = grad_x + place.n * a.out_n + place.c * a.out_c;
-  const int u = (a.pad_w & ~1) + 2 * place.column;
-  const int first_v = (a.pad_h & ~1) + place.row;  // even: strips are
-  const int end_v = min(first_v + a.rows, a.out_rows + a.pad_h);
-
-  A ring[kRing][2] = {};
+  StagedRange<T> image(in, from, (last_in - first_in) * in_plane + in_rows * a.in_columns);
+  StagedRange<T> weights(filters, filter, block.planes * kTaps);
+  image.begin(), weights.begin();
+  cp_async_commit();
+  image.load(), weights.load();
 #pragma unroll 1
-  for (int p = first_v / 2 - kReach; 2 * p < end_v; ++p) {
-    A values[kReach + 1];
-    load_row<T, kReach + 1>(a, values, image, p, u / 2 - kReach);
+  for (int i = static_cast<int>(threadIdx.x); i < block.planes; i += static_cast<int>(blockDim.x)) {
+    biases[i] = bias != nullptr ? to_acc(bias[block.first + i]) : 0.f;
+  }
+  image.store(), weights.store();
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const int items = block.planes * static_cast<int>(a.by_strips.divisor * a.by_runs.divisor);
+  for (int item = static_cast<int>(threadIdx.x); item < items; item += static_cast<int>(blockDim.x)) {
+    const PlaneThread own(a, item);
+    const int p = own.strip * a.rows, q = own.run * kRun, column = q * kStride - a.pad_w;  // p counts in the band
+    const int c = static_cast<int>(a.by_multiplier.div(block.first + own.plane)) - first_in;
+    int h = (block.band_row + p) * kStride - a.pad_h - in_row;  // in the tile
+    const T* row = in + elements_off(from) + c * in_plane + h * a.in_columns + column;
+    float* result = out + elements_off(to) + own.plane * out_plane + p * a.out_columns + q;
+    uint32_t masks = columns_inside<kWindow>(column, a.in_columns) | columns_inside<kRun>(q, a.out_columns) << 16;
+    const uint32_t rows_read = opaque(in_rows),
+                   rows_written = opaque(max(min(a.rows, end_row - block.band_row - p), 0));
+    const float add = biases[own.plane];
+    float taps[kKernel][kKernel];
+    load_filter(taps, filters + elements_off(filter) + own.plane * kTaps, a.turned);
+
+    float ring[kRing][kRun], values[kWindow] = {};  // the columns outside stay zero
+    for (int turn = 0; turn < a.rows + kRing - 1; turn += kRing) {
 #pragma unroll
-    for (int r = 0; r < kKernel; ++r) {
+      for (int phase = 0; phase < kRing; ++phase) {
+        const int step = turn + phase;
+        if (step >= a.rows + kRing - 1) break;
+        masks = opaque(masks);  // else its bits would be kept in as many registers
 #pragma unroll
-      for (int s = 0; s < kKernel; ++s) ring[r][s % 2] += values[kReach - s / 2] * taps[r][s];
-    }
+        for (int sub = 0; sub < kStride; ++sub) {
+          if (static_cast<uint32_t>(h) < rows_read) {
+            load_run(values, row, masks);
+            // Output rows step - back; from the second on they are left out by twos where they are not of this strip, all
+            // threads alike.
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int v = 2 * p + i, h = v - a.pad_h;
-      if (v < first_v || v >= end_v || h < 0) continue;
+            for (int pair = 0; pair <= kRing / 2; ++pair) {
+              if (pair > 0 && static_cast<uint32_t>(step - 2 * pair + 1) > static_cast<uint32_t>(a.rows)) continue;
 #pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        const int column = u + o - a.pad_w;
-        if (static_cast<unsigned>(column) < static_cast<unsigned>(a.out_columns)) {
-          out[h * a.out_h + column] = from_acc<T>(ring[i][o]);
+              for (int back = max(2 * pair - 1, 0); back <= 2 * pair; ++back) {
+                const int r = back * kStride + sub;
+                if (r >= kKernel) continue;
+#pragma unroll
+                for (int s = 0; s < kKernel; ++s) {
+#pragma unroll
+                  for (int i = 0; i < kRun; ++i) {
+                    float& sum = ring[(phase - back + kRing) % kRing][i];
+                    sum = (r == 0 && s == 0 ? add : sum) + values[i * kStride + s] * taps[r][s];
+                  }
+                }
+              }
+            }
+          } else if (sub == 0) {
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) ring[phase][i] = add;
+          }
+          ++h, row += a.in_columns;
+        }
+        if (static_cast<uint32_t>(step - (kRing - 1)) < rows_written) {
+          store_run(result, ring[(phase + 1) % kRing], masks >> 16);
+          result += a.out_columns;
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kRing; ++i) {
-#pragma unroll
-      for (int o = 0; o < 2; ++o) ring[i][o] = i + 2 < kRing ? ring[i + 2][o] : A(0);
-    }
   }
+  __syncthreads();
+  const int rows = end_row - block.band_row;
+  write_range(to, out, (block.planes - 1) * out_plane + rows * a.out_columns, activation);
 }
 
-// Everything that both directions share; in and out are (rows, columns, strides) of the images read and written.
-Args make_args(const ConvShape& shape, const Tile& tile, int64_t in_rows, int64_t in_columns, const Strides& in,
-               int64_t out_rows, int64_t out_columns, const Strides& out) {
-  Args a{};
-  a.in_n = in.n, a.in_c = in.c, a.in_h = static_cast<int>(in.h);
-  a.out_n = out.n, a.out_c = out.c, a.out_h = static_cast<int>(out.h);
-  a.in_rows = static_cast<int>(in_rows), a.in_columns = static_cast<int>(in_columns);
-  a.out_rows = static_cast<int>(out_rows), a.out_columns = static_cast<int>(out_columns);
-  a.pad_h = static_cast<int>(shape.pad_h), a.pad_w = static_cast<int>(shape.pad_w);
-  a.rows = tile.rows;
-  a.by_multiplier = FastDiv(shape.K / shape.C);
-  a.w_n = shape.w.n, a.w_h = shape.w.h, a.w_w = shape.w.w;
-  return a;
-}
-
-// `rows` and `columns` are what the threads of one plane walk over.
-LaunchConfig make_config(const ConvShape& shape, Args& a, int64_t channels, int64_t rows, int64_t columns,
-                         cudaStream_t stream) {
-  const int64_t strips = ceil_div<int64_t>(rows, a.rows);
-  a.threads = shape.N * channels * strips * columns;
-  a.by_columns = FastDiv(columns);
-  a.by_strips = FastDiv(strips);
-  a.by_channels = FastDiv(channels);
-  return {dim3(static_cast<unsigned>(ceil_div<int64_t>(a.threads, kThreads))), dim3(kThreads), 0, stream};
-}
-
-// Calls f(type, kernel) with the two as types.
-template <typename F>
-cudaError_t dispatch(DType dtype, int64_t kernel, F&& f) {
-  return dispatch_dtype(dtype, [&](auto tag) {
-    switch (kernel) {
-      case 3: return f(tag, Int<3>{});
-      case 5: return f(tag, Int<5>{});
-      case 7: return f(tag, Int<7>{});
-      default: return cudaErrorInvalidValue;
-    }
-  });
-}
-
-cudaError_t run_forward(const ConvShape& shape, DType dtype, Args a, int64_t stride, const void* in, const void* w,
-                        const Epilogue& epilogue, void* out, cudaStream_t stream) {
-  const LaunchConfig config = make_config(shape, a, shape.K, a.out_rows, a.out_columns, stream);
-  return dispatch(dtype, shape.R, [&](auto tag, auto kernel) {
+cudaError_t run_forward(const ConvShape& shape, DType dtype, const PlaneArgs& a, const LaunchConfig& config,
+                        int64_t stride, const void* in, const void* w, const Epilogue& epilogue, void* out) {
+  return dispatch_nchw(dtype, shape.R, [&](auto tag, auto kernel) {
     using T = typename decltype(tag)::type;
     constexpr int kKernel = decltype(kernel)::value;
     const auto start = [&](auto function) {
       return launch(function, config, a, static_cast<const T*>(in), static_cast<const T*>(w),
                     static_cast<const T*>(epilogue.bias), epilogue.activation, static_cast<T*>(out));
     };
-    return stride == 1 ? start(forward_kernel<T, kKernel, 1>) : start(forward_kernel<T, kKernel, 2>);
+    return stride == 1 ? start(forward_kernel<T, kKernel, 1, nchw_run(kKernel, 1)>)
+                       : start(forward_kernel<T, kKernel, 2, nchw_run(kKernel, 2)>);
   });
 }
 
@@ -221,27 +127,22 @@ cudaError_t run_forward(const ConvShape& shape, DType dtype, Args a, int64_t str
 
 cudaError_t launch_depthwise_nchw_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
                                           const Epilogue& epilogue, void* y, const Tile& tile, cudaStream_t stream) {
-  const Args a = make_args(shape, tile, shape.H, shape.W, shape.x, shape.P, shape.Q, shape.y);
-  return run_forward(shape, dtype, a, shape.stride_h, x, w, epilogue, y, stream);
+  const PlaneArgs a = make_plane_args(Map::forward, shape, dtype, tile);
+  const LaunchConfig config = plane_config(Map::forward, shape, dtype, a, stream);
+  return run_forward(shape, dtype, a, config, shape.stride_h, x, w, epilogue, y);
 }
 
 cudaError_t launch_depthwise_nchw_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
                                              void* grad_x, const Tile& tile, cudaStream_t stream) {
-  Args a = make_args(shape, tile, shape.P, shape.Q, shape.y, shape.H, shape.W, shape.x);
-  if (shape.stride_h == 1) {
-    a.turned = true;
-    a.pad_h = static_cast<int>(shape.R - 1) - a.pad_h;
-    a.pad_w = static_cast<int>(shape.S - 1) - a.pad_w;
-    return run_forward(shape, dtype, a, 1, grad_y, w, Epilogue{}, grad_x, stream);
+  if (shape.stride_h == 2) {
+    return launch_depthwise_nchw_grad_input_stride2(shape, dtype, grad_y, w, grad_x, tile, stream);
   }
-  a.rows = ceil_div(tile.rows, 2) * 2;
-  const LaunchConfig config = make_config(shape, a, shape.C, shape.H + (shape.pad_h & 1),
-                                          ceil_div<int64_t>(shape.W + (shape.pad_w & 1), 2), stream);
-  return dispatch(dtype, shape.R, [&](auto tag, auto kernel) {
-    using T = typename decltype(tag)::type;
-    return launch(grad_input_stride2_kernel<T, decltype(kernel)::value>, config, a, static_cast<const T*>(grad_y),
-                  static_cast<const T*>(w), static_cast<T*>(grad_x));
-  });
+  PlaneArgs a = make_plane_args(Map::grad_input, shape, dtype, tile);
+  a.turned = true;
+  a.pad_h = static_cast<int>(shape.R - 1) - a.pad_h;
+  a.pad_w = static_cast<int>(shape.S - 1) - a.pad_w;
+  const LaunchConfig config = plane_config(Map::grad_input, shape, dtype, a, stream);
+  return run_forward(shape, dtype, a, config, 1, grad_y, w, Epilogue{}, grad_x);
 }
 
 }  // namespace sepconv::cuda

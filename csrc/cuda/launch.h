@@ -38,11 +38,16 @@ cudaError_t launch_depthwise_nhwc_forward(const ConvShape&, DType, const void* x
 cudaError_t launch_depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
                                              const Tile&, cudaStream_t);
 
-// depthwise_nchw.cu: columns dense, has_window; any multiplier forward, multiplier 1 for grad_input.
+// depthwise_nchw.cu: rows and filters without gaps, has_window, not float64; any multiplier forward, multiplier
+// 1 for grad_input. A thread walks down tile.rows steps (tiling.h), a block has tile.splits strips of them in each of
+// tile.lanes planes: one plane, or whole planes without gaps between them in x and y.
 cudaError_t launch_depthwise_nchw_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
                                           void* y, const Tile&, cudaStream_t);
 cudaError_t launch_depthwise_nchw_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
                                              const Tile&, cudaStream_t);
+// depthwise_nchw_stride2.cu: the latter's part, called by it.
+cudaError_t launch_depthwise_nchw_grad_input_stride2(const ConvShape&, DType, const void* grad_y, const void* w,
+                                                     void* grad_x, const Tile&, cudaStream_t);
 
 // depthwise_direct.cu: depthwise with any multiplier, kernel, stride, dilation, strides of memory and size.
 cudaError_t launch_depthwise_direct_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,

@@ -89,14 +89,65 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
   return p;
 }
 
-Plan depthwise_nchw(Map map, const ConvShape& s, const Device& device) {
-  Plan p{
-      Kernel::depthwise_nchw, "cuda_depthwise_nchw", "depthwise, columns dense, 3x3, 5x5 or 7x7, stride 1 or 2", {}, 0};
-  // A strip of rows rows reads R - 1 rows more than its own; 2048 threads a multiprocessor come first.
-  const Written out = written(map, s);
-  const int64_t threads = s.N * out.channels * out.rows * out.columns;
-  p.tile.rows = even_rows(out.rows, std::clamp<int64_t>(threads / (2048 * device.multiprocessors), 2, 32));
+// Of the ways to deal an image to blocks of up to four warps, the one with the least time by a simple reckoning: a warp
+// takes one unit for a step, part of one for a row that its strip shares with the next, and a few to begin with; twelve
+// warps keep a multiprocessor busy, and fewer take as long. Idle lanes, last blocks and waves show as what they cost.
+Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& device) {
+  constexpr int64_t kSharedBytes = 220 << 10, kBusy = 12;
+  Plan p{Kernel::depthwise_nchw,
+         "cuda_depthwise_nchw",
+         "depthwise, rows without gaps, 3x3, 5x5 or 7x7, stride 1 or 2",
+         {},
+         0};
+  const NchwWork work = nchw_work(map, s);
+  const bool dense_planes = (s.C == 1 || s.x.c == s.H * s.W) && (s.K == 1 || s.y.c == s.P * s.Q);
+  const double begin = s.R == 3 ? 3 : 1.5,
+               shared = 0.6 * static_cast<double>(s.R - 1) / static_cast<double>(s.stride_h);
+  double best = 0;
+  bool full = false;  // the best so far keeps every multiprocessor busy
+  const auto consider = [&](int64_t rows, int64_t strips, int64_t planes) {
+    const int64_t bytes = nchw_memory(work, s, dtype, rows * strips, planes).bytes();
+    if (bytes > kNchwMostBytes) return;
+    const int64_t warps = ceil_div(planes * strips * work.runs, 32);
+    const int64_t blocks = s.N * ceil_div(work.channels, planes) * ceil_div(work.steps, rows * strips);
+    const auto resident = static_cast<double>(std::min(kSharedBytes / bytes * warps, kBusy));
+    const auto share = static_cast<double>(ceil_div(blocks, device.multiprocessors) * warps);  // of a multiprocessor
+    const double warp = begin + static_cast<double>(rows) + (rows < work.steps ? shared : 0);
+    const double time = warp * std::max(share / resident, 1.);
+    if (best != 0 && time >= best) return;
+    best = time, full = share >= resident;
+    p.tile.rows = static_cast<int>(rows), p.tile.splits = static_cast<int>(strips);
+    p.tile.lanes = static_cast<int>(planes);
+  };
+  int64_t last = 0;
+  for (const int64_t most : {14, 10, 7, 5, 3, 1}) {
+    if (most < 7 && full) break;
+    const int64_t rows = even_rows(work.steps, most), strips = ceil_div(work.steps, rows);
+    if (rows == last) continue;
+    last = rows;
+    for (int64_t lanes = 32; lanes <= 128; lanes += 32) {
+      const int64_t planes = dense_planes ? lanes / (strips * work.runs) : 0;
+      if (planes > 1) {
+        consider(rows, strips, even_rows(work.channels, planes));
+      } else {
+        consider(rows, even_rows(strips, std::max<int64_t>(lanes / work.runs, 1)), 1);
+      }
+    }
+  }
   return p;
+}
+
+// Rows follow each other without gaps, in what is read and in what is written.
+bool dense_rows(const ConvShape& s) {
+  return dense_columns(s) && (s.H == 1 || s.x.h == s.W) && (s.P == 1 || s.y.h == s.Q);
+}
+
+bool nchw_can_run(Map map, const ConvShape& s, DType dtype) {
+  const NchwWork work = nchw_work(map, s);
+  const bool dense_filters = s.w.n == s.R * s.S && s.w.h == s.S && s.w.w == 1;
+  return window(s) && dense_rows(s) && dense_filters && dtype != DType::float64 &&
+         (map == Map::forward || s.K == s.C) && nchw_memory(work, s, dtype, 1, 1).bytes() <= kNchwMostBytes &&
+         s.N * work.channels * work.steps < kNarrow - 1;  // blocks
 }
 
 Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignment, bool narrow) {
@@ -229,11 +280,7 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
   if (narrow && nhwc_can_run(map, s, dtype)) {
     return depthwise_nhwc(map, s, dtype, device, alignment);
   }
-  if (narrow && window(s) && (!multiplier || map == Map::forward) && dense_columns(s)) {
-    const Plan p = depthwise_nchw(map, s, device);
-    const Written out = written(map, s);
-    if (s.N * out.channels * (out.rows / p.tile.rows + 2) * (out.columns + 2) < kNarrow) return p;
-  }
+  if (narrow && nchw_can_run(map, s, dtype)) return depthwise_nchw(map, s, dtype, device);
   return depthwise_direct(map, s, dtype, alignment, narrow);
 }
 

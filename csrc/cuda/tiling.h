@@ -78,6 +78,48 @@ inline int64_t nhwc_lanes(int64_t vectors) {
   return kNhwcThreads / half * blocks(even) > kNhwcThreads / even * blocks(half) ? half : even;
 }
 
+// ---- depthwise_nchw*.cu: how an image that is written is dealt to threads and blocks. Steps are its rows, or its pairs of rows
+// in grad_input of stride 2 (rows v = h + pad_h, v even, and v + 1); a thread owns a run of neighbouring columns.
+constexpr int nchw_run(int64_t kernel, int64_t stride) { return stride == 2 ? 3 : kernel == 7 ? 4 : 7; }
+inline constexpr int64_t kNchwMostBytes = 96 << 10;  // of shared memory: what every GPU from sm_80 on can give a block
+constexpr int nchw_pairs(int64_t kernel) { return kernel == 7 ? 2 : 3; }  // of columns in a run, grad_input of stride 2
+
+struct NchwWork {
+  int64_t channels, rows, columns;  // of the image that is written
+  int64_t in_rows, in_columns;      // of the one that is read
+  int64_t steps, runs;              // of a plane
+  int64_t stride;                   // rows of the input from one step to the next
+  bool pairs;
+};
+inline NchwWork nchw_work(Map map, const ConvShape& s) {
+  if (map == Map::forward) {
+    const int64_t run = nchw_run(s.R, s.stride_h);
+    return {s.K, s.P, s.Q, s.H, s.W, s.P, (s.Q + run - 1) / run, s.stride_h, false};
+  }
+  const bool pairs = s.stride_h == 2;
+  const int64_t run = pairs ? 2 * nchw_pairs(s.R) : nchw_run(s.R, 1);
+  const int64_t odd_h = pairs ? s.pad_h % 2 : 0, odd_w = pairs ? s.pad_w % 2 : 0;
+  return {s.C, s.H, s.W, s.P, s.Q, pairs ? (s.H + odd_h + 1) / 2 : s.H, (s.W + odd_w + run - 1) / run, 1, pairs};
+}
+
+// Shared memory of a block that owns `band` steps of `planes` planes: the input as it lies, the results (in float, but
+// for pairs), the filters, the biases.
+struct NchwMemory {
+  int64_t in, out, filters, biases;
+  int64_t bytes() const { return in + out + filters + biases; }
+};
+inline NchwMemory nchw_memory(const NchwWork& w, const ConvShape& s, DType dtype, int64_t band, int64_t planes) {
+  const int64_t size = dtype == DType::float32 ? 4 : 2, piece = 16 / size;
+  const int64_t rows = std::min(w.rows, w.pairs ? 2 * band : band);
+  const int64_t in_rows = std::min(w.in_rows, w.pairs ? band + s.R / 2 : (band - 1) * w.stride + s.R);
+  const int64_t multiplier = w.channels / s.C;                           // 1 in grad_input
+  const int64_t in_planes = (planes + multiplier - 2) / multiplier + 1;  // at most
+  const auto whole = [piece](int64_t elements) { return (elements + 2 * (piece - 1)) / piece * piece; };
+  return {whole((in_planes - 1) * w.in_rows * w.in_columns + in_rows * w.in_columns) * size,
+          whole((planes - 1) * w.rows * w.columns + rows * w.columns) * (w.pairs ? size : 4),
+          whole(planes * s.R * s.S) * size, planes * 4};
+}
+
 // ---- depthwise_toeplitz.cu
 // Steps of 16 columns that the window of 8 neighbouring outputs takes; those that there are kernels for.
 inline int toeplitz_steps(int64_t S) {

@@ -20,6 +20,8 @@ using sepconv::Strides;
 Strides make_strides(const Sizes& s, const std::string& layout) {
   if (layout == "contiguous") return {s.c * s.h * s.w, s.h * s.w, s.w, 1};
   if (layout == "channels_last") return {s.h * s.w * s.c, 1, s.w * s.c, s.c};
+  if (layout == "sliced") return {(s.c + 2) * s.h * s.w, s.h * s.w, s.w, 1};       // channels of a larger image
+  if (layout == "alternate") return {2 * s.c * s.h * s.w, 2 * s.h * s.w, s.w, 1};  // every second channel of one
   if (layout == "strided") {
     const int64_t w = 2 * s.w, h = s.h + 1, c = s.c + 1;
     return {c * h * w, h * w, w, 2};
