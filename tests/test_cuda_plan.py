@@ -106,3 +106,74 @@ def test_grad_input_of_stride_2_walks_in_pairs_of_rows() -> None:
 def test_more_dilation_than_rows() -> None:
     plan = depthwise(2, 24, 7, 3, dilation=9)
     assert plan.kernel == "cuda_depthwise_nhwc" and "rows" not in plan.tile
+
+
+# --- depthwise, contiguous ---
+
+
+def planes(N: int, C: int, size: int, kernel: int, stride: int = 1, **rest: object) -> emulate.Planned:
+    return depthwise(N, C, size, kernel, stride, **{"layout": "contiguous", "dtype": "float32"} | rest)
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+def test_rows_without_gaps_go_through_shared_memory(map: str) -> None:
+    for kernel in (3, 5, 7):
+        for stride in (1, 2):
+            for dtype in ("float32", "float16", "bfloat16"):
+                half = dtype != "float32" and kernel == 7 and stride == 1
+                name = "cuda_depthwise_toeplitz" if half else "cuda_depthwise_nchw"
+                for size in (7, 14, 19, 37, 75, 112):
+                    assert planes(8, 24, size, kernel, stride, map=map, dtype=dtype).kernel == name
+    assert planes(8, 24, 19, 7, map=map, dtype="float16", sm=75).kernel == "cuda_depthwise_nchw"
+    for layout in ("sliced", "alternate"):  # gaps between images, between planes
+        assert planes(8, 24, 19, 3, map=map, layout=layout).kernel == "cuda_depthwise_nchw"
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+def test_what_shared_memory_leaves_to_others(map: str) -> None:
+    for layer in (
+        {"kernel": 3, "dtype": "float64"},
+        {"kernel": 3, "layout": "strided"},
+        {"kernel": 3, "w_layout": "strided"},
+        {"kernel": 3, "stride": 3},
+        {"kernel": 3, "W": 9000},  # three rows of it and one of results are more than 96 KB
+    ):
+        assert planes(1, 24, 30, **layer, map=map).kernel == "cuda_depthwise_direct"
+    assert planes(1, 24, 30, 3, map=map, W=9000, dtype="float16").kernel == "cuda_depthwise_nchw"
+    if map == "forward":
+        assert planes(8, 24, 19, 3, K=48).kernel == "cuda_depthwise_nchw"
+    else:
+        assert planes(8, 24, 19, 3, K=48, map=map).kernel == "cuda_depthwise_direct"
+
+
+def cut(plan: emulate.Planned, layer: tuple[int, int, int, int]) -> tuple[int, float]:
+    """Blocks, and the share of their threads that has work (stride 1)."""
+    N, C, size, kernel = layer
+    tile = {"rows": 1, "lanes": 1, "splits": 1} | plan.tile
+    runs, band = -(-size // (4 if kernel == 7 else 7)), tile["rows"] * tile["splits"]
+    assert tile["lanes"] == 1 or band >= size, "several planes to a block, and not whole ones"
+    assert tile["lanes"] <= C
+    blocks = N * -(-C // tile["lanes"]) * -(-size // band)
+    threads = blocks * -(-tile["lanes"] * tile["splits"] * runs // 32) * 32
+    return blocks, N * C * -(-size // tile["rows"]) * runs / threads
+
+
+@pytest.mark.parametrize("layer", [(1, 960, 7, 3), (1, 384, 14, 3), (1, 768, 7, 7), (1, 96, 56, 7), (1, 32, 112, 5)])
+def test_small_planes_are_cut_until_every_multiprocessor_has_a_block(layer: tuple[int, int, int, int]) -> None:
+    for dtype in ("float32", "float16") if layer[3] < 7 else ("float32",):
+        blocks, _ = cut(planes(*layer, dtype=dtype), layer)
+        assert blocks >= H100
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [(128, 960, 7, 3), (128, 384, 14, 5), (128, 728, 19, 3), (64, 58, 28, 3), (128, 144, 56, 3), (64, 480, 75, 5)],
+)
+def test_large_layers_leave_few_threads_without_work(layer: tuple[int, int, int, int]) -> None:
+    for dtype in ("float32", "float16"):
+        plan = planes(*layer, dtype=dtype)
+        blocks, working = cut(plan, layer)
+        assert blocks >= 4 * H100 and working >= 0.85
+        assert plan.tile["rows"] >= 7
+        # Planes that lie apart stand alone.
+        assert "lanes" not in planes(*layer, dtype=dtype, layout="alternate").tile

@@ -6,7 +6,7 @@
 // offset from a 16-byte boundary: rows of any width follow each other without gaps. Blocks are small (one tile each)
 // and several of them share a multiprocessor, so that while some compute, the tiles of the others are on their way.
 // Then every thread walks down a few columns of one plane, with the edges of the image as a mask of its columns. Results
-// wait in shared memory as they lie in memory, and leave by 16-byte stores.
+// wait in shared memory as they lie in memory, and leave by stores of whole vectors.
 #pragma once
 
 #include <cstring>
