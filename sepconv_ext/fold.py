@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -189,6 +190,7 @@ class Chain:
         self._places = (*places, *((p, name, child) for p in inner for name, child in p._modules.items()))
         self._watched = tuple(inner | dict.fromkeys(child for _, _, child in places))
         self._kept = _Kept()
+        self.ended = False  # for good
         # The present pass: how many members have yet to do their own work, or what the first has given to the others.
         self.apart = 0
         self.given: weakref.ref | None = None
@@ -208,6 +210,8 @@ class Chain:
 
         A function of the modules' own state, so that every member of a chain comes to the same answer.
         """
+        if self.ended:
+            return False
         for norm in self.norms:
             if norm.training or norm.running_mean is None:
                 return False
@@ -260,8 +264,7 @@ class Chain:
 
         Made anew, as part of the graph, where somebody differentiates by them, and where the call is being traced.
         """
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)
-        if not self._normed or traced:
+        if not self._normed or _is_traced(input):
             return self._made_anew()
         if torch.is_grad_enabled():
             sources = (registered.get(name) for stage in self._normed for registered, name in stage.sources())
@@ -283,6 +286,13 @@ class Chain:
     def forget(self) -> None:
         """The next call folds anew."""
         self._kept.steps = -1
+
+
+def _is_traced(input: Tensor | torch.fx.Proxy | None) -> bool:
+    """By torch.compile and torch.export, torch.jit.trace, torch.fx or make_fx."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy):
+        return True
+    return get_proxy_mode() is not None
 
 
 def _what_it_does(module: nn.Module) -> tuple:

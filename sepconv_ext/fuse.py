@@ -19,10 +19,12 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FunctionType
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 
 from .fold import Chain, Place, Stage, has_hooks, is_depthwise, is_pointwise
@@ -54,6 +56,8 @@ class Member:
         chain = self.chain
         first = self.module is chain.members[0]
         if torch.compiler.is_compiling():  # nothing is kept between the calls of what is traced
+            if first:
+                chain.apart = 0  # of an eager pass that ended early
             if chain.is_fused:
                 return chain(input) if first else input
         elif first:
@@ -95,6 +99,23 @@ def chain_of(module: nn.Module) -> Chain | None:
     """The fused chain that a module is a member of."""
     forward = module.__dict__.get("forward")
     return forward.chain if isinstance(forward, Member) else None
+
+
+def _part_compiled_blocks(parent: nn.Module, name: str, block: nn.Module | None) -> None:
+    """Ends the chains that a block holds a part of, when torch.compile wraps it.
+
+    Dynamo sees through the wrapper where it compares modules and eager mode does not: they would disagree on whether
+    the wrapped block is in its place.
+    """
+    if name == "_orig_mod" and block is not None:
+        inside = set(block.modules())
+        for module in inside:
+            chain = chain_of(module)
+            if chain is not None and not inside.issuperset(chain.members):
+                chain.ended = True
+
+
+register_module_module_registration_hook(_part_compiled_blocks)
 
 
 # --- finding chains ---
@@ -363,15 +384,34 @@ _NESTED = re.compile(r"\bin\s+(?:\w+\()*(?:(?!self\b|range\b)[a-z_]\w*\b(?!\s*[.
 
 
 def _source(module: nn.Module) -> str:
-    """What a module's class does in its forward and in methods of its own, those that build it aside."""
-    functions = {}
+    """What a module's class does in its forward, in methods of its own, those that build it aside, and in functions of
+    its package that these call."""
+    package = type(module).__module__.split(".")[0]
+    sources: dict[Callable, str] = {}
+
+    def read(function: Callable) -> None:
+        function = inspect.unwrap(function)
+        if not inspect.isfunction(function) or function in sources:
+            return
+        sources[function] = source = _source_of(function)
+        for called in map(function.__globals__.get, re.findall(r"(?<![.\w])(\w+)\(", source)):
+            if inspect.isfunction(called) and called.__module__.split(".")[0] == package:
+                read(called)
+
     for cls in type(module).__mro__:
         if cls is not object and not cls.__module__.startswith("torch.nn."):
-            functions = {name: f for name, f in vars(cls).items() if inspect.isfunction(f)} | functions
+            for name, method in vars(cls).items():
+                if "init" not in name:
+                    read(method.fget if isinstance(method, property) else getattr(method, "__func__", method))
+    return "\n".join(sources.values())
+
+
+def _source_of(function: FunctionType) -> str:
+    """Where it is not to be had: a loop over anything, with the names that the function uses."""
     try:
-        return "\n".join(inspect.getsource(f) for name, f in functions.items() if "init" not in name)
-    except OSError:
-        return ""
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return f"for it in modules: {' '.join(f'it.{name} ' for name in function.__code__.co_names)}"
 
 
 def _may_be_taken_apart(parent: nn.Module, name: str, child: nn.Module, sources: str) -> bool:

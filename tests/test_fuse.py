@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -993,6 +994,26 @@ def test_what_changes_around_the_blocks_of_a_chain(change: Callable, compiled: b
         torch.testing.assert_close(run(x), nets[1](x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("in_place", (False, True), ids=("wrapped", "in_place"))
+def test_a_block_that_is_compiled_by_itself(block: int, in_place: bool) -> None:
+    plain, net = _in_blocks(), _in_blocks()
+    convert_(net, fuse=True)
+    x = torch.randn(2, 3, 11, 11)
+    for model in (plain, net):  # a pass that ends early: checkpointing makes such, too
+        model.train()[1](model[0](x))
+        model.eval()
+    torch._dynamo.reset()
+    if in_place:
+        net[block].compile(backend="eager")
+    else:
+        net[block] = torch.compile(net[block], backend="eager")
+    with torch.no_grad():
+        for training in (False, True, False):
+            result, expected = (model.train(training)(x) for model in (net, plain))
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_hook_on_what_holds_a_part_of_a_chain_sees_what_it_saw() -> None:
     plain, net, seen = _in_blocks(), _in_blocks(), []
     convert_(net, fuse=True)
@@ -1066,8 +1087,8 @@ def test_a_gradient_through_weights_that_were_changed_since_is_refused() -> None
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-class _Reaching(nn.Module):
-    """A forward that does not trace and takes the parts of its parts one by one: the middle is wanted too."""
+class _Untraceable(nn.Module):
+    """Takes the parts of its parts one by one: the middle is wanted too."""
 
     def __init__(self, layers: nn.Module) -> None:
         super().__init__()
@@ -1076,6 +1097,8 @@ class _Reaching(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.run(x) if float(x.sum()) < 1e30 else []
 
+
+class _Reaching(_Untraceable):
     def go(self, layers: nn.Module, x: Tensor) -> list[Tensor]:
         taps = []
         for layer in layers:
@@ -1119,16 +1142,78 @@ class _ByName(_Reaching):
         return [*taps, x]
 
 
+def _go_over(layers: nn.Module, x: Tensor) -> list[Tensor]:
+    taps = []
+    for layer in layers:
+        x = layer(x)
+        taps.append(x)
+    return taps
+
+
+def _go_on(layers: nn.Module, x: Tensor) -> list[Tensor]:
+    return _go_over(layers, x)
+
+
+class _ByAFunction(_Untraceable):
+    def run(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for block in self.f:
+            taps += _go_on(block, x)
+        return taps
+
+
+class _ByAStaticMethod(_Untraceable):
+    go = staticmethod(_go_over)
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for block in self.f:
+            taps += self.go(block, x)
+        return taps
+
+
+class _ByAProperty(_Reaching):
+    @property
+    def layers(self) -> nn.Module:
+        return self.f
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        return self.go(self.layers, x)
+
+
+class _ByTheBase(_Reaching):
+    def run(self, x: Tensor) -> list[Tensor]:
+        return super().run(x)
+
+
+_without_source: dict = {}
+exec(
+    """
+class WithoutSource(Base):
+    def run(self, x):
+        return self.go(self.f, x)
+""",
+    {"Base": _Reaching, "__name__": __name__},
+    _without_source,
+)
+
+
 @pytest.mark.parametrize(
     "make",
     (
         lambda: _Reaching(_small()),
+        lambda: _ByAFunction(nn.ModuleList([_small()])),
+        lambda: _ByAStaticMethod(nn.ModuleList([_small()])),
+        lambda: _ByAProperty(_small()),
+        lambda: _ByTheBase(_small()),
+        lambda: _without_source["WithoutSource"](_small()),
         lambda: _InAList(nn.ModuleList([_small()])),
         lambda: _BySubscript(nn.Sequential(_small(), nn.Identity())),
         lambda: _ByName(nn.ModuleList([_Block()])),
     ),
-    ids=("by_a_method", "in_a_list", "by_subscript", "by_name"),
-)
+    ids=("by_a_method", "by_a_function", "by_a_static_method", "by_a_property", "by_the_base", "without_source",
+         "in_a_list", "by_subscript", "by_name"),
+)  # fmt: skip
 def test_parts_that_an_untraceable_forward_reaches_for_are_not_fused(make: Callable) -> None:
     plain, net = make().eval(), make().eval()
     convert_(net, fuse=True)
@@ -1176,5 +1261,16 @@ def test_jit_trace_sees_parameters(grad: bool) -> None:
     x = torch.randn(2, 3, 11, 11)
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(net, x)  # checks itself against a second trace
+        net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()})
+        torch.testing.assert_close(traced(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_make_fx_sees_parameters() -> None:
+    net = _small()
+    convert_(net, fuse=True)
+    x = torch.randn(2, 3, 11, 11)
+    with torch.no_grad():
+        net(x)  # its folded weights are kept
+        traced = make_fx(net)(x)
         net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()})
         torch.testing.assert_close(traced(x), net(x), rtol=1e-4, atol=1e-4)
