@@ -138,6 +138,7 @@ class _Kept:
             if not all(type(t) is Tensor and t.data_ptr() for pair in made for t in pair):
                 raise RuntimeError("made under a mode or a transform")
             if _memory(seen) == _memory(self.seen) and _layouts(made) == _layouts(self.folded):
+                # A step that wrote to other tensors only must not look like a change to what autograd saved.
                 written = [version for *_, version, _ in seen] != [version for *_, version, _ in self.seen]
                 for old, new in zip(self.folded, made, strict=True):
                     for mine, theirs in zip(old, new, strict=True):

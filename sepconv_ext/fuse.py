@@ -54,30 +54,32 @@ class Member:
 
     def __call__(self, input: Tensor) -> Tensor:
         chain = self.chain
-        first = self.module is chain.members[0]
-        if torch.compiler.is_compiling():  # nothing is kept between the calls of what is traced
-            if first:
-                chain.apart = 0  # of an eager pass that ended early
-            if chain.is_fused:
-                return chain(input) if first else input
-        elif first:
+        if self.module is chain.members[0]:
+            traced = torch.compiler.is_compiling()  # then nothing is kept for the other members
             if chain.is_fused:
                 output = chain(input)
-                chain.apart, chain.given = 0, weakref.ref(output)
+                chain.apart, chain.given = 0, None if traced else weakref.ref(output)
                 return output
             # Now the others must do their own work too, even if a hook that is the reason takes itself away meanwhile.
-            chain.apart, chain.given = len(chain.members) - 1, None
-        else:
-            if chain.given is not None and chain.given() is input:  # all is done
-                if self.module is chain.members[-1]:
-                    chain.given = None
-                return input
-            if chain.apart:
-                chain.apart -= 1
-            elif chain.is_fused:
-                return input
+            chain.apart, chain.given = 0 if traced else len(chain.members) - 1, None
+        elif self._is_done(input):
+            return input
         chain.forget()  # batch norm changes its statistics behind autograd's back
         return type(self.module).forward(self.module, input)
+
+    def _is_done(self, input: Tensor) -> bool:
+        """Whether the work of this member, one behind the first, was done by the chain."""
+        chain = self.chain
+        if torch.compiler.is_compiling():
+            return chain.is_fused
+        if chain.given is not None and chain.given() is input:
+            if self.module is chain.members[-1]:
+                chain.given = None
+            return True
+        if chain.apart:
+            chain.apart -= 1
+            return False
+        return chain.is_fused  # a pass that did not begin with the first member: what checkpointing runs again
 
 
 def fuse_(chain: Chain) -> None:
@@ -377,10 +379,20 @@ class _Finder:
         return ""
 
 
-# What goes over modules without their names; and what goes over the parts of such a module: a loop over a local
-# variable or over `blocks[0]`, or `blocks[0][1]`, `blocks[0].conv`.
+# What goes over modules without their names.
 _NAMELESS = re.compile(r"\b(children|modules|_modules|getattr|get_submodule)\b")
-_NESTED = re.compile(r"\bin\s+(?:\w+\()*(?:(?!self\b|range\b)[a-z_]\w*\b(?!\s*[.(])|[\w.]+\[)|\]\s*[.\[]")
+# What goes over the parts of such a module.
+_NESTED = re.compile(
+    r"""
+    \b in \s+ (?: \w+\( )*  # a loop, perhaps through enumerate(reversed(
+    (?:
+        (?! self\b | range\b ) [a-z_]\w*\b (?! \s*[.(] )  # over a local variable
+        | [\w.]+ \[  # or over blocks[0]
+    )
+    | \] \s* [.\[]  # or blocks[0].conv, blocks[0][1]
+    """,
+    re.VERBOSE,
+)
 
 
 def _source(module: nn.Module) -> str:
