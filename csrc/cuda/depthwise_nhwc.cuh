@@ -103,29 +103,34 @@ struct FilterSource {
   bool turned;  // from the last tap to the first
 };
 
-// Fills `filter` with the channels from `first` on, `lanes` vectors of them. Neighbouring threads take neighbouring taps (of
-// a dense weight, whole cache lines) and the zeros after a row; all loads come before all stores.
+// Fills `filter` with the channels from `first` on, `lanes` vectors of them. Neighbouring threads take neighbouring taps of a
+// kernel row, and the zeros after it; each walks down the rows of a few channels. All loads come before all stores.
 template <int kThreads, int kMostLanes, int kKernel, int kVec, typename T>
 __device__ __forceinline__ void stage_filter(float* filter, const FilterSource& from, const T* __restrict__ w,
                                              int first, int lanes) {
   using Layout = FilterLayout<kKernel, kVec>;
-  constexpr int kRow = Layout::kRow / kVec, kChannel = kKernel * kRow;  // taps, with the zeros
-  constexpr int kSteps = ceil_div(kMostLanes * kVec * kChannel, kThreads);
+  constexpr int kTaps = Layout::kRow / kVec, kWide = kTaps <= 4 ? 4 : 8;
+  constexpr int kAtOnce = kThreads / kWide, kPasses = ceil_div(kMostLanes * kVec, kAtOnce);
   const int channels = min(lanes * kVec, from.channels - first);
-  float values[kSteps];
+  const int s = static_cast<int>(threadIdx.x) % kWide, from_s = from.turned ? kKernel - 1 - s : s;
+  const int64_t step = from.turned ? -from.h : from.h;
+  float values[kPasses][kKernel];
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int i = step * kThreads + static_cast<int>(threadIdx.x);
-    const int c = i / kChannel, r = i % kChannel / kRow, s = i % kRow;
-    const int at_r = from.turned ? kKernel - 1 - r : r, at_s = from.turned ? kKernel - 1 - s : s;
-    values[step] = c < channels && s < kKernel ? to_acc(w[(first + c) * from.n + at_r * from.h + at_s * from.w]) : 0.f;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int c = static_cast<int>(threadIdx.x) / kWide + pass * kAtOnce;
+    const T* tap = w + (first + c) * from.n + from_s * from.w + (from.turned ? (kKernel - 1) * from.h : 0);
+#pragma unroll
+    for (int r = 0; r < kKernel; ++r, tap += step) {
+      values[pass][r] = c < channels && s < kKernel ? to_acc(*tap) : 0.f;
+    }
   }
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int i = step * kThreads + static_cast<int>(threadIdx.x);
-    const int c = i / kChannel, r = i % kChannel / kRow, s = i % kRow;
-    if (c < channels) {
-      filter[c / kVec * Layout::kLane + r * Layout::kRow + s * kVec + c % kVec] = values[step];
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int c = static_cast<int>(threadIdx.x) / kWide + pass * kAtOnce;
+    if (c >= channels || s >= kTaps) continue;
+#pragma unroll
+    for (int r = 0; r < kKernel; ++r) {
+      filter[c / kVec * Layout::kLane + r * Layout::kRow + s * kVec + c % kVec] = values[pass][r];
     }
   }
 }
