@@ -7,8 +7,36 @@
 // all output rows that it meets: these are a ring of registers, whose oldest is complete after each step.
 #include "depthwise_nchw.cuh"
 
+#include <cstring>
+
 namespace sepconv::cuda {
 namespace {
+
+// Copies the sums that begin at tile + elements_off(to) to to[0 .. count), through the activation: four at a time, so that
+// neighbouring threads read neighbouring vectors.
+template <typename T>
+__device__ __forceinline__ void write_sums(T* __restrict__ to, const float* tile, int count, Activation activation) {
+  using Words = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  const Pieces<T, 4> pieces(to, count);
+  T* const base = to - pieces.begin;
+#pragma unroll 1
+  for (int i = pieces.whole + static_cast<int>(threadIdx.x); i < pieces.whole_end; i += static_cast<int>(blockDim.x)) {
+    float values[4];
+    load_vec<4>(values, tile + i * 4);
+    if (activation != Activation::identity) activate_all(activation, values);
+    Vec<T, 4> piece;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) piece.v[j] = from_acc<T>(values[j]);
+    Words words;  // one store: the compiler splits that of a Vec here
+    memcpy(&words, &piece, sizeof words);
+    reinterpret_cast<Words*>(base)[i] = words;
+  }
+  if (pieces.single >= 0) {
+    float value[1] = {tile[pieces.single]};
+    activate_all(activation, value);
+    base[pieces.single] = from_acc<T>(value[0]);
+  }
+}
 
 // Step j adds the padded rows kStride * j ... to the output rows j, j - 1, ...; row j lives in ring[j % kRing].
 template <typename T, int kKernel, int kStride, int kRun>
@@ -106,7 +134,7 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
   }
   __syncthreads();
   const int rows = end_row - block.band_row;
-  write_range(to, out, (block.planes - 1) * out_plane + rows * a.out_columns, activation);
+  write_sums(to, out, (block.planes - 1) * out_plane + rows * a.out_columns, activation);
 }
 
 cudaError_t run_forward(const ConvShape& shape, DType dtype, const PlaneArgs& a, const LaunchConfig& config,

@@ -9,8 +9,6 @@
 // wait in shared memory as they lie in memory, and leave by stores of whole vectors.
 #pragma once
 
-#include <cstring>
-
 #include "common.cuh"
 #include "ptx.cuh"
 #include "tiling.h"
@@ -138,42 +136,6 @@ __device__ __forceinline__ void store_run(T* row, const float (&values)[kCount],
   for (int i = 0; i < kCount; ++i) {
     if (inside >> i & 1) row[i] = from_acc<T>(values[i]);
   }
-}
-
-// Copies what begins at tile + elements_off(to) to to[0 .. count): sums, through the activation, or finished values. Four sums
-// at a time, so that neighbouring threads read neighbouring vectors.
-template <typename T>
-__device__ __forceinline__ void write_range(T* __restrict__ to, const float* tile, int count, Activation activation) {
-  using Words = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
-  const Pieces<T, 4> pieces(to, count);
-  T* const base = to - pieces.begin;
-#pragma unroll 1
-  for (int i = pieces.whole + static_cast<int>(threadIdx.x); i < pieces.whole_end; i += static_cast<int>(blockDim.x)) {
-    float values[4];
-    load_vec<4>(values, tile + i * 4);
-    if (activation != Activation::identity) activate_all(activation, values);
-    Vec<T, 4> piece;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) piece.v[j] = from_acc<T>(values[j]);
-    Words words;  // one store: the compiler splits that of a Vec here
-    memcpy(&words, &piece, sizeof words);
-    reinterpret_cast<Words*>(base)[i] = words;
-  }
-  if (pieces.single >= 0) {
-    float value[1] = {tile[pieces.single]};
-    activate_all(activation, value);
-    base[pieces.single] = from_acc<T>(value[0]);
-  }
-}
-template <typename T>
-__device__ __forceinline__ void write_range(T* __restrict__ to, const T* tile, int count) {
-  const Pieces<T> pieces(to, count);
-  T* const base = to - pieces.begin;
-#pragma unroll 1
-  for (int i = pieces.whole + static_cast<int>(threadIdx.x); i < pieces.whole_end; i += static_cast<int>(blockDim.x)) {
-    reinterpret_cast<uint4*>(base)[i] = reinterpret_cast<const uint4*>(tile)[i];
-  }
-  if (pieces.single >= 0) base[pieces.single] = tile[pieces.single];
 }
 
 // ---- on the host

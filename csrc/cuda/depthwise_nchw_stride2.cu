@@ -13,6 +13,18 @@
 namespace sepconv::cuda {
 namespace {
 
+// Copies what begins at tile + elements_off(to) to to[0 .. count).
+template <typename T>
+__device__ __forceinline__ void write_range(T* __restrict__ to, const T* tile, int count) {
+  const Pieces<T> pieces(to, count);
+  T* const base = to - pieces.begin;
+#pragma unroll 1
+  for (int i = pieces.whole + static_cast<int>(threadIdx.x); i < pieces.whole_end; i += static_cast<int>(blockDim.x)) {
+    reinterpret_cast<uint4*>(base)[i] = reinterpret_cast<const uint4*>(tile)[i];
+  }
+  if (pieces.single >= 0) base[pieces.single] = tile[pieces.single];
+}
+
 template <typename T, int kKernel, int kPairs>
 __global__ void __launch_bounds__(kNchwThreads, 2)
     grad_input_stride2_kernel(const PlaneArgs a, const int pairs_of_rows, const T* __restrict__ grad_y,
