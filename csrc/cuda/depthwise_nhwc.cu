@@ -90,7 +90,8 @@ __device__ __forceinline__ int columns_inside(int first, int step, int size) {
 template <int kVec, typename W>
 constexpr int blocks_of() {
   if (kVec == 1) return W::kKernel == 3 ? 6 : 4;
-  return (W::kKernel == 3 ? 4 : W::kKernel == 5 ? 3 : 2) + (W::kDown * W::kUp == 1 ? 0 : 1);
+  const bool strided = W::kDown * W::kUp > 1;
+  return W::kKernel == 3 ? 4 + strided : W::kKernel == 5 ? 3 : 2 + strided;
 }
 
 template <typename T, int kVec, typename W>
