@@ -93,7 +93,8 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
 // takes one unit for a step, part of one for a row that its strip shares with the next, and a few to begin with; twelve
 // warps keep a multiprocessor busy, and fewer take as long. Idle lanes, last blocks and waves show as what they cost.
 Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& device) {
-  constexpr int64_t kSharedBytes = 220 << 10, kBusy = 12;
+  constexpr int32_t kSharedBytes = 220 << 10;
+  constexpr int64_t kBusy = 12;
   Plan p{Kernel::depthwise_nchw,
          "cuda_depthwise_nchw",
          "depthwise, rows without gaps, 3x3, 5x5 or 7x7, stride 1 or 2",
@@ -103,15 +104,20 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
   const bool dense_planes = (s.C == 1 || s.x.c == s.H * s.W) && (s.K == 1 || s.y.c == s.P * s.Q);
   const double begin = s.R == 3 ? 3 : 1.5,
                shared = 0.6 * static_cast<double>(s.R - 1) / static_cast<double>(s.stride_h);
+  // All numbers fit in 31 bits (nchw_can_run), and a division of 64 is several times slower: this is done at every call.
+  const auto parts = [](int64_t size, int64_t part) -> int64_t {
+    return (static_cast<uint32_t>(size) + static_cast<uint32_t>(part) - 1) / static_cast<uint32_t>(part);
+  };
+  const auto evenly = [&](int64_t size, int64_t most) { return parts(size, parts(size, most)); };
   double best = 0;
   bool full = false;  // the best so far keeps every multiprocessor busy
   const auto consider = [&](int64_t rows, int64_t strips, int64_t planes) {
     const int64_t bytes = nchw_memory(work, s, dtype, rows * strips, planes).bytes();
     if (bytes > kNchwMostBytes) return;
-    const int64_t warps = ceil_div(planes * strips * work.runs, 32);
-    const int64_t blocks = s.N * ceil_div(work.channels, planes) * ceil_div(work.steps, rows * strips);
-    const auto resident = static_cast<double>(std::min(kSharedBytes / bytes * warps, kBusy));
-    const auto share = static_cast<double>(ceil_div(blocks, device.multiprocessors) * warps);  // of a multiprocessor
+    const int64_t warps = parts(planes * strips * work.runs, 32);
+    const int64_t blocks = s.N * parts(work.channels, planes) * parts(work.steps, rows * strips);
+    const auto resident = static_cast<double>(std::min(kSharedBytes / static_cast<int32_t>(bytes) * warps, kBusy));
+    const auto share = static_cast<double>(parts(blocks, device.multiprocessors) * warps);  // of a multiprocessor
     const double warp = begin + static_cast<double>(rows) + (rows < work.steps ? shared : 0);
     const double time = warp * std::max(share / resident, 1.);
     if (best != 0 && time >= best) return;
@@ -122,16 +128,13 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
   int64_t last = 0;
   for (const int64_t most : {14, 10, 7, 5, 3, 1}) {
     if (most < 7 && full) break;
-    const int64_t rows = even_rows(work.steps, most), strips = ceil_div(work.steps, rows);
+    const int64_t rows = evenly(work.steps, most), strips = parts(work.steps, rows);
     if (rows == last) continue;
     last = rows;
     for (int64_t lanes = 32; lanes <= 128; lanes += 32) {
-      const int64_t planes = dense_planes ? lanes / (strips * work.runs) : 0;
-      if (planes > 1) {
-        consider(rows, strips, even_rows(work.channels, planes));
-      } else {
-        consider(rows, even_rows(strips, std::max<int64_t>(lanes / work.runs, 1)), 1);
-      }
+      const bool whole = dense_planes && 2 * strips * work.runs <= lanes;  // several planes to a block
+      if (whole) consider(rows, strips, evenly(work.channels, lanes / static_cast<int32_t>(strips * work.runs)));
+      if (!whole) consider(rows, evenly(strips, std::max<int64_t>(lanes / static_cast<int32_t>(work.runs), 1)), 1);
     }
   }
   return p;
@@ -147,7 +150,7 @@ bool nchw_can_run(Map map, const ConvShape& s, DType dtype) {
   const bool dense_filters = s.w.n == s.R * s.S && s.w.h == s.S && s.w.w == 1;
   return window(s) && dense_rows(s) && dense_filters && dtype != DType::float64 &&
          (map == Map::forward || s.K == s.C) && nchw_memory(work, s, dtype, 1, 1).bytes() <= kNchwMostBytes &&
-         s.N * work.channels * work.steps < kNarrow - 1;  // blocks
+         work.channels * work.steps * work.runs > 0 && s.N * work.channels * work.steps < kNarrow - 1;  // blocks
 }
 
 Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignment, bool narrow) {
@@ -276,7 +279,6 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
     }
     return depthwise_grad_weight(s, dtype, alignment);
   }
-  const bool multiplier = s.K != s.C;
   if (narrow && nhwc_can_run(map, s, dtype)) {
     return depthwise_nhwc(map, s, dtype, device, alignment);
   }

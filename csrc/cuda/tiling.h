@@ -112,9 +112,9 @@ inline NchwMemory nchw_memory(const NchwWork& w, const ConvShape& s, DType dtype
   const int64_t size = dtype == DType::float32 ? 4 : 2, piece = 16 / size;
   const int64_t rows = std::min(w.rows, w.pairs ? 2 * band : band);
   const int64_t in_rows = std::min(w.in_rows, w.pairs ? band + s.R / 2 : (band - 1) * w.stride + s.R);
-  const int64_t multiplier = w.channels / s.C;                           // 1 in grad_input
-  const int64_t in_planes = (planes + multiplier - 2) / multiplier + 1;  // at most
-  const auto whole = [piece](int64_t elements) { return (elements + 2 * (piece - 1)) / piece * piece; };
+  const int64_t multiplier = w.channels == s.C ? 1 : w.channels / s.C;
+  const int64_t in_planes = multiplier == 1 ? planes : (planes + multiplier - 2) / multiplier + 1;  // at most
+  const auto whole = [piece](int64_t elements) { return (elements + 2 * (piece - 1)) & -piece; };
   return {whole((in_planes - 1) * w.in_rows * w.in_columns + in_rows * w.in_columns) * size,
           whole((planes - 1) * w.rows * w.columns + rows * w.columns) * (w.pairs ? size : 4),
           whole(planes * s.R * s.S) * size, planes * 4};
