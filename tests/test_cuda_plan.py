@@ -177,3 +177,76 @@ def test_large_layers_leave_few_threads_without_work(layer: tuple[int, int, int,
         assert plan.tile["rows"] >= 7
         # Planes that lie apart stand alone.
         assert "lanes" not in planes(*layer, dtype=dtype, layout="alternate").tile
+
+
+# --- depthwise, grad_weight ---
+
+
+def grad_weight(N: int, C: int, size: int, kernel: int, stride: int = 1, **rest: object) -> emulate.Planned:
+    return depthwise(N, C, size, kernel, stride, map="grad_weight", **rest)
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_grad_weight_reads_both_images_once(kernel: int, stride: int) -> None:
+    for dtype, vec in (("float32", 4), ("float16", 8), ("bfloat16", 8)):
+        nhwc = grad_weight(8, 144, 56, kernel, stride, dtype=dtype)
+        assert nhwc.kernel == "cuda_depthwise_grad_weight_nhwc" and nhwc.tile["vec"] == vec
+        nchw = grad_weight(8, 144, 56, kernel, stride, dtype=dtype, layout="contiguous")
+        if kernel == 7 and stride == 1 and dtype != "float32":
+            assert nchw.kernel == "cuda_depthwise_toeplitz"
+        else:
+            assert nchw.kernel == "cuda_depthwise_grad_weight_nchw" and nchw.tile["vec"] == vec
+        assert "every tap in one pass" in nhwc.reason
+
+
+def test_grad_weight_copies_elements_where_pieces_do_not_fit() -> None:
+    for layout in ("channels_last", "contiguous"):
+        assert "vec" not in grad_weight(8, 144, 28, 3, layout=layout, offset=1).tile
+        assert "vec" not in grad_weight(8, 16, 28, 3, layout=layout, K=32).tile
+    assert "vec" not in grad_weight(8, 58, 28, 3).tile
+    assert grad_weight(8, 58, 27, 3, layout="contiguous").tile["vec"] == 8  # planes of any size, from any byte on
+    assert grad_weight(8, 58, 28, 3, layout="strided").kernel == "cuda_depthwise_grad_weight_nchw"
+
+
+def test_what_one_pass_of_grad_weight_leaves_to_the_general_kernel() -> None:
+    for layer in (
+        {"kernel": 3, "dtype": "float64"},
+        {"kernel": 9, "dtype": "float32"},
+        {"kernel": 3, "stride": 3},
+        {"kernel": 3, "dilation": 2},
+        {"kernel": 3, "layout": "contiguous", "W": 2000},
+    ):
+        assert grad_weight(2, 24, 56, **layer).kernel == "cuda_depthwise_grad_weight"
+
+
+# Channels a block owns, at the most, and the blocks that an H100 holds at once.
+@pytest.mark.parametrize(
+    ("layout", "owned", "resident"), [("channels_last", 32, 2 * H100), ("contiguous", 128, 4 * H100)]
+)
+@pytest.mark.parametrize(
+    "layer", [(128, 144, 56, 3), (128, 672, 28, 5), (128, 384, 14, 3), (8, 96, 112, 3), (8, 240, 28, 5)]
+)
+def test_grad_weight_fills_the_gpu_once(
+    layout: str, owned: int, resident: int, layer: tuple[int, int, int, int]
+) -> None:
+    _, C, size, _ = layer
+    plan = grad_weight(*layer, layout=layout)
+    columns = -(-size // 7)  # a block's threads are columns, then channels, in NCHW
+    chunks = -(-C // (owned if layout == "channels_last" else owned // columns))
+    blocks = chunks * plan.tile["splits"]
+    assert 0.7 * resident <= blocks <= resident or plan.tile["rows"] == 4
+
+
+def test_grad_weight_needs_no_second_kernel_where_sums_are_short() -> None:
+    for layout in ("channels_last", "contiguous"):
+        for N, C, size in ((1, 960, 7), (1, 384, 14), (2, 960, 7)):
+            assert "splits" not in grad_weight(N, C, size, 3, layout=layout).tile
+        assert grad_weight(1, 144, 56, 3, layout=layout).tile["splits"] > 8
+
+
+def test_the_order_of_a_grad_weight_sum_is_the_same_on_every_gpu() -> None:
+    for layout in ("channels_last", "contiguous"):
+        for layer in ((1, 144, 56, 3), (8, 384, 14, 3), (64, 144, 28, 5)):
+            plans = [grad_weight(*layer, layout=layout, multiprocessors=n, sm=sm) for n, sm in ((132, 90), (8, 86))]
+            assert plans[0].tile == plans[1].tile

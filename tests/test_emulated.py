@@ -88,6 +88,20 @@ WALKS = (
     Case("walk_k7_c70", 1, 70, 5, 8, 70, 7, 7, padding=(3, 3), groups=70, bias=True),
 )
 
+# Walks of the one-pass grad_weight kernels: tiles of a row and chunks of channels with a rest, several stages of a
+# plane, images one after the other and side by side in a warp, planes copied whole, rows that meet nothing.
+SUMS = (
+    Case("sums_two_tiles", 1, 40, 6, 60, 40, 3, 3, padding=(1, 1), groups=40),
+    Case("sums_stages_stride2", 1, 8, 15, 121, 8, 5, 5, stride=(2, 2), padding=(2, 2), groups=8),
+    Case("sums_fold_two", 5, 16, 7, 7, 16, 3, 3, padding=(1, 1), groups=16),
+    Case("sums_fold_four", 7, 8, 5, 9, 8, 5, 5, padding=(2, 2), groups=8),
+    Case("sums_whole_planes", 3, 104, 7, 7, 104, 3, 3, padding=(1, 1), groups=104),
+    Case("sums_k7_images", 3, 24, 9, 8, 24, 7, 7, padding=(3, 3), groups=24),
+    Case("sums_far_padding", 2, 8, 4, 6, 8, 3, 3, padding=(5, 4), groups=8),
+    Case("sums_stride2_far_padding", 2, 8, 5, 6, 8, 5, 5, stride=(2, 2), padding=(5, 6), groups=8),
+    Case("sums_multiplier3", 2, 3, 9, 16, 9, 5, 5, padding=(2, 2), groups=3),
+)
+
 # Kernels of 7x7 and more on tensor cores: images side by side, strips, several tiles of columns and of taps, and every
 # number of steps along a window.
 LARGE = (
@@ -190,6 +204,15 @@ def _runs() -> Iterator[Run]:
                 yield made(case, map, "channels_last", dtype, **pair)
             yield made(case, map, "channels_last", "bfloat16", **pair)
             yield made(case, map, "channels_last", DTYPES[1 + count % 2 * 2], rows=2, w_layout="channels_last")
+    for case in SUMS:
+        for layout in LAYOUTS:
+            for dtype in ("float32", "float16"):
+                half7 = {"sm": 70} if case.R == 7 and dtype == "float16" else {}  # else a matter for tensor cores
+                yield made(case, "grad_weight", layout, dtype, **half7)
+            yield made(case, "grad_weight", layout, "bfloat16" if case.R < 7 else "float32", padding="0,6,1,0")
+    for layout in LAYOUTS:
+        for splits in (2, 5, 40):
+            yield made(SUMS[0], "grad_weight", layout, "float16", splits=splits, w_layout="channels_last")
     for case in LARGE:
         for map in MAPS if case.K == case.C else ("forward", "grad_weight"):
             for dtype in ("float16", "bfloat16"):

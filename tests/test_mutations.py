@@ -39,6 +39,7 @@ SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.
 HEADERS = {
     "depthwise_direct.cu": ("common.cuh",),
+    "depthwise_grad_weight_nchw.cu": ("depthwise_grad_weight.cuh",),
     "depthwise_nhwc.cu": ("depthwise_nhwc.cuh",),
     "depthwise_nchw.cu": ("depthwise_nchw.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
@@ -66,7 +67,9 @@ def runs_of(source: Path) -> list[Run]:
     for run, name in zip(candidates, planned, strict=True):
         kernel = str(run.extra.get("kernel", name.removeprefix("cuda_")))
         stem = "grouped_grad_weight" if (kernel, run.map) == ("grouped", "grad_weight") else kernel
-        files = {stem, "sum_partials"} if run.map == "grad_weight" else {stem}
+        # The one-pass kernels leave sums that are whole to themselves.
+        sums = run.map == "grad_weight" and not stem.startswith("depthwise_grad_weight_")
+        files = {stem, "sum_partials"} if sums else {stem}
         if stem == "depthwise_nchw" and run.map == "grad_input" and run.case.stride == (2, 2):
             files = {"depthwise_nchw_stride2"}
         if "padding_mode" in run.extra:
@@ -75,7 +78,7 @@ def runs_of(source: Path) -> list[Run]:
             continue
         c = run.case
         odd = c.C % 8 != 0 or (c.C // c.groups) % 4 != 0
-        edge = c.name if c in (*KEPT, *test_emulated.FRAMES) else ""
+        edge = c.name if c in (*KEPT, *test_emulated.SUMS, *test_emulated.FRAMES) else ""
         curved = run.activation in ("gelu", "silu", "sigmoid", "tanh")
         key = (
             edge,

@@ -17,16 +17,15 @@ namespace sepconv::cuda {
 
 // How a plan cuts the work; each kernel file says what it makes of it.
 struct Tile {
-  int vec = 1;          // channels that a thread moves with one load
-  int rows = 1;         // rows that a thread works down
-  int lanes = 1;        // grad_weight: channel vectors that a block works on
-  int splits = 1;       // grad_weight: partial sums
-  bool window = false;  // grad_weight: all taps in one pass
-  bool wide = false;    // 64-bit indices
+  int vec = 1;        // channels that a thread moves with one load
+  int rows = 1;       // rows that a thread works down
+  int lanes = 1;      // grad_weight: channel vectors that a block works on
+  int splits = 1;     // grad_weight: partial sums
+  bool wide = false;  // 64-bit indices
 };
 
-// The kernels of depthwise_nhwc.cu, depthwise_nchw.cu and, along the height, depthwise_grad_weight.cu that keep a
-// window in registers: square kernels of these sizes, equal strides, no dilation (depthwise_nhwc.cu: any, at stride 1).
+// What depthwise_nhwc.cu, depthwise_nchw.cu and their two companions for grad_weight keep a window in registers for: square
+// kernels of these sizes, equal strides, no dilation (depthwise_nhwc.cu: any, at stride 1).
 constexpr bool has_window(int64_t kernel, int64_t stride) {
   return (kernel == 3 || kernel == 5 || kernel == 7) && (stride == 1 || stride == 2);
 }
@@ -59,6 +58,16 @@ cudaError_t launch_depthwise_direct_grad_input(const ConvShape&, DType, const vo
 // holds tile.splits partial sums, laid out as launch_sum_partials (called at the end) wants them.
 cudaError_t launch_depthwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                          void* workspace, const Tile&, cudaStream_t);
+
+// depthwise_grad_weight_nhwc.cu: has_window, not float64; any strides, any multiplier. tile.vec above 1: multiplier 1, channels dense,
+// and every pixel on 16 bytes. workspace: as above; none where tile.splits is 1, and then grad_w is written at once.
+cudaError_t launch_depthwise_grad_weight_nhwc(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
+                                              void* workspace, const Tile&, cudaStream_t);
+
+// depthwise_grad_weight_nchw.cu: the same, rows of up to kGradWeightColumns * kGradWeightThreads columns (tiling.h). tile.vec above 1:
+// multiplier 1, rows dense and without gaps between them, tensors that begin on 16 bytes.
+cudaError_t launch_depthwise_grad_weight_nchw(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
+                                              void* workspace, const Tile&, cudaStream_t);
 
 // depthwise_toeplitz.cu: float16 and bfloat16, columns dense, stride 1, no dilation, at most kToeplitzTaps columns of taps;
 // any multiplier, but 1 for grad_input. A place has tile.lanes images and tile.rows rows of what is written (grad_weight:

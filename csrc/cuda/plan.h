@@ -14,6 +14,8 @@ enum class Kernel : int {
   depthwise_nchw,
   depthwise_direct,
   depthwise_grad_weight,
+  depthwise_grad_weight_nhwc,
+  depthwise_grad_weight_nchw,
   depthwise_toeplitz,
   pointwise,
   pointwise_mma,

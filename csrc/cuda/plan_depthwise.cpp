@@ -169,14 +169,64 @@ Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignmen
   return p;
 }
 
+// Neighbouring outputs lie side by side, and read the same channel or neighbours.
+bool outputs_dense(const ConvShape& s) { return s.K > 1 && s.y.c == 1 && (s.C == 1 || s.x.c == 1); }
+
+// The rows of a plane follow each other without gaps.
+bool whole_rows(int64_t rows, int64_t columns, const Strides& t) {
+  return (columns == 1 || t.w == 1) && (rows == 1 || t.h == columns);
+}
+
+// One block holds 16-byte pieces of several images, which it reaches by 31-bit offsets.
+bool near_images(const ConvShape& s, int64_t images) { return images * std::max(s.x.n, s.y.n) < kNarrow; }
+
+void cut_rows(Plan& p, const ConvShape& s, int64_t chunks, int64_t places, int64_t blocks) {
+  const GradWeightRows cut = grad_weight_rows(chunks, places, s.P, blocks);
+  p.tile.rows = cut.rows, p.tile.splits = cut.splits;
+  if (cut.splits > 1) p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(DType::float32);
+}
+
+// What all blocks of an H100 at once are: not the device's, so that every device adds in the same order.
+constexpr int64_t kMultiprocessors = 132;
+
+Plan depthwise_grad_weight_nhwc(const ConvShape& s, DType dtype, int64_t alignment) {
+  Plan p{Kernel::depthwise_grad_weight_nhwc,
+         "cuda_depthwise_grad_weight_nhwc",
+         "depthwise, channels dense, 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass",
+         {},
+         0};
+  const GradWeightNhwc cut = grad_weight_nhwc(s);
+  const int vec16 = static_cast<int>(16 / element_size(dtype));
+  p.tile.vec = whole_vectors(s, vec16, dtype, alignment) && near_images(s, cut.images * (32 / cut.lanes)) ? vec16 : 1;
+  cut_rows(p, s, cut.chunks, cut.places, (s.R == 7 ? 3 : 2) * kMultiprocessors);
+  return p;
+}
+
+Plan depthwise_grad_weight_nchw(const ConvShape& s, DType dtype, int64_t alignment) {
+  Plan p{Kernel::depthwise_grad_weight_nchw,
+         "cuda_depthwise_grad_weight_nchw",
+         "depthwise, 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass",
+         {},
+         0};
+  const bool pieces = s.K == s.C && alignment % 16 == 0 && whole_rows(s.H, s.W, s.x) && whole_rows(s.P, s.Q, s.y);
+  p.tile.vec = pieces ? static_cast<int>(16 / element_size(dtype)) : 1;
+  cut_rows(p, s, grad_weight_nchw(s, dtype).chunks, s.N, (s.R == 7 ? 3 : 4) * kMultiprocessors);
+  return p;
+}
+
 Plan depthwise_grad_weight(const ConvShape& s, DType dtype, int64_t alignment) {
+  if (window(s) && dtype != DType::float64) {
+    if (outputs_dense(s)) return depthwise_grad_weight_nhwc(s, dtype, alignment);
+    if (s.Q <= kGradWeightColumns * kGradWeightThreads) return depthwise_grad_weight_nchw(s, dtype, alignment);
+  }
   constexpr int64_t kThreads = 256;
-  Plan p{Kernel::depthwise_grad_weight, "cuda_depthwise_grad_weight", "", {}, 0};
+  Plan p{Kernel::depthwise_grad_weight,
+         "cuda_depthwise_grad_weight",
+         "depthwise of any kernel: up to eight taps of a kernel row in a pass",
+         {},
+         0};
   Tile& t = p.tile;
-  t.window = window(s) && dtype != DType::float64;
-  p.reason = t.window ? "depthwise 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass"
-                      : "depthwise of any kernel: up to eight taps of a kernel row in a pass";
-  t.vec = (!t.window || s.R < 7) && whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
+  t.vec = whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
   const int64_t vectors = s.K / t.vec;
   // Strips are as tall as 2^17 columns' worth of threads allow, and at least four rows.
   const int64_t strips = std::clamp<int64_t>((int64_t{1} << 17) / std::max<int64_t>(s.N * s.Q * vectors, 1), 1,
@@ -190,7 +240,7 @@ Plan depthwise_grad_weight(const ConvShape& s, DType dtype, int64_t alignment) {
     while (slots < kThreads && slots < places) slots *= 2;
     t.lanes = static_cast<int>(kThreads / slots);
   }
-  const int64_t passes = t.window ? 1 : s.R * ceil_div(s.S, 8);
+  const int64_t passes = s.R * ceil_div(s.S, 8);
   const int64_t slots = kThreads / t.lanes;
   const int64_t wanted = grad_weight_splits(2 * ceil_div(vectors, t.lanes) * passes, places, slots);
   // Every slot has the same number of places, but for the last few.

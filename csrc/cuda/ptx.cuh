@@ -92,6 +92,11 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// The first `bytes` (1 to 16) of 16 aligned bytes, and zeros for the others, which are not read.
+__device__ __forceinline__ void cp_async16_first(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kGroupsLeft of the thread's committed groups are on their way.
 template <int kGroupsLeft>

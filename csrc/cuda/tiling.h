@@ -120,6 +120,77 @@ inline NchwMemory nchw_memory(const NchwWork& w, const ConvShape& s, DType dtype
           whole(planes * s.R * s.S) * size, planes * 4};
 }
 
+// ---- depthwise_grad_weight_nhwc.cu and depthwise_grad_weight_nchw.cu: a thread works on this many neighbouring columns of
+// grad_y. The usual planes of 7, 14, 28, 56, 112 columns are whole multiples.
+inline constexpr int kGradWeightColumns = 7;
+
+// How the rows of grad_y of all places, one after the other, are cut: `rows` in a split, so that about `blocks` blocks run, no
+// fewer than four rows each (the first of them wait for memory), and whole images where that makes little difference. A
+// sum so short that a second kernel would take longer stays whole.
+struct GradWeightRows {
+  int rows, splits;
+};
+inline GradWeightRows grad_weight_rows(int64_t chunks, int64_t places, int64_t P, int64_t blocks) {
+  constexpr int64_t kWhole = 16, kLeast = 4;
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  const int64_t total = std::max<int64_t>(places * P, 1);
+  int64_t rows = std::max(parts(total, std::max<int64_t>(blocks / chunks, 1)), kLeast);
+  if (total <= kWhole) rows = total;
+  if (const int64_t whole = parts(rows, P) * P; 8 * whole <= 9 * rows) rows = whole;
+  return {static_cast<int>(rows), static_cast<int>(parts(total, rows))};
+}
+
+// channels_last: a warp takes kGradWeightColumns columns of 32 channels, a block up to this many warps. The sums of 7x7 leave
+// registers for 12 warps a multiprocessor, three blocks of four.
+constexpr int grad_weight_slots(int64_t kernel) { return kernel == 7 ? 4 : 8; }
+struct GradWeightNhwc {
+  int channels, chunks;  // of a chunk; chunks
+  int lanes;             // of 32, for the channels of one image; those of others take the rest
+  int slots, images;     // warps for a tile of a row; images one after the other
+  int tiles;             // of a row
+  int64_t places;        // tiles of rows, of groups of images
+};
+inline GradWeightNhwc grad_weight_nhwc(const ConvShape& s) {
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  const int64_t chunks = parts(s.K, 32), channels = parts(parts(s.K, chunks), 8) * 8;  // whole pieces of 16 bytes
+  const int64_t lanes = channels <= 16 && s.N * channels >= 32 ? channels : 32;
+  const int64_t slots = parts(s.Q, kGradWeightColumns), tiles = parts(slots, grad_weight_slots(s.R));
+  const int64_t slots_a_tile = parts(slots, tiles), most = grad_weight_slots(s.R) / slots_a_tile * (32 / lanes);
+  const int64_t groups = parts(s.N, most), images = parts(parts(s.N, groups), 32 / lanes);
+  return {static_cast<int>(channels), static_cast<int>(chunks), static_cast<int>(lanes), static_cast<int>(slots_a_tile),
+          static_cast<int>(images),   static_cast<int>(tiles),  groups * tiles};
+}
+
+// NCHW: a block takes neighbouring channels, up to this many threads' worth of columns, and copies several rows at once.
+inline constexpr int64_t kGradWeightThreads = 128;
+struct GradWeightNchw {
+  int channels, chunks;  // of a chunk; chunks
+  int slots;             // threads a row
+  int rows;              // of grad_y in a stage
+};
+// Bytes of a stage that a run of elements takes: it may begin anywhere in a piece of 16, and an odd number of pieces puts
+// neighbouring planes on different banks.
+constexpr int64_t grad_weight_run_bytes(int64_t elements, int64_t element_size) {
+  return ((elements * element_size + 30) / 16 | 1) * 16;
+}
+inline GradWeightNchw grad_weight_nchw(const ConvShape& s, DType dtype) {
+  // Two stages a block, four blocks a multiprocessor, 228 KB of shared memory.
+  constexpr int64_t kStageBytes = 20 << 10, kMostBytes = 27 << 10;
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  const int64_t size = dtype == DType::float32 ? 4 : 2, slots = parts(s.Q, kGradWeightColumns);
+  int64_t most = std::max<int64_t>(kGradWeightThreads / slots, 1);
+  // Small planes are copied whole where that does not leave too few threads: the arithmetic of half types needs more.
+  const int64_t plane = grad_weight_run_bytes(s.H * s.W, size) + grad_weight_run_bytes(s.P * s.Q, size);
+  const int64_t whole = std::min(most, kMostBytes / plane);
+  const bool planes = whole * slots * size >= 192;
+  if (planes) most = whole;
+  const int64_t chunks = parts(s.K, most), channels = parts(s.K, chunks);
+  const int64_t steps = s.P + (s.R - 1) / s.stride_h;
+  const int64_t rows = kStageBytes / (channels * (s.stride_h * s.W + s.Q) * size);
+  return {static_cast<int>(channels), static_cast<int>(chunks), static_cast<int>(slots),
+          static_cast<int>(planes ? steps : std::clamp<int64_t>(rows, 1, steps))};
+}
+
 // ---- depthwise_toeplitz.cu
 // Steps of 16 columns that the window of 8 neighbouring outputs takes; those that there are kernels for.
 inline int toeplitz_steps(int64_t S) {

@@ -114,9 +114,16 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   Plan p = plan(c.map, c.shape, c.dtype, device, alignment, true);
   const std::string kernel = a.text("kernel", "auto");
   if (kernel != "auto") {
-    static constexpr const char* kKernels[] = {
-        "depthwise_nhwc",     "depthwise_nchw", "depthwise_direct", "depthwise_grad_weight",
-        "depthwise_toeplitz", "pointwise",      "pointwise_mma",    "grouped"};  // in the order of the enum
+    static constexpr const char* kKernels[] = {"depthwise_nhwc",
+                                               "depthwise_nchw",
+                                               "depthwise_direct",
+                                               "depthwise_grad_weight",
+                                               "depthwise_grad_weight_nhwc",
+                                               "depthwise_grad_weight_nchw",
+                                               "depthwise_toeplitz",
+                                               "pointwise",
+                                               "pointwise_mma",
+                                               "grouped"};  // in the order of the enum
     static_assert(std::size(kKernels) == static_cast<size_t>(Kernel::aten));
     p.kernel = static_cast<Kernel>(index_of(kKernels, kernel));
     p.name = "chosen by hand";
@@ -128,7 +135,6 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   t.rows = static_cast<int>(a.number("rows", t.rows));
   t.lanes = static_cast<int>(a.number("lanes", t.lanes));
   t.splits = static_cast<int>(a.number("splits", t.splits));
-  t.window = a.number("window", t.window) != 0;
   t.wide = a.number("wide", t.wide) != 0;
   if (kernel == "auto" && t.splits == planned_splits) return p;  // with the workspace that the plan asked for
   if (c.map == Map::grad_weight) {

@@ -38,7 +38,7 @@ enum class State { ready, waiting, done };
 struct AsyncCopy {
   unsigned char* destination;  // in shared memory
   const void* source;          // in global memory; null: zero fill
-  uint32_t bytes;
+  uint32_t bytes, source_bytes;
 };
 
 struct Thread {

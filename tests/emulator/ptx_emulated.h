@@ -37,7 +37,10 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, EMULATOR_HERE) 
 }
 
 inline void cp_async16(void* shared, const void* global, bool valid) {
-  emulator::copy_async(shared, valid ? global : nullptr, 16);
+  emulator::copy_async(shared, valid ? global : nullptr, 16, 16);
+}
+inline void cp_async16_first(void* shared, const void* global, int bytes) {
+  emulator::copy_async(shared, global, 16, static_cast<uint32_t>(bytes));
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int kGroupsLeft>

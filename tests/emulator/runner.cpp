@@ -5,7 +5,7 @@
 //          stride=1,1 padding=1,1,1,1 dilation=1,1 bias=1 activation=relu seeds=0:8
 //
 // padding_mode= is zeros, reflect, replicate or circular. The plan chooses the kernel; kernel=, vec=, rows=, lanes=, splits=,
-// window= and wide= overrule it, sm= and multiprocessors= are the GPU that it plans for. op=separable adds a 1x1 convolution
+// and wide= overrule it, sm= and multiprocessors= are the GPU that it plans for. op=separable adds a 1x1 convolution
 // (case.h). "--" stands between several cases. Exit status 0: all are right for every
 // seed. Otherwise the last lines say what was wrong, where, and in which CUDA thread.
 #include <unistd.h>
