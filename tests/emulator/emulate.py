@@ -114,7 +114,8 @@ def doors() -> list[str]:
 
 def kernels() -> list[tuple[Path, str]]:
     """Every __global__ function: its file and its name."""
-    pattern = r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
+    bounds = r"__launch_bounds__\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # brackets inside them up to two deep
+    pattern = rf"__global__\s+void\s+(?:{bounds}\s*)?(\w+)\s*\("
     return [(path, name) for path in kernel_sources() for name in re.findall(pattern, path.read_text())]
 
 
