@@ -57,8 +57,6 @@ def test_dense_channels_take_the_register_window(map: str, dtype: str, kernel: i
 def test_what_the_register_window_leaves_to_others(map: str) -> None:
     for layer in (
         {"kernel": 3, "dtype": "float64"},
-        {"kernel": 9, "dtype": "float32"},
-        {"kernel": 4, "dtype": "float32"},
         {"kernel": 3, "stride": 3},
         {"kernel": 3, "stride": 2, "dilation": 2},
     ):
@@ -138,7 +136,8 @@ def test_what_shared_memory_leaves_to_others(map: str) -> None:
         {"kernel": 3, "stride": 3},
         {"kernel": 3, "W": 9000},  # three rows of it and one of results are more than 96 KB
     ):
-        assert planes(1, 24, 30, **layer, map=map).kernel == "cuda_depthwise_direct"
+        other = "cuda_depthwise_direct" if layer.get("stride") == 3 else "cuda_depthwise_large"
+        assert planes(1, 24, 30, **layer, map=map).kernel == other
     assert planes(1, 24, 30, 3, map=map, W=9000, dtype="float16").kernel == "cuda_depthwise_nchw"
     if map == "forward":
         assert planes(8, 24, 19, 3, K=48).kernel == "cuda_depthwise_nchw"
@@ -212,7 +211,7 @@ def test_grad_weight_copies_elements_where_pieces_do_not_fit() -> None:
 def test_what_one_pass_of_grad_weight_leaves_to_the_general_kernel() -> None:
     for layer in (
         {"kernel": 3, "dtype": "float64"},
-        {"kernel": 9, "dtype": "float32"},
+        {"kernel": 9, "dilation": 2},
         {"kernel": 3, "stride": 3},
         {"kernel": 3, "dilation": 2},
         {"kernel": 3, "layout": "contiguous", "W": 2000},
@@ -250,3 +249,59 @@ def test_the_order_of_a_grad_weight_sum_is_the_same_on_every_gpu() -> None:
         for layer in ((1, 144, 56, 3), (8, 384, 14, 3), (64, 144, 28, 5)):
             plans = [grad_weight(*layer, layout=layout, multiprocessors=n, sm=sm) for n, sm in ((132, 90), (8, 86))]
             assert plans[0].tile == plans[1].tile
+
+
+# --- depthwise, large kernels ---
+
+
+def large(R: int, S: int, N: int = 8, size: int = 56, **rest: object) -> emulate.Planned:
+    """A contiguous float32 layer of 96 channels, unless `rest` says otherwise."""
+    case = {"R": R, "S": S, "padding": f"{R // 2},{R // 2},{S // 2},{S // 2}"}
+    return depthwise(N, 96, size, 3, **{"dtype": "float32", "layout": "contiguous"} | case | rest)
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_large_kernels_of_stride_1_stand_in_shared_memory(map: str, layout: str) -> None:
+    for taps in ((4, 4), (9, 9), (31, 31), (1, 31), (31, 1), (5, 63), (64, 64), (2, 8)):
+        for dtype in ("float32", "float64", "float16"):
+            plan = large(*taps, map=map, layout=layout, dtype=dtype)
+            tensor_cores = dtype == "float16" and layout == "contiguous" and min(taps) >= 7
+            assert plan.kernel == ("cuda_depthwise_toeplitz" if tensor_cores else "cuda_depthwise_large")
+            assert tensor_cores or "8 taps and more" in plan.reason
+
+
+NINE = {"dtype": "float32", "N": 8, "C": 96, "K": 96, "groups": 96, "H": 56, "W": 56, "R": 9, "S": 9}
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input", "grad_weight"])
+def test_what_large_kernels_leave_to_others(map: str) -> None:
+    for layer in (
+        large(7, 1, map=map),
+        large(3, 5, map=map, layout="channels_last"),
+        large(65, 9, map=map),
+        planned(**{**NINE, "map": map, "stride": "2,1"}),
+        planned(**{**NINE, "map": map, "dilation": "1,2"}),
+        large(9, 9, map=map, sm=75),
+    ):
+        assert layer.kernel == ("cuda_depthwise_grad_weight" if map == "grad_weight" else "cuda_depthwise_direct")
+    for layout in ("contiguous", "channels_last"):
+        for kernel in (3, 5, 7):
+            assert large(kernel, kernel, map=map, layout=layout).kernel != "cuda_depthwise_large"
+
+
+def test_large_kernels_keep_tiles_that_fit_the_plane() -> None:
+    for size in (14, 28, 56):
+        plan = large(31, 31, N=128, size=size)
+        assert plan.tile["keep"] == 7 and size % plan.tile["rows"] == 0
+    assert "keep" not in large(1, 31, H=1, W=2048).tile  # one row
+    # Small problems are cut further, until every multiprocessor has work.
+    one, many = (large(31, 31, N=N).tile for N in (1, 128))
+    assert one.get("keep", 1) * one.get("lanes", 1) < many["keep"] * many["lanes"]
+
+
+def test_large_grad_weight_sums_in_one_order_on_every_gpu() -> None:
+    for N in (1, 8, 128):
+        for size in (7, 56):
+            plans = [large(13, 13, map="grad_weight", N=N, size=size, multiprocessors=m) for m in (8, 80, H100)]
+            assert plans[0].tile == plans[1].tile == plans[2].tile

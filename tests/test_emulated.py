@@ -132,6 +132,32 @@ PLANES = (
     Case("planes_multiplier2_stride2", 1, 5, 14, 9, 10, 3, 3, stride=(2, 2), padding=(1, 1), groups=5),
 )
 
+# Large kernels in plain arithmetic: rows and columns of one, tiles of threads with and without a rest, planes side by
+# side, 16-byte copies (both widths multiples of 4) and single words, outputs that meet no row of the image.
+PLAIN = (
+    Case("plain_k9", 2, 3, 13, 20, 3, 9, 9, padding=(4, 4), groups=3, bias=True),
+    Case("plain_k5x11", 2, 5, 10, 15, 5, 5, 11, padding=(2, 5), groups=5),
+    Case("plain_k1x31", 3, 3, 1, 50, 3, 1, 31, padding=(0, 30), groups=3, bias=True),
+    Case("plain_k31x1", 1, 2, 20, 5, 2, 31, 1, padding=(15, 0), groups=2),
+    Case("plain_k13_small_planes", 5, 3, 7, 7, 3, 13, 13, padding=(6, 6), groups=3),
+    Case("plain_k4x5_multiplier2", 2, 3, 7, 9, 6, 4, 5, padding=(1, 3), groups=3, bias=True),
+    Case("plain_k5x63", 1, 1, 6, 20, 1, 5, 63, padding=(2, 31)),
+    Case("plain_k4_far_padding", 1, 2, 3, 4, 2, 4, 4, padding=(9, 10), groups=2),
+    Case("plain_k3x7_wide", 1, 1, 5, 150, 1, 3, 7, padding=(0, 3)),
+    Case("plain_k16_no_padding", 1, 1, 21, 16, 1, 16, 16, bias=True),
+)
+# Cuts that the plan leaves aside for these sizes.
+PLAIN_CUTS = (
+    ("plain_k9", "forward", {"keep": 7, "rows": 7, "lanes": 2}),
+    ("plain_k9", "forward", {"keep": 4, "rows": 8, "lanes": 6}),
+    ("plain_k9", "grad_input", {"keep": 1, "rows": 5, "lanes": 3}),
+    ("plain_k9", "grad_weight", {"keep": 7, "rows": 3, "lanes": 2, "parts": 3}),
+    ("plain_k9", "grad_weight", {"keep": 4, "rows": 5, "lanes": 4, "parts": 2, "splits": 2}),
+    ("plain_k1x31", "forward", {"keep": 1, "rows": 1, "lanes": 2}),
+    ("plain_k5x11", "grad_input", {"keep": 7, "rows": 14, "lanes": 3}),
+    ("plain_k5x11", "grad_weight", {"keep": 7, "rows": 2, "lanes": 3, "parts": 4}),
+)
+
 # Depthwise stages, and how many channels the 1x1 convolution after them gives: one tile and several, full and not.
 SEPARABLE = (
     ("depthwise_k3", 70),
@@ -234,6 +260,24 @@ def _runs() -> Iterator[Run]:
     # Channels too few for a group of them to be full, and rows too wide for shared memory.
     yield made(BY_NAME["depthwise_k3_c58"], "forward", "contiguous", "float32", multiprocessors=8)
     yield made(Case("planes_wide", 1, 1, 2, 9000, 1, 3, 3, padding=(1, 1)), "forward", "contiguous", "float32")
+    for case in PLAIN:
+        for map in MAPS if case.K == case.C else ("forward", "grad_weight"):
+            for layout in LAYOUTS:
+                yield made(case, map, layout, "float32")
+        yield made(case, MAPS[count % 3] if case.K == case.C else "forward", "channels_last", DTYPES[1 + count % 3])
+    for case in PLAIN[:2]:
+        for map in MAPS:
+            yield made(case, map, "strided", w_layout="channels_last")
+            yield made(case, map, "contiguous", "float32", offset=1)
+            yield made(case, map, "contiguous", "float64")
+            yield made(case, map, "channels_last", "float16")
+    for layout in LAYOUTS:  # more than eight taps a row, which is what the general kernel takes at once
+        for stride in ("2,1", "1,2"):
+            yield made(PLAIN[0], "grad_weight", layout, "float32", stride=stride)
+    for name, map, extra in PLAIN_CUTS:
+        case = next(case for case in PLAIN if case.name == name)
+        for layout in LAYOUTS:
+            yield made(case, map, layout, "float32", **extra)
     for name, outputs in SEPARABLE:
         for layout in (*LAYOUTS, "strided"):
             for dtype in ("float32", "float16") if layout in LAYOUTS else (DTYPES[count % 4],):

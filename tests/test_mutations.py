@@ -34,12 +34,13 @@ ALL = os.environ.get("MUTANTS") == "all"
 SAMPLE = 8  # of the other faults, every so many-th
 MOST_RUNS, MOST_RACE_RUNS = 150, 32  # the cheapest
 # Cases that always run.
-KEPT = (*test_emulated.EDGES, *test_emulated.WALKS, *test_emulated.PLANES, *test_emulated.SPATIAL)
+KEPT = (*test_emulated.EDGES, *test_emulated.WALKS, *test_emulated.PLANES, *test_emulated.PLAIN, *test_emulated.SPATIAL)
 SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.
 HEADERS = {
     "depthwise_direct.cu": ("common.cuh",),
     "depthwise_grad_weight_nchw.cu": ("depthwise_grad_weight.cuh",),
+    "depthwise_large_grad_weight.cu": ("depthwise_large.cuh",),
     "depthwise_nhwc.cu": ("depthwise_nhwc.cuh",),
     "depthwise_nchw.cu": ("depthwise_nchw.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
@@ -66,7 +67,8 @@ def runs_of(source: Path) -> list[Run]:
     chosen: dict[tuple, Run] = {}
     for run, name in zip(candidates, planned, strict=True):
         kernel = str(run.extra.get("kernel", name.removeprefix("cuda_")))
-        stem = "grouped_grad_weight" if (kernel, run.map) == ("grouped", "grad_weight") else kernel
+        apart = kernel in ("grouped", "depthwise_large") and run.map == "grad_weight"
+        stem = f"{kernel}_grad_weight" if apart else kernel
         # The one-pass kernels leave sums that are whole to themselves.
         sums = run.map == "grad_weight" and not stem.startswith("depthwise_grad_weight_")
         files = {stem, "sum_partials"} if sums else {stem}

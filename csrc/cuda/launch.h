@@ -21,6 +21,8 @@ struct Tile {
   int rows = 1;       // rows that a thread works down
   int lanes = 1;      // grad_weight: channel vectors that a block works on
   int splits = 1;     // grad_weight: partial sums
+  int keep = 1;       // depthwise_large: rows of results that a thread keeps
+  int parts = 1;      // depthwise_large, grad_weight: parts of a strip of rows
   bool wide = false;  // 64-bit indices
 };
 
@@ -79,6 +81,17 @@ cudaError_t launch_depthwise_toeplitz_grad_input(const ConvShape&, DType, const 
                                                  void* grad_x, const Tile&, cudaStream_t);
 cudaError_t launch_depthwise_toeplitz_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x,
                                                   void* grad_w, void* workspace, const Tile&, cudaStream_t);
+
+// depthwise_large.cu, depthwise_large_grad_weight.cu: stride 1, no dilation, at most kLargeSide (depthwise_large.h) taps a
+// side, any strides of memory, images below 2^31 elements, compute capability 8.0 or newer; any multiplier, but 1 for
+// grad_input. tile.keep is 1, 4 or 7 (float64: 1 or 4), tile.rows, tile.lanes and tile.parts as large_cut() has them. workspace: as for
+// launch_depthwise_grad_weight.
+cudaError_t launch_depthwise_large_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
+                                           void* y, const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_large_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
+                                              const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_large_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
+                                               void* workspace, const Tile&, cudaStream_t);
 
 // pointwise.cu: groups == 1, 1x1 without padding: a matrix product over pixels, in plain arithmetic of the
 // accumulation type. Requires ConvShape::is_pointwise() and N * H * W < 2^31; grad_input also stride 1. Any strides

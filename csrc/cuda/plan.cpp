@@ -97,6 +97,8 @@ Explanation explain(const Plan& p) {
   if (t.rows != 1) add("rows", t.rows);
   if (t.lanes != 1) add("lanes", t.lanes);
   if (t.splits != 1) add("splits", t.splits);
+  if (t.keep != 1) add("keep", t.keep);
+  if (t.parts != 1) add("parts", t.parts);
   if (t.wide) tile += tile.empty() ? "64-bit indices" : ", 64-bit indices";
   return {p.name, p.reason, p.kernel == Kernel::aten, tile, p.workspace_bytes};
 }

@@ -17,6 +17,7 @@ enum class Kernel : int {
   depthwise_grad_weight_nhwc,
   depthwise_grad_weight_nchw,
   depthwise_toeplitz,
+  depthwise_large,
   pointwise,
   pointwise_mma,
   grouped,

@@ -323,16 +323,19 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
   if (narrow && std::min(s.R, s.S) >= kToeplitzFrom && toeplitz_can_run(map, s, dtype, device)) {
     return depthwise_toeplitz(map, s, dtype, device, alignment);
   }
+  const bool large = narrow && large_can_run(map, s, device);
   if (map == Map::grad_weight) {
     if (!narrow || s.N * s.P * s.Q >= kNarrow - (1 << 20)) {
       return plan_grouped(map, s, dtype, "depthwise, an image of 2^31 elements or more");
     }
-    return depthwise_grad_weight(s, dtype, alignment);
+    const Plan p = depthwise_grad_weight(s, dtype, alignment);
+    return large && p.kernel == Kernel::depthwise_grad_weight ? plan_depthwise_large(map, s, dtype, device) : p;
   }
   if (narrow && nhwc_can_run(map, s, dtype)) {
     return depthwise_nhwc(map, s, dtype, device, alignment);
   }
   if (narrow && nchw_can_run(map, s, dtype)) return depthwise_nchw(map, s, dtype, device);
+  if (large) return plan_depthwise_large(map, s, dtype, device);
   return depthwise_direct(map, s, dtype, alignment, narrow);
 }
 

@@ -25,6 +25,9 @@ inline bool narrow_images(const ConvShape& s) {
 }
 
 Plan plan_depthwise(Map, const ConvShape&, DType, const Device&, int64_t alignment);
+// Large kernels of stride 1 in plain arithmetic: whether they can run, and how.
+bool large_can_run(Map, const ConvShape&, const Device&);
+Plan plan_depthwise_large(Map, const ConvShape&, DType, const Device&);
 // The kernel that runs any groups: what is left over.
 Plan plan_grouped(Map, const ConvShape&, DType, const char* reason);
 

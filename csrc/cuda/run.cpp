@@ -14,6 +14,8 @@ cudaError_t run_forward(const Plan& p, const ConvShape& shape, DType dtype, cons
       return launch_depthwise_direct_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_toeplitz:
       return launch_depthwise_toeplitz_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
+    case Kernel::depthwise_large:
+      return launch_depthwise_large_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::pointwise: return launch_pointwise_forward(shape, dtype, x, w, epilogue, y, stream);
     case Kernel::pointwise_mma: return launch_pointwise_mma_forward(shape, dtype, x, w, epilogue, y, stream);
     case Kernel::grouped: return launch_grouped_forward(shape, dtype, x, w, epilogue, y, workspace, stream);
@@ -32,6 +34,8 @@ cudaError_t run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, c
       return launch_depthwise_direct_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_toeplitz:
       return launch_depthwise_toeplitz_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
+    case Kernel::depthwise_large:
+      return launch_depthwise_large_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::pointwise: return launch_pointwise_grad_input(shape, dtype, grad_y, w, grad_x, stream);
     case Kernel::pointwise_mma: return launch_pointwise_mma_grad_input(shape, dtype, grad_y, w, grad_x, stream);
     case Kernel::grouped: return launch_grouped_grad_input(shape, dtype, grad_y, w, grad_x, workspace, stream);
@@ -51,6 +55,8 @@ cudaError_t run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, 
       return launch_depthwise_grad_weight_nchw(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::depthwise_toeplitz:
       return launch_depthwise_toeplitz_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
+    case Kernel::depthwise_large:
+      return launch_depthwise_large_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::pointwise:
       return launch_pointwise_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
     case Kernel::pointwise_mma:

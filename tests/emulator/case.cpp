@@ -121,6 +121,7 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
                                                "depthwise_grad_weight_nhwc",
                                                "depthwise_grad_weight_nchw",
                                                "depthwise_toeplitz",
+                                               "depthwise_large",
                                                "pointwise",
                                                "pointwise_mma",
                                                "grouped"};  // in the order of the enum
@@ -135,6 +136,8 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   t.rows = static_cast<int>(a.number("rows", t.rows));
   t.lanes = static_cast<int>(a.number("lanes", t.lanes));
   t.splits = static_cast<int>(a.number("splits", t.splits));
+  t.keep = static_cast<int>(a.number("keep", t.keep));
+  t.parts = static_cast<int>(a.number("parts", t.parts));
   t.wide = a.number("wide", t.wide) != 0;
   if (kernel == "auto" && t.splits == planned_splits) return p;  // with the workspace that the plan asked for
   if (c.map == Map::grad_weight) {
