@@ -117,7 +117,7 @@ def main():
     sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
     cxx = "-std=c++20 -ffp-contract=fast -fno-math-errno -fvisibility=hidden -fopenmp -Wall -Wextra".split()
     cxx += ["-O0", "-g"] if debug else ["-O3", "-g0"]
-    nvcc = ["-std=c++20", "-O1" if debug else "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+    nvcc = f"-std=c++20 -O{1 if debug else 3} -lineinfo -Xfatbin=-compress-all -Xcompiler=-fvisibility=hidden".split()
     if home:
         listed = run(f"{home}/bin/nvcc", "--list-gpu-arch")[1]
         supported = [(int(x), int(y)) for x, y in re.findall(r"compute_(\d+)(\d)\b", listed)]
