@@ -38,6 +38,8 @@ CASES = [
     ((2, 33, 5, 5), (17, 33, 1, 1), {"stride": 2}),
     ((2, 12, 9, 8), (18, 4, 3, 3), {"padding": 1, "groups": 3}),  # grouped
     ((1, 64, 7, 7), (64, 32, 3, 3), {"stride": 2, "padding": 1, "groups": 2}),
+    ((5, 3, 9, 12), (3, 1, 9, 9), {"padding": 4, "groups": 3}),  # large kernels in plain arithmetic
+    ((2, 4, 1, 70), (4, 1, 1, 31), {"padding": (0, 30), "groups": 4}),
 ]
 DTYPES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
