@@ -139,6 +139,8 @@ EXPECTED = {
     "depthwise_grad_weight_nchw": ("depthwise_grad_weight_nchw", (*HALVES, *FLOAT), {}, ("LDGSTS.128",)),
     "depthwise_grad_weight_nhwc": ("depthwise_grad_weight_nhwc", (*HALVES, *FLOAT), {}, ("LDGSTS.128",)),
     "depthwise_direct": ("depthwise_direct", HALVES, {0: 8}, ("LDG.128", "STG.128")),
+    "depthwise_large": ("depthwise_large", FLOAT, {}, ("LDGSTS.128", "LDS.128", "STG.128")),
+    "depthwise_large_grad_weight": ("depthwise_large_grad_weight", FLOAT, {}, ("LDGSTS.128", "LDS.128")),
     "depthwise_toeplitz": ("depthwise_toeplitz", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
     "pointwise_mma": ("pointwise_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.128")),
     "separable_mma": ("separable_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
