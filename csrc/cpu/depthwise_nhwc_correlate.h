@@ -49,9 +49,24 @@ struct Block {
   int64_t x_ahead = 0, y_ahead = 0;  // from this block's memory to the next block's, in elements
 };
 
+template <Activation kActivation, typename A>
+SEPCONV_INLINE void activate_each(A* values, int count) {
+  for (int i = 0; i < count; i += kLanes<A>) store(values + i, activate_lanes<A>(kActivation, load(values + i)));
+}
+
 template <typename A>
 __attribute__((noinline)) void activate_array(Activation activation, A* values, int count) {
-  for (int i = 0; i < count; i += kLanes<A>) store(values + i, activate_lanes<A>(activation, load(values + i)));
+  switch (activation) {
+    case Activation::identity: return;
+    case Activation::relu: return activate_each<Activation::relu>(values, count);
+    case Activation::relu6: return activate_each<Activation::relu6>(values, count);
+    case Activation::leaky_relu: return activate_each<Activation::leaky_relu>(values, count);
+    case Activation::gelu: return activate_each<Activation::gelu>(values, count);
+    case Activation::silu: return activate_each<Activation::silu>(values, count);
+    case Activation::hardswish: return activate_each<Activation::hardswish>(values, count);
+    case Activation::sigmoid: return activate_each<Activation::sigmoid>(values, count);
+    case Activation::tanh: return activate_each<Activation::tanh>(values, count);
+  }
 }
 
 // kTaps taps of one kernel row, for kQ sums. x is at the column of tap 0 of sum 0; only its columns [from, to) exist.
@@ -106,6 +121,8 @@ void block(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
   const int64_t x_pixel = C, x_row = k.dilation_h * k.W * C, y_pixel = k.y_pixel, w_row = S * kWidth;
   const int64_t column = b.q * k.stride_w - k.pad_w + b.s0, from = -column, to = k.W - column;
   const Activation activation = k.activation;
+  const bool clamped = activation == Activation::relu || activation == Activation::relu6;
+  const A highest = activation == Activation::relu6 ? A(6) : std::numeric_limits<A>::infinity();
   const int count = b.count;
   const bool first_pass = b.s0 == 0, last_pass = b.last;
   const int64_t v0 = b.v0, v1 = b.v1;
@@ -142,7 +159,14 @@ void block(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
         w += w_row;
       }
       A values[kQ * kWidth];
-      if (!last_pass || activation != Activation::identity) {
+      if (last_pass && clamped) {  // the usual ones, without leaving the registers
+#pragma GCC unroll 8
+        for (int q = 0; q < kQ; ++q) {
+#pragma GCC unroll 2
+          for (int i = 0; i < kV; ++i) sums[q][i] = clamp_lanes<A>(sums[q][i], highest);
+        }
+        partial += kQ * kWidth;
+      } else if (!last_pass || activation != Activation::identity) {
         A* to = last_pass ? values : partial;
 #pragma GCC unroll 8
         for (int q = 0; q < kQ; ++q) {

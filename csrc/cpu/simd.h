@@ -191,14 +191,21 @@ SEPCONV_INLINE Floats exp_lanes(Floats x) {
   return x > largest ? zero + __builtin_inff() : (x < smallest ? zero : value);
 }
 
+// relu, and up to 6 relu6. Keeps NaN.
+template <typename A>
+SEPCONV_INLINE Vector<A> clamp_lanes(Vector<A> v, A highest) {
+  const Vector<A> zero{}, most = zero + highest;
+  return v < zero ? zero : (v > most ? most : v);
+}
+
 // activate() of activation.h on every lane; those without a transcendental function stay in vector registers.
 template <typename A>
 SEPCONV_INLINE Vector<A> activate_lanes(Activation activation, Vector<A> v) {
-  const Vector<A> zero{}, three = zero + A(3), six = zero + A(6);
+  const Vector<A> zero{}, three = zero + A(3);
   switch (activation) {
     case Activation::identity: return v;
     case Activation::relu: return v < zero ? zero : v;
-    case Activation::relu6: return v < zero ? zero : (v > six ? six : v);
+    case Activation::relu6: return clamp_lanes<A>(v, A(6));
     case Activation::leaky_relu: return v < zero ? v * A(kLeakySlope) : v;
     case Activation::hardswish: return v < -three ? zero : (v > three ? v : v * (v + three) * A(1.0 / 6.0));
     default: break;
