@@ -38,6 +38,22 @@ def depthwise(
     return planned(**case | rest)
 
 
+@pytest.mark.parametrize("map", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_empty_batch_has_the_plan_of_one_image(map: str, layout: str) -> None:
+    for kernel, stride in ((3, 1), (5, 2), (7, 1), (9, 1), (9, 2), (31, 1)):
+        for dtype in ("float32", "float64", "float16"):
+            none, one = (depthwise(N, 24, 14, kernel, stride, map=map, layout=layout, dtype=dtype) for N in (0, 1))
+            assert none == one
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input", "grad_weight"])
+def test_padding_alone_needs_no_tile(map: str) -> None:
+    for size in ({"H": 0}, {"W": 0}):
+        layer = depthwise(1, 8, 14, 9, map=map, layout="contiguous", dtype="float32", padding="9,9,9,9", **size)
+        assert layer.kernel != "cuda_depthwise_large"
+
+
 # --- depthwise, channels_last ---
 
 

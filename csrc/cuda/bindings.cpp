@@ -136,7 +136,7 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
       check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups, mode});
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const DType dtype = dtype_of(grad_output);
-  if (grad_output.numel() == 0) return empty_grad_weight(shape, grad_output).zero_();
+  if (grad_output.numel() == 0 || input.numel() == 0) return empty_grad_weight(shape, grad_output).zero_();
   const int64_t alignment = common_alignment({grad_output.const_data_ptr(), input.const_data_ptr()});
   const Plan chosen = plan(Map::grad_weight, shape, dtype, device_facts(grad_output.get_device()), alignment, strict());
   if (chosen.kernel == Kernel::aten) {

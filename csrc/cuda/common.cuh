@@ -37,8 +37,11 @@ template <typename... Params, typename... Args>
 [[nodiscard]] cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
   constexpr size_t kStaticLimit = 48 << 10;  // more than this has to be asked for
   if (config.smem_bytes > kStaticLimit) {
+    // Always the same number, as it belongs to the kernel and not to the launch: a lower one could forbid a launch of the
+    // same kernel that another thread is about to make, or that a CUDA graph has captured.
+    if (config.smem_bytes > sepconv::cuda::kMostShared) return cudaErrorInvalidConfiguration;
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.smem_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{sepconv::cuda::kMostShared});
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute cluster[1];

@@ -12,7 +12,6 @@ inline constexpr int kLargeThreads = 256;    // at most, of a block
 inline constexpr int kLargeColumns = 8;      // neighbouring results of a row that a thread keeps, for tile.keep rows
 inline constexpr int64_t kLargeSide = 64;    // taps along a side, at most
 inline constexpr int kLargeFilterTile = 64;  // grad_weight: columns of grad_y at once
-inline constexpr int64_t kLargeShared = 96 << 10;  // bytes of shared memory that a block asks for, at most
 
 // A depthwise map of stride 1, as the correlation of planes that it is:
 //   result[i, j] = sum over f, g of  image[i + f - pad_h, j + g - pad_w] * filter[f, g]
@@ -80,7 +79,7 @@ inline LargeCut large_cut(const Correlation& c, const Tile& tile, int64_t acc_by
     // One row of threads must leave room for the filter.
     const int64_t rows = std::min(c.image_h, tile.keep + c.filter_h - 1);
     int64_t most = c.result_h > 4 ? 16 : 32;
-    while (rows * (kLargeColumns * most + 4 * quads) * acc_bytes > kLargeShared * 5 / 8) most /= 2;
+    while (rows * (kLargeColumns * most + 4 * quads) * acc_bytes > kMostShared * 5 / 8) most /= 2;
     cut.column_threads = static_cast<int>(even(columns, most));
     cut.row_threads = tile.rows / tile.keep;
     cut.part_rows = static_cast<int>(c.filter_h), cut.parts = 1;

@@ -15,6 +15,9 @@
 
 namespace sepconv::cuda {
 
+// Bytes of shared memory that a block may ask for: 8.6, 8.9 and 12.0 have 99 KB for it, 8.0 and 9.0 more.
+inline constexpr int64_t kMostShared = 96 << 10;
+
 // How a plan cuts the work; each kernel file says what it makes of it.
 struct Tile {
   int vec = 1;        // channels that a thread moves with one load

@@ -48,6 +48,11 @@ Plan plan_grouped(Map map, const ConvShape& s, DType dtype, const char* reason) 
 }
 
 Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
+  if (s.N == 0) {  // nothing is launched, and the question is answered for one image
+    ConvShape one = s;
+    one.N = 1;
+    return plan(map, one, dtype, device, alignment, strict);
+  }
   if (pointwise_can_run(map, s)) return pointwise(map, s, dtype, device);
   if (s.is_depthwise()) return plan_depthwise(map, s, dtype, device, alignment);
   if (!strict && s.groups == 1) {

@@ -113,7 +113,7 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
   bool full = false;  // the best so far keeps every multiprocessor busy
   const auto consider = [&](int64_t rows, int64_t strips, int64_t planes) {
     const int64_t bytes = nchw_memory(work, s, dtype, rows * strips, planes).bytes();
-    if (bytes > kNchwMostBytes) return;
+    if (bytes > kMostShared) return;
     const int64_t warps = parts(planes * strips * work.runs, 32);
     const int64_t blocks = s.N * parts(work.channels, planes) * parts(work.steps, rows * strips);
     const auto resident = static_cast<double>(std::min(kSharedBytes / static_cast<int32_t>(bytes) * warps, kBusy));
@@ -149,7 +149,7 @@ bool nchw_can_run(Map map, const ConvShape& s, DType dtype) {
   const NchwWork work = nchw_work(map, s);
   const bool dense_filters = s.w.n == s.R * s.S && s.w.h == s.S && s.w.w == 1;
   return window(s) && dense_rows(s) && dense_filters && dtype != DType::float64 &&
-         (map == Map::forward || s.K == s.C) && nchw_memory(work, s, dtype, 1, 1).bytes() <= kNchwMostBytes &&
+         (map == Map::forward || s.K == s.C) && nchw_memory(work, s, dtype, 1, 1).bytes() <= kMostShared &&
          work.channels * work.steps * work.runs > 0 && s.N * work.channels * work.steps < kNarrow - 1;  // blocks
 }
 

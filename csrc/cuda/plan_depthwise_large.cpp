@@ -48,7 +48,7 @@ Tile forward_tile(const Correlation& c, DType dtype, const Device& device) {
       const LargeCut one = large_cut(c, t, acc_size(dtype));
       const int64_t threads = one.column_threads * one.row_threads;
       const int64_t plane_bytes = (int64_t{one.plane} + one.filter_plane) * acc_size(dtype);
-      const int64_t room = std::min(kLargeThreads / threads, (kLargeShared - 1024) / plane_bytes);
+      const int64_t room = std::min(kLargeThreads / threads, (kMostShared - 1024) / plane_bytes);
       const int whole = static_cast<int>(32 / std::gcd<int64_t>(32, threads));  // planes that are whole warps
       if (room >= 1) {
         ++tried;
@@ -128,9 +128,11 @@ Tile grad_weight_tile(const Correlation& c, DType dtype) {
 }  // namespace
 
 bool large_can_run(Map map, const ConvShape& s, const Device& device) {
-  return device.compute_capability >= 80 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.R * s.S >= large_from(map, s) && s.R <= kLargeSide && s.S <= kLargeSide &&
-         (map != Map::grad_input || s.K == s.C) && s.N * s.K * std::max(s.P * s.Q, s.H * s.W) < int64_t{kNarrow} * 64;
+  // Tiles are cut out of planes that exist.
+  return s.input_elements() > 0 && s.output_elements() > 0 && device.compute_capability >= 80 && s.stride_h == 1 &&
+         s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.R * s.S >= large_from(map, s) &&
+         s.R <= kLargeSide && s.S <= kLargeSide && (map != Map::grad_input || s.K == s.C) &&
+         s.N * s.K * std::max(s.P * s.Q, s.H * s.W) < int64_t{kNarrow} * 64;
 }
 
 Plan plan_depthwise_large(Map map, const ConvShape& s, DType dtype, const Device& device) {

@@ -30,7 +30,7 @@ struct Machine {
 };
 Machine machine;
 
-constexpr size_t kMaxDynamicShared = 227 << 10;  // of compute capability 9.0, the largest
+constexpr size_t kMaxDynamicShared = 96 << 10;  // kMostShared of csrc/cuda/launch.h
 
 Fiber& fiber_of(Thread* thread) { return thread ? thread->fiber : machine.main; }
 
