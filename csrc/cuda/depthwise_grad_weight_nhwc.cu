@@ -214,11 +214,13 @@ Image<T> make_image(const void* data, const Strides& s, int64_t columns, int til
                     const GradWeightNhwc& cut, bool copies_pieces) {
   constexpr int kVec = kVec16<T>;
   const int pieces = cut.images * tile * (kLanes / kVec), threads = kLanes * cut.images * cut.slots;
+  // The stride of a single column may be anything, but copies need addresses on 16 bytes for columns that do not exist too.
+  const int64_t column = columns > 1 ? s.w : 0;
   return {static_cast<const T*>(data),
           s.n,
           s.c,
           static_cast<int>(s.h),
-          static_cast<int>(s.w),
+          static_cast<int>(column),
           static_cast<int>(columns),
           tile,
           std::max(pieces, threads) * kVec,  // every thread copies a first piece

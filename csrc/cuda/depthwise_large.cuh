@@ -56,7 +56,13 @@ inline Planes make_planes(const Strides& t, int64_t rows, int64_t columns, int64
   const auto whole = [](int64_t size, int64_t stride) { return size <= 1 || stride % 4 == 0; };
   const bool quads =
       (columns == 1 || t.w == 1) && columns % 4 == 0 && whole(rows, t.h) && whole(channels, t.c) && whole(N, t.n);
-  return {t.n,  t.c, static_cast<int>(t.h), static_cast<int>(t.w), static_cast<int>(rows), static_cast<int>(columns),
+  // The stride of a single plane may be anything, but copies need addresses on 16 bytes for planes that do not exist too.
+  return {N > 1 ? t.n : 0,
+          channels > 1 ? t.c : 0,
+          static_cast<int>(t.h),
+          static_cast<int>(t.w),
+          static_cast<int>(rows),
+          static_cast<int>(columns),
           quads};
 }
 
