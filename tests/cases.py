@@ -113,6 +113,7 @@ CASES: tuple[Case, ...] = (
     _depthwise("k7_plane7", 3, 40, 7, 7, 7, padding=(3, 3)),
     _depthwise("k7_stride2", 1, 16, 19, 18, 7, stride=(2, 2), padding=(3, 3)),
     _depthwise("k9", 1, 8, 19, 17, 9, padding=(4, 4)),
+    _depthwise("k9_empty_batch", 0, 8, 12, 12, 9, padding=(4, 4)),
     _depthwise("k3x5", 2, 12, 9, 13, (3, 5), padding=(1, 2), bias=True),
     _depthwise("k1x31", 1, 4, 3, 40, (1, 31), padding=(0, 15)),
     _depthwise("k31", 1, 3, 33, 35, 31, padding=(15, 15)),
@@ -138,6 +139,19 @@ CASES: tuple[Case, ...] = (
     Case("dense_k3", 2, 6, 9, 8, 10, 3, 3, padding=(1, 1), bias=True),
     Case("dense_k3_stride2", 1, 5, 9, 12, 4, 3, 3, stride=(2, 2), padding=(1, 0), dilation=(2, 1)),
     Case("dense_k1_padding", 1, 8, 5, 5, 6, 1, 1, padding=(1, 1)),
+)
+
+# Large enough for a plan to take, on a GPU of 132 multiprocessors, the tiles of large problems: pairs of channels,
+# several planes a block, seven rows of results a thread. tests/test_cuda_plan.py holds the plan to it.
+GPU_LAYERS: tuple[Case, ...] = (
+    *(
+        _depthwise(f"fill_k{k}" + "_stride2" * (s == 2), 16, 144, 29, 30, k, stride=(s, s), padding=(k // 2, k // 2))
+        for k in (3, 5, 7)
+        for s in (1, 2)
+    ),
+    _depthwise("fill_k13", 64, 96, 14, 14, 13, padding=(6, 6), bias=True),
+    _depthwise("fill_k13_plane28", 32, 96, 28, 28, 13, padding=(6, 6)),
+    _depthwise("fill_k31", 32, 96, 28, 28, 31, padding=(15, 15)),
 )
 
 _SMALL = (

@@ -40,6 +40,10 @@ CASES = [
     ((1, 64, 7, 7), (64, 32, 3, 3), {"stride": 2, "padding": 1, "groups": 2}),
     ((5, 3, 9, 12), (3, 1, 9, 9), {"padding": 4, "groups": 3}),  # large kernels in plain arithmetic
     ((2, 4, 1, 70), (4, 1, 1, 31), {"padding": (0, 30), "groups": 4}),
+    # what fills a large GPU has other tiles: GPU_LAYERS of cases.py
+    ((16, 144, 29, 30), (144, 1, 3, 3), {"padding": 1, "groups": 144}),
+    ((16, 144, 29, 30), (144, 1, 5, 5), {"stride": 2, "padding": 2, "groups": 144}),
+    ((64, 96, 14, 14), (96, 1, 13, 13), {"padding": 6, "groups": 96}),
 ]
 DTYPES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

@@ -14,6 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import emulate
 
+from cases import GPU_LAYERS
+
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(emulate.why_not() is not None, reason=str(emulate.why_not())),
@@ -52,6 +54,31 @@ def test_padding_alone_needs_no_tile(map: str) -> None:
     for size in ({"H": 0}, {"W": 0}):
         layer = depthwise(1, 8, 14, 9, map=map, layout="contiguous", dtype="float32", padding="9,9,9,9", **size)
         assert layer.kernel != "cuda_depthwise_large"
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_layers_of_the_gpu_tests_have_the_tiles_of_large_problems(map: str, dtype: str) -> None:
+    """What small cases get on a large GPU are other instantiations of the kernels."""
+    plans = {
+        f"{case.name}, {layout}": depthwise(
+            case.N, case.C, case.H, case.R, case.stride[0], map=map, dtype=dtype, layout=layout, W=case.W
+        )
+        for case in GPU_LAYERS
+        for layout in ("contiguous", "channels_last")
+    }
+    for name, plan in plans.items():
+        if plan.kernel == "cuda_depthwise_nhwc":
+            assert plan.tile["vec"] == 2, name
+        if plan.kernel.startswith("cuda_depthwise_grad_weight"):
+            assert plan.tile["vec"] == (4 if dtype == "float32" else 8) and plan.tile["splits"] > 1, name
+        large = name.startswith(("depthwise_fill_k13", "depthwise_fill_k31"))
+        assert large == (plan.kernel in ("cuda_depthwise_large", "cuda_depthwise_toeplitz")) or "k7" in name, name
+    keeps = {plan.tile["keep"] for plan in plans.values() if plan.kernel == "cuda_depthwise_large"}
+    assert keeps == {4, 7}
+    assert map == "grad_weight" or any(
+        plan.kernel == "cuda_depthwise_nchw" and plan.tile.get("lanes", 1) > 1 for plan in plans.values()
+    )
 
 
 # --- depthwise, channels_last ---

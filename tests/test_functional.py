@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sepconv_ext
-from cases import BY_NAME, CASES, FAMILIES, Case
+from cases import BY_NAME, CASES, FAMILIES, GPU_LAYERS, Case
 from harness import (
     ACTIVATIONS,
     DTYPES,
@@ -96,6 +96,25 @@ def test_maps(which: str, case: Case, dtype: torch.dtype, layout: str, device: s
         getattr(expected(case, dtype), which),
         f"{which} of {case}",
     )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("case", GPU_LAYERS, ids=str)
+def test_layers_that_fill_a_gpu(case: Case, dtype: torch.dtype, layout: str, device: str = "cuda") -> None:
+    """The tiles of large problems, against float64 on the same GPU."""
+    with only_our_kernels(at_least=len(MAPS)):
+        actual = Results(*(run_map(which, case, dtype, device, layout) for which in MAPS))
+    x, w, b = (None if t is None else t.double() for t in tensors(case, dtype, device))
+    x.requires_grad_(), w.requires_grad_()
+    y = F.conv2d(x, w, b, *case.geometry)
+    exact = Results(y.detach(), *torch.autograd.grad(y, (x, w), grad_like_output(case, dtype, device).double()))
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-3
+    for which in MAPS:
+        got, want = getattr(actual, which).double(), getattr(exact, which)
+        atol = tolerance * want.abs().max().item()
+        torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m, which=which: f"{which} of {case}: {m}")
 
 
 @pytest.mark.parametrize(
