@@ -136,6 +136,17 @@ def test_cpu_grad_weight_of_more_than_the_caches_hold(case: Case) -> None:
     assert_as_accurate(actual, theirs.grad_weight, truth.grad_weight, f"grad_weight of {case}")
 
 
+def test_cpu_grad_weight_adds_short_sums() -> None:
+    """Thousands of positive products, one after the other, would cost 7 eps and more, growing with the batch."""
+    case = Case("long_sums", 8, 1024, 28, 28, 1024, 5, 5, padding=(2, 2), groups=1024)
+    x = tensors(case, torch.float32, "cpu", "channels_last")[0].abs_()
+    g = grad_like_output(case, torch.float32, "cpu", "channels_last").abs_()
+    with only_our_kernels():
+        actual = ops.conv2d_grad_weight(g, x, case.weight_size, (25, 25, 5, 1), *case.op_geometry)
+    truth = reference.grad_weight(g, x, case.weight_size, *case.geometry)
+    assert (actual - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * truth.max()
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """One of the CPU's instruction sets, for one test; the best one is what every other test runs."""

@@ -8,7 +8,8 @@
 //   - tiles: a tile of some kRowGroup output rows and kColumns output columns, channel vector, up to three kernel rows.
 //     The sums of those kernel rows stay in registers while the rows of the tile go by; then they are added to the
 //     task's sums. Meanwhile the same pixels of the next vector are fetched into the first-level cache.
-//   - streamed: input row by input row in the order of memory; see depthwise_nhwc_grad_weight_stream.h.
+//   - streamed: input row by input row in the order of memory; see depthwise_nhwc_grad_weight_stream.h. Every kShortSum
+//     pixels or so the sums are added to the task's.
 // Either way grad_y and x come from memory once, and a long sum is a sum of short ones.
 //
 // The parts depend on the shape alone, and are added in order by a second pass: the result does not depend on the
@@ -36,6 +37,7 @@ inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
 inline constexpr int64_t kStreamedVectors = 8;  // of a chunk that rows are streamed for: half a kilobyte a pixel
+inline constexpr int64_t kShortSum = 256;       // output pixels, about, whose products are added one by one there
 
 // The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
 template <typename T>
@@ -163,14 +165,20 @@ struct SumTask {
     std::fill(own + v0 * size, own + v1 * size, A(0));
     const int64_t group = part / cut.strips, strip = part % cut.strips;
     const int64_t p0 = k.P * strip / cut.strips, p1 = k.P * (strip + 1) / cut.strips;
-    const int64_t groups = std::max<int64_t>((p1 - p0 + kRowGroup / 2) / kRowGroup, 1);
-    for (int64_t n = k.N * group / cut.images; n < k.N * (group + 1) / cut.images; ++n) {
-      if (kernel.stream != nullptr) {
+    const int64_t n0 = k.N * group / cut.images, n1 = k.N * (group + 1) / cut.images;
+    if (kernel.stream != nullptr) {
+      std::vector<A> recent((v1 - v0) * size);
+      for (int64_t n = n0; n < n1; ++n) {
         for (int64_t v = v0; v < v1; v += kStreamedVectors) {
-          add_streamed(n, p0, p1, v, std::min(v + kStreamedVectors, v1), own);
+          add_streamed(n, n - n0, p0, p1, v, std::min(v + kStreamedVectors, v1), recent.data() + (v - v0) * size,
+                       own + v * size);
         }
-        continue;
       }
+      move_sums(recent.data(), own + v0 * size, (v1 - v0) * size);
+      return;
+    }
+    const int64_t groups = std::max<int64_t>((p1 - p0 + kRowGroup / 2) / kRowGroup, 1);
+    for (int64_t n = n0; n < n1; ++n) {
       for (int64_t i = 0; i < groups; ++i) {
         add_group(n, p0 + (p1 - p0) * i / groups, p0 + (p1 - p0) * (i + 1) / groups, v0, v1, own);
       }
@@ -178,17 +186,29 @@ struct SumTask {
   }
 
  private:
-  // Output rows [p0, p1) of image n, channel vectors [v0, v1), input row by input row.
-  void add_streamed(int64_t n, int64_t p0, int64_t p1, int64_t v0, int64_t v1, A* sums) const {
+  static void move_sums(A* from, A* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      store(to + i, load(to + i) + load(from + i));
+      store(from + i, Vector<A>{});
+    }
+  }
+
+  // Output rows [p0, p1) of image n, channel vectors [v0, v1), input row by input row. `recent` and `sums` are of vector
+  // v0 on: after some rows, counted over the task's images (`done` of them came before), the one moves to the other.
+  void add_streamed(int64_t n, int64_t done, int64_t p0, int64_t p1, int64_t v0, int64_t v1, A* recent, A* sums) const {
     const int64_t top = p0 * k.stride_h, bottom = (p1 - 1) * k.stride_h;  // of the padded image
-    const int64_t end = std::min(bottom - k.pad_h + k.R, k.H);
-    for (int64_t h = std::max<int64_t>(top - k.pad_h, 0); h < end; ++h) {
+    const int64_t begin = std::max<int64_t>(top - k.pad_h, 0), end = std::min(bottom - k.pad_h + k.R, k.H);
+    const int64_t together = std::max<int64_t>(kShortSum * k.stride_h / k.Q, 1);
+    for (int64_t h = begin; h < end; ++h) {
+      if ((done * (end - begin) + h - begin + 1) % together == 0) {
+        move_sums(recent, sums, (v1 - v0) * k.R * k.S * kLanes<A>);
+      }
       // Padded row `row` meets kernel row r and output row (row - r) / stride_h, where that is one of [p0, p1).
       const int64_t row = h + k.pad_h, r0 = std::max(row - bottom, row % k.stride_h);
       const int64_t last = std::min(k.R - 1, row - top);
       if (r0 > last) continue;
       kernel.stream(k, {x + (n * k.H + h) * k.W * k.C, grad_y + (n * k.P + (row - r0) / k.stride_h) * k.Q * k.C,
-                        sums + r0 * k.S * kLanes<A>, (last - r0) / k.stride_h + 1, v0, v1, kernel.far});
+                        recent + r0 * k.S * kLanes<A>, (last - r0) / k.stride_h + 1, v0, v1, kernel.far});
     }
   }
 

@@ -13,7 +13,7 @@ template <typename T>
 struct StreamedRow {
   const T* x;
   const T* grad_y;
-  accumulate_t<T>* sums;  // [vectors, R, S, kLanes], from that kernel row of vector 0 on
+  accumulate_t<T>* sums;  // [v1 - v0, R, S, kLanes], from that kernel row of vector v0 on
   int64_t rows;           // kernel rows that meet the input row, each a stride below the one before
   int64_t v0, v1;         // channel vectors
   bool ahead;             // fetch the next tile meanwhile
@@ -79,7 +79,7 @@ void stream_row(const ConvShape& k, const StreamedRow<T>& b) {
         fetch<T, kColumns * kStride>(x + ((count - 1) * kStride + kTaps) * C, C);
         fetch<T, kColumns>(grad_y + count * C, C);
       }
-      A* sums = b.sums + v * k.R * kTaps * kLanes<A>;
+      A* sums = b.sums + (v - b.v0) * k.R * kTaps * kLanes<A>;
       for (int64_t left = b.rows; left > 0;) {
         if (kMaxRows == 3 && left >= 3) {
           stream_tile<T, kTaps, kStride, kMaxRows>(x, grad_y, y_row, C, sums, from, end, count);
