@@ -18,8 +18,8 @@
 // - Hot code is in functions, functors and templates, never in a lambda: GCC compiles a lambda for the baseline.
 // - Helpers that take or return a Vector are SEPCONV_INLINE (always inlined): no vector crosses a call.
 // - Other headers are included in the first half only (a fragment like simd.h, without includes, may be read in the
-//   second), or an inline function of theirs could be compiled for AVX-512 and be
-//   the copy that the linker keeps for everyone.
+//   second), or an inline function of theirs could be compiled for AVX-512 and be the copy that the linker keeps for
+//   everyone.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,8 @@
 
 namespace sepconv::cpu {
 
-// Bytes of all tensors of a call, up to which they are expected in some cache: fetching ahead costs more than it brings.
+// Bytes of a call's input and output, up to which they are expected in some cache: fetching ahead costs more than it
+// brings.
 inline constexpr int64_t kNearBytes = 10 << 20;
 
 // Storage types of 16 bits; arithmetic happens in float.

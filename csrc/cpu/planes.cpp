@@ -88,13 +88,12 @@ class Planes {
  public:
   using A = accumulate_t<T>;
   static constexpr bool kSameType = std::is_same_v<A, T>;
-  static constexpr int64_t kKeep =
-      32 << 10;  // bytes of scratch that a single plane may take, before it is cut in strips
+  // Bytes of scratch that a single plane may take, before it is cut in strips.
+  static constexpr int64_t kKeep = 32 << 10;
   static constexpr int64_t kKeepGroup = 256 << 10;  // the same for the planes of a group
   static constexpr int64_t kMaxScratch = 1 << 20;   // bytes of input scratch: more channels are taken in blocks
   static constexpr int64_t kMaxTile = 256 << 10;    // bytes of tiles and of converted weights
-  static constexpr int64_t kOutAhead =
-      2 << 10;  // bytes from where a row is stored to what is fetched for the next ones
+  static constexpr int64_t kOutAhead = 2 << 10;     // bytes from where a row is stored to what is fetched meanwhile
   static constexpr int64_t kTasks = 64;
 
   explicit Planes(const PlanesJob& job) : job_(job), layout_(job.columns, kLanes<A>) {

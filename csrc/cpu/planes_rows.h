@@ -17,8 +17,8 @@ struct Block {
   int64_t channels, in_channel, w_channel;
   const RunSteps* runs;
   int run_count;
-  int64_t in_row,
-      w_row;  // from one output row (in place: one row of the image), and from one tap of a run, to the next
+  int64_t in_row;  // from one output row (in place: from one row of the image) to the next
+  int64_t w_row;   // from one tap of a run to the next
   const ColumnSteps* taps;
   int tap_count;
   int64_t out_row, columns;
@@ -149,7 +149,7 @@ void row_block(const Block<A>& b, const A* in_rows, const A* const* rows, int64_
       // comes, as a rule, the next plane.
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        if constexpr (kInPlace) __builtin_prefetch(rows[1 + i] + q + kRows * b.in_row);
+        if constexpr (kInPlace) __builtin_prefetch(rows[kRows - 1] + (i + 2) * b.in_row + q);
         __builtin_prefetch(out_rows + (i + kRows) * out_row + q, 1);
       }
     }
