@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils.flop_counter import FlopCounterMode
 
 import sepconv_ext
-from cases import BY_NAME, FAMILIES, Case
+from cases import BY_NAME, FAMILIES, GPU_LAYERS, Case
 from harness import LAYOUTS, grad_like_output, only_our_kernels, random, tensors, with_layout
 from sepconv_ext import functional
 from sepconv_ext.nn import DepthwiseConv2d, PointwiseConv2d
@@ -483,6 +483,28 @@ def test_cuda_graph_capture(case: Case, layout: str) -> None:
     graph.replay()
     for a, c in zip(captured, step(), strict=True):
         torch.testing.assert_close(a, c)
+
+
+@pytest.mark.cuda
+def test_cuda_graph_of_one_kernel_with_two_sizes_of_shared_memory() -> None:
+    """Shared memory is granted to a kernel once for all its launches: a smaller one takes none from an earlier one."""
+    (case,) = (case for case in GPU_LAYERS if case.name == "depthwise_fill_k31")
+    made = [tensors(case, torch.float32, "cuda", layout) for layout in ("channels_last", "contiguous")]
+
+    def step():  # about 90 and 60 KB a block
+        return [functional.conv2d(x, w, b, *case.geometry) for x, w, b in made]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, c in zip(captured, expected, strict=True):
+        assert torch.equal(a, c)
 
 
 @pytest.mark.cuda
