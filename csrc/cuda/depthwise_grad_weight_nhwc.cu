@@ -210,14 +210,15 @@ __global__ void __launch_bounds__(kLanes* grad_weight_slots(kKernel), kKernel ==
 }
 
 template <typename T>
-Image<T> make_image(const void* data, const Strides& s, int64_t columns, int tile, int64_t multiplier,
+Image<T> make_image(const void* data, const Strides& s, int64_t N, int64_t columns, int tile, int64_t multiplier,
                     const GradWeightNhwc& cut, bool copies_pieces) {
   constexpr int kVec = kVec16<T>;
   const int pieces = cut.images * tile * (kLanes / kVec), threads = kLanes * cut.images * cut.slots;
-  // The stride of a single column may be anything, but copies need addresses on 16 bytes for columns that do not exist too.
+  // The stride of a single column or image may be anything, but copies need addresses on 16 bytes for those that do not
+  // exist too.
   const int64_t column = columns > 1 ? s.w : 0;
   return {static_cast<const T*>(data),
-          s.n,
+          N > 1 ? s.n : 0,
           s.c,
           static_cast<int>(s.h),
           static_cast<int>(column),
@@ -241,8 +242,8 @@ cudaError_t launch_depthwise_grad_weight_nhwc(const ConvShape& s, DType dtype, c
     Args<T> a{};
     a.rows = make_rows(s, cut.places, tile);
     a.result = make_result<T>(s, tile.splits, workspace, grad_w);
-    a.x = make_image<T>(x, s.x, s.W, (y_tile - 1) * kStride + kKernel, s.K / s.C, cut, tile.vec > 1);
-    a.y = make_image<T>(grad_y, s.y, s.Q, y_tile, 1, cut, tile.vec > 1);
+    a.x = make_image<T>(x, s.x, s.N, s.W, (y_tile - 1) * kStride + kKernel, s.K / s.C, cut, tile.vec > 1);
+    a.y = make_image<T>(grad_y, s.y, s.N, s.Q, y_tile, 1, cut, tile.vec > 1);
     a.N = static_cast<int>(s.N), a.pad_w = static_cast<int>(s.pad_w);
     a.channels = cut.channels, a.lanes = cut.lanes, a.images = cut.images, a.slots = cut.slots;
     a.by_chunks = FastDiv(cut.chunks), a.by_tiles = FastDiv(cut.tiles), a.by_slots = FastDiv(cut.slots);
