@@ -72,13 +72,12 @@ struct Kernel {
   int64_t rows_of(int64_t left) const { return std::min<int64_t>(left == 4 ? 2 : left, longer.max_rows); }
 
  private:
-  // Measured (benchmarks/NOTES.md). In a 3x3 kernel of stride 1 the sums weigh most: it is streamed only where the tiles
-  // would suffer, pixels that share cache sets or lie a memory page apart.
+  // Measured (benchmarks/NOTES.md). At stride 1 the sums weigh more, and rows are streamed only where tiles suffer, whose
+  // pixels share cache sets or lie about a memory page apart; of a 3x3 kernel only where they come from memory, too.
   bool streams(const ConvShape& k) const {
     if (k.R >= k.H || k.stride_h != k.stride_w) return false;
-    if (k.S > 3 || k.stride_w > 1) return true;
     const int64_t pixel = k.C * static_cast<int64_t>(sizeof(T));
-    return far && (pixel % 512 == 0 || pixel >= 2048);
+    return k.stride_w > 1 || ((far || k.S > 3) && (pixel % 512 == 0 || pixel >= 1792));
   }
   auto streaming(const ConvShape& k) const -> decltype(stream) {
     if constexpr (SEPCONV_ISA_LEVEL == 2) {
