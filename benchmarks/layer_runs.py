@@ -12,7 +12,7 @@ from . import machine, peers
 from .layers import MAPS, Layer, floor
 from .peers import LAYOUTS, OURS, Operands
 from .record import LOSING
-from .timing import Clock, Timing, threads
+from .timing import MAX_ROUNDS, Clock, Timing, threads
 
 
 @dataclass
@@ -81,7 +81,7 @@ def _contest(plan: Plan, layer: Layer, dtype: torch.dtype, map: str, thread_coun
     timing = plan.clock.measure(entrants, count, plan.budget, plan.rounds)
     again = any(row_speedup(timing, layout) < LOSING for layout in sets)
     if again:
-        timing = plan.clock.measure(entrants, count, 4 * plan.budget, 3 * plan.rounds)
+        timing = plan.clock.measure(entrants, count, 4 * plan.budget, 3 * plan.rounds, most=5 * MAX_ROUNDS)
     for layout, operands in sets.items():
         base = floor(
             layer,

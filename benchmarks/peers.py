@@ -60,15 +60,15 @@ def ours(layer: Layer, map: str, sets: list[Operands]) -> Contender:
 
     def forward(i: int) -> Tensor:
         o = sets[i]
-        return ops.conv2d(o.x, o.w, o.b, stride, padding, dilation, groups, "identity")
+        return sepconv_ext.functional.conv2d(o.x, o.w, o.b, stride, padding, dilation, groups)
 
     def grad_input(i: int) -> Tensor:
         o = sets[i]
-        return ops.conv2d_grad_input(o.g, o.w, o.x.shape, o.x.stride(), stride, padding, dilation, groups)
+        return ops.conv2d_grad_input.default(o.g, o.w, o.x.shape, o.x.stride(), stride, padding, dilation, groups)
 
     def grad_weight(i: int) -> Tensor:
         o = sets[i]
-        return ops.conv2d_grad_weight(o.g, o.x, o.w.shape, o.w.stride(), stride, padding, dilation, groups)
+        return ops.conv2d_grad_weight.default(o.g, o.x, o.w.shape, o.w.stride(), stride, padding, dilation, groups)
 
     return {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}[map]
 
@@ -86,7 +86,7 @@ def torch_conv(layer: Layer, map: str, sets: list[Operands]) -> Contender:
 
         def run(i: int) -> Tensor:
             o = sets[i]
-            return torch.ops.aten.convolution_backward(
+            return torch.ops.aten.convolution_backward.default(
                 o.g, o.x, o.w, None, stride, padding, dilation, False, [0, 0], groups, mask
             )[wanted]
 

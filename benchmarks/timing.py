@@ -1,15 +1,16 @@
 """How a time is taken: contenders run interleaved, over rotating buffers, and the median counts.
 
 A contender is a function of one index: it runs once on the operand set of that number. Every call takes the next set,
-so that its operands left the L2 cache long ago. On a CPU a sample is the time of enough calls to fill 0.2 ms: the
-thread's own CPU time where one thread works, which other processes cannot lengthen, and wall-clock time where several
-do. On a GPU it is the time between two events around the replay of a CUDA graph that holds one call per set, so no host
-time is in it.
+so that its operands left the L2 cache long ago. On a CPU the places of the results are dealt anew in every round, and a
+sample is the time of enough calls to fill 0.2 ms: the thread's own CPU time where one thread works, which other
+processes cannot lengthen, and wall-clock time where several do. On a GPU it is the time between two events around the
+replay of a CUDA graph that holds one call per set, so no host time is in it.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ import torch
 
 Contender = Callable[[int], object]
 
-MAX_ROUNDS = 40
+MAX_ROUNDS = 40  # of a contest that says nothing else
 MAX_SETS = 64
 
 
@@ -54,8 +55,9 @@ class CpuClock:
         budget: float = 0.25,
         rounds: int = 5,
         graph: bool = True,
+        most: int = MAX_ROUNDS,
     ) -> Timing:
-        """At least ``rounds`` samples of each contender, more as ``budget`` seconds allow. ``graph`` is for GPUs."""
+        """``rounds`` to ``most`` samples of each contender, as ``budget`` seconds allow. ``graph`` is for GPUs."""
         now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         timing = Timing()
         turn = _Turn(sets)
@@ -73,7 +75,8 @@ class CpuClock:
             cost += calls[name] * once
             timing.samples[name] = []
         order = list(timing.samples)
-        for _ in range(_rounds(budget, cost, rounds)):
+        for _ in range(_rounds(budget, cost, rounds, most)):
+            obstacles = _obstacles(turn)
             for name in order:
                 run = contenders[name]
                 start = now()
@@ -81,6 +84,7 @@ class CpuClock:
                     run(turn.next())
                 timing.samples[name].append((now() - start) / calls[name])
             order.reverse()  # nobody always runs after the same neighbour
+            del obstacles
         return timing
 
     @staticmethod
@@ -107,6 +111,7 @@ class CudaClock:
         budget: float = 0.25,
         rounds: int = 5,
         graph: bool = True,
+        most: int = MAX_ROUNDS,
     ) -> Timing:
         """As on the CPU. ``graph=False`` times eager calls, host time included where it is the longer."""
         timing = Timing()
@@ -122,7 +127,7 @@ class CudaClock:
                 timing.errors[name] = _one_line(error)
                 torch.cuda.synchronize()
         order = list(timing.samples)
-        for _ in range(_rounds(budget, cost, rounds)):
+        for _ in range(_rounds(budget, cost, rounds, most)):
             for name in order:
                 timing.samples[name].append(self._sample(replays[name]) / sets)
             order.reverse()
@@ -186,19 +191,30 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
+def _obstacles(turn: _Turn) -> list[torch.Tensor]:
+    """Blocks of random size, to hold for one round.
+
+    Where malloc puts a result decides whether the call has to fault its pages in (measured: none or 6,272 faults a
+    call, a third of its time). Left alone, that place stays the same for a whole contest, and one contender pays with
+    every call; other blocks in the way in every round deal the places anew.
+    """
+    return [torch.empty(turn.random.randrange(1 << 16, 1 << 24), dtype=torch.uint8) for _ in range(2)]
+
+
 class _Turn:
     def __init__(self, sets: int) -> None:
         self.sets, self.index = sets, -1
+        self.random = random.Random(sets)
 
     def next(self) -> int:
         self.index = (self.index + 1) % self.sets
         return self.index
 
 
-def _rounds(budget: float, cost: float, least: int) -> int:
-    """How many rounds fit in the budget: an odd number from ``least`` to MAX_ROUNDS, so that a median is a sample."""
+def _rounds(budget: float, cost: float, least: int, most: int) -> int:
+    """How many rounds fit in the budget: an odd number from ``least`` to ``most``, so that a median is a sample."""
     fitting = budget / cost if cost > 0 else least
-    return int(max(least, min(MAX_ROUNDS, fitting))) | 1
+    return int(max(least, min(most, fitting))) | 1
 
 
 def _one_line(error: Exception) -> str:

@@ -248,7 +248,7 @@ def test_a_slow_looking_layer_is_measured_again():
     budgets = []
 
     class Stub(timing.CpuClock):
-        def measure(self, contenders, sets=1, budget=0.0, rounds=1, graph=True):
+        def measure(self, contenders, sets=1, budget=0.0, rounds=1, graph=True, most=1):
             budgets.append(budget)
             ours = 2.0 if len(budgets) == 1 else 0.5
             return timing.Timing({name: [ours if name.startswith("sepconv") else 1.0] for name in contenders})
