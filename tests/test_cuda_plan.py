@@ -89,7 +89,8 @@ def test_the_layers_of_the_gpu_tests_have_the_tiles_of_large_problems(map: str, 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_dense_channels_take_the_register_window(map: str, dtype: str, kernel: int) -> None:
     for stride in (1, 2):
-        plan = depthwise(64, 144, 56, kernel, stride, map=map, dtype=dtype)
+        tensor_cores = dtype != "float32" and kernel > 3 and stride == 1
+        plan = depthwise(64, 144, 56, kernel, stride, map=map, dtype=dtype, sm=75 if tensor_cores else 90)
         assert plan.kernel == "cuda_depthwise_nhwc" and plan.tile["vec"] == 2
         assert "every row read once" in plan.reason
     for dilation in (2, 3, 6):
@@ -120,7 +121,7 @@ def test_channels_go_in_pairs_wherever_they_can(channels: int) -> None:
 @pytest.mark.parametrize("layer", [(1, 960, 7, 3), (1, 384, 14, 3), (1, 768, 7, 7), (1, 96, 56, 7), (1, 32, 112, 3)])
 def test_small_problems_are_cut_until_the_gpu_is_full(layer: tuple[int, int, int, int]) -> None:
     """Into single channels and rows, or until each multiprocessor has what keeps it busy: more would repeat rows."""
-    plan = depthwise(*layer)
+    plan = depthwise(*layer, sm=75)
     assert "vec" not in plan.tile and "too few for pairs" in plan.reason
     N, C, size, kernel = layer
     threads = N * -(-size // plan.tile.get("rows", 1)) * -(-size // 7) * C
@@ -128,7 +129,7 @@ def test_small_problems_are_cut_until_the_gpu_is_full(layer: tuple[int, int, int
     assert plan.tile.get("rows", 1) == 1 or threads >= busy / 2
     assert threads <= 2 * busy
     # A small GPU is full sooner.
-    small = depthwise(*layer, multiprocessors=2)
+    small = depthwise(*layer, sm=75, multiprocessors=2)
     assert small.tile["vec"] == 2 and small.tile["rows"] > plan.tile.get("rows", 1)
 
 
@@ -136,6 +137,61 @@ def test_small_problems_are_cut_until_the_gpu_is_full(layer: tuple[int, int, int
 def test_large_problems_keep_strips_tall(layer: tuple[int, int, int, int]) -> None:
     plan = depthwise(*layer)
     assert plan.tile["rows"] >= min(layer[2] // 2, 14)
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_taps_in_half_types_take_tensor_cores(map: str, dtype: str) -> None:
+    def kernel(**layer: object) -> str:
+        case = {"N": 8, "C": 144, "size": 28, "kernel": 5, "map": map, "dtype": dtype} | layer
+        return depthwise(**case).kernel
+
+    for size in (4, 5, 6, 7):
+        assert kernel(kernel=size) == "cuda_depthwise_nhwc_mma"
+    for R, S in ((1, 7), (7, 1), (3, 5), (2, 2)):
+        assert kernel(R=R, S=S) == "cuda_depthwise_nhwc_mma"
+    for layer in (
+        {"kernel": 3},
+        {"kernel": 9},
+        {"stride": 2},
+        {"dilation": 2},
+        {"sm": 75},
+        {"C": 148},  # no whole vectors of channels
+        {"offset": 4},
+        {"K": 288},
+        {"layout": "contiguous"},
+        {"dtype": "float32"},
+    ):
+        assert kernel(**layer) != "cuda_depthwise_nhwc_mma"
+    assert kernel(layout="sliced_last") == "cuda_depthwise_nhwc_mma"
+
+
+def stream(plan: emulate.Planned, layer: tuple[int, int, int, int]) -> tuple[int, float]:
+    """Blocks of depthwise_nhwc_mma, and the rows that the longest stream has of those that there are on average."""
+    N, C, size, _ = layer
+    tile = {"rows": 1, "splits": 1} | plan.tile
+    pairs, groups = -(-size // 2), C // 8
+    column_tiles = -(-pairs // 16)
+    images = 1 if column_tiles > 1 else max(1, min(16 // pairs, 64 // (2 * pairs + 6), N))
+    slices = -(-groups // 4)
+    places = -(-N // images) * column_tiles * -(-size // tile["rows"])
+    assert 1 <= tile["splits"] <= places
+    return slices * tile["splits"], -(-places // tile["splits"]) * tile["splits"] / places
+
+
+@pytest.mark.parametrize("layer", [(1, 960, 7, 5), (1, 384, 14, 7), (1, 768, 7, 7), (1, 96, 56, 7), (1, 32, 112, 5)])
+def test_small_problems_are_cut_into_strips_on_tensor_cores(layer: tuple[int, int, int, int]) -> None:
+    plan = depthwise(*layer)
+    assert plan.kernel == "cuda_depthwise_nhwc_mma"
+    assert stream(plan, layer)[0] >= H100 / 2 or plan.tile.get("rows", 1) <= 4
+    assert depthwise(*layer, multiprocessors=2).tile["rows"] > plan.tile.get("rows", 1)
+
+
+@pytest.mark.parametrize("layer", [(128, 144, 56, 5), (128, 96, 56, 7), (128, 672, 28, 5), (128, 384, 14, 7)])
+def test_large_problems_share_out_whole_images_on_tensor_cores(layer: tuple[int, int, int, int]) -> None:
+    blocks, uneven = stream(depthwise(*layer), layer)
+    assert 2 * H100 <= blocks <= 3 * H100 and uneven <= 1.15
+    assert depthwise(*layer).tile["rows"] >= min(layer[2] // 2, 14)
 
 
 def test_grad_input_of_stride_2_walks_in_pairs_of_rows() -> None:
@@ -309,8 +365,10 @@ def test_large_kernels_of_stride_1_stand_in_shared_memory(map: str, layout: str)
     for taps in ((4, 4), (9, 9), (31, 31), (1, 31), (31, 1), (5, 63), (64, 64), (2, 8)):
         for dtype in ("float32", "float64", "float16"):
             plan = large(*taps, map=map, layout=layout, dtype=dtype)
-            tensor_cores = dtype == "float16" and layout == "contiguous" and min(taps) >= 7
-            assert plan.kernel == ("cuda_depthwise_toeplitz" if tensor_cores else "cuda_depthwise_large")
+            few = taps == (4, 4) and layout == "channels_last" and map != "grad_weight"
+            tensor_cores = dtype == "float16" and (few or (layout == "contiguous" and min(taps) >= 7))
+            name = "cuda_depthwise_nhwc_mma" if few else "cuda_depthwise_toeplitz"
+            assert plan.kernel == (name if tensor_cores else "cuda_depthwise_large")
             assert tensor_cores or "8 taps and more" in plan.reason
 
 

@@ -113,6 +113,20 @@ LARGE = (
     Case("large_k35x50", 1, 1, 18, 40, 1, 35, 50, padding=(17, 25)),
 )
 
+# Channels_last on tensor cores: narrow images side by side, tiles of a row, one to four groups of channels a block, a
+# slice of them with fewer, filters of every shape, rows between two images and rows without any.
+DIAGONALS = (
+    Case("diagonals_k7", 2, 24, 9, 10, 24, 7, 7, padding=(3, 3), groups=24, bias=True),
+    Case("diagonals_k5_tiles", 1, 40, 6, 67, 40, 5, 5, padding=(2, 2), groups=40, bias=True),
+    Case("diagonals_k7_small_planes", 5, 8, 7, 7, 8, 7, 7, padding=(3, 3), groups=8),
+    Case("diagonals_k5_three_wide", 9, 32, 8, 3, 32, 5, 5, padding=(2, 2), groups=32, bias=True),
+    Case("diagonals_k4x6", 2, 16, 11, 14, 16, 4, 6, padding=(1, 3), groups=16),
+    Case("diagonals_k1x7", 2, 8, 3, 19, 8, 1, 7, padding=(0, 3), groups=8, bias=True),
+    Case("diagonals_k7_no_padding", 3, 16, 12, 13, 16, 7, 7, groups=16),
+    Case("diagonals_k5_far_padding", 2, 8, 3, 4, 8, 5, 5, padding=(7, 6), groups=8, bias=True),
+    Case("diagonals_k6x2_one_pixel", 3, 8, 1, 1, 8, 6, 2, padding=(3, 1), groups=8),
+)
+
 # Planes of odd and of aligned widths: runs of columns that end in a row's middle, several planes to a block, bands of
 # one, and borders at every side.
 PLANES = (
@@ -245,6 +259,13 @@ def _runs() -> Iterator[Run]:
                 yield made(case, map, "contiguous", dtype)
         yield made(case, "forward", "contiguous", "float16", offset=1)
         yield made(case, "grad_weight", "contiguous", "float16", splits=2)
+    for case in DIAGONALS:
+        for map in ("forward", "grad_input"):
+            for dtype in ("float16", "bfloat16"):
+                yield made(case, map, "channels_last", dtype, multiprocessors=1)  # streams of many places
+                yield made(case, map, "channels_last", dtype)
+            yield made(case, map, "sliced_last", "float16", rows=2, splits=2, w_layout="channels_last")
+        yield made(case, "forward", "channels_last", "float16", infinite=1, multiprocessors=1)
     for case in PLANES:
         for map in ("forward", "grad_input") if case.K == case.C else ("forward",):
             # The GPU that is planned for: so small that tiles are large, without tensor cores, or an H100.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -53,9 +54,12 @@ def test_every_wrapper_has_a_golden_test() -> None:
 @pytest.mark.emulated
 @emulator_marks[1]
 def test_the_emulator_runs_every_wrapper(build: str) -> None:
-    """With the two layouts spelt out once more, in another way than matrix.cpp does."""
+    """With three layouts spelt out once more, in another way than matrix.cpp does."""
     output = emulated_output(build)
     words = {name: [int(word, 16) for word in line.split()] for name, line in output.items()}
+    for dtype in ("float16", "bfloat16"):
+        sums = [struct.unpack("<f", struct.pack("<I", word))[0] for word in words[f"mma_sp_m16n8k32 {dtype}"]]
+        assert sums == sparse_product()
     for lane in range(32):
         for matrix in range(4):  # row r of matrix m is shared row (8 m + r) ^ 5, whose element i is row * 256 + i
             row = (8 * matrix + lane // 4) ^ 5
@@ -67,6 +71,32 @@ def test_the_emulator_runs_every_wrapper(build: str) -> None:
         first, second = ((2 * lane + i) * 2654435761 % 2**32 if lane % 3 else 0 for i in (0, 1))
         loaded = words["load16_if load32_if load64_if opaque"][lane * 4 : lane * 4 + 4]
         assert loaded == [first & 0xFFFF, first, first, second]
+
+
+def sparse_product() -> list[float]:
+    """What mma_sp_golden of golden.cu prints: the layouts of the PTX manual, from the side of the matrices."""
+
+    def number(i: int) -> int:
+        return (i * 2654435761 % 2**32 >> 28) - 8
+
+    def left(row: int, k: int) -> int:
+        group, four = row % 8, k // 4
+        nibble = (4 * group + four // 4) * 8 + row // 8 * 4 + four % 4  # of `kept`, over all lanes
+        kept = 0xEDC984 >> nibble * 7 % 6 * 4 & 15
+        kept = (kept & 3, kept >> 2)
+        if k % 4 not in kept:
+            return 0
+        register = (4 * group + four % 4) * 4 + four // 4 * 2 + row // 8
+        return number(2 * register + kept.index(k % 4))
+
+    def right(k: int, column: int) -> int:
+        return number(2 * (1000 + (4 * column + k % 8 // 2) * 4 + k // 8) + k % 2)
+
+    def sum_of(lane: int, i: int) -> int:
+        row, column = lane // 4 + i // 2 * 8, lane % 4 * 2 + i % 2
+        return number(5000 + lane * 4 + i) + sum(left(row, k) * right(k, column) for k in range(32))
+
+    return [float(sum_of(lane, i)) for lane in range(32) for i in range(4)]
 
 
 def _nvcc() -> str | None:

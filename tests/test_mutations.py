@@ -34,7 +34,14 @@ ALL = os.environ.get("MUTANTS") == "all"
 SAMPLE = 8  # of the other faults, every so many-th
 MOST_RUNS, MOST_RACE_RUNS = 150, 32  # the cheapest
 # Cases that always run.
-KEPT = (*test_emulated.EDGES, *test_emulated.WALKS, *test_emulated.PLANES, *test_emulated.PLAIN, *test_emulated.SPATIAL)
+KEPT = (
+    *test_emulated.EDGES,
+    *test_emulated.WALKS,
+    *test_emulated.DIAGONALS,
+    *test_emulated.PLANES,
+    *test_emulated.PLAIN,
+    *test_emulated.SPATIAL,
+)
 SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.
 HEADERS = {

@@ -42,6 +42,14 @@ cudaError_t launch_depthwise_nhwc_forward(const ConvShape&, DType, const void* x
 cudaError_t launch_depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x,
                                              const Tile&, cudaStream_t);
 
+// depthwise_nhwc_mma.cu: float16 and bfloat16, compute capability 8.0 or newer, multiplier 1, channels dense, stride 1, no
+// dilation, at most 7 taps a side, every pixel on 16 bytes and whole vectors of eight channels. A place (tiling.h) has
+// tile.rows output rows; tile.splits blocks share those of the same channels.
+cudaError_t launch_depthwise_nhwc_mma_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
+                                              void* y, const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_nhwc_mma_grad_input(const ConvShape&, DType, const void* grad_y, const void* w,
+                                                 void* grad_x, const Tile&, cudaStream_t);
+
 // depthwise_nchw.cu: rows and filters without gaps, has_window, not float64; any multiplier forward, multiplier
 // 1 for grad_input. A thread walks down tile.rows steps (tiling.h), a block has tile.splits strips of them in each of
 // tile.lanes planes: one plane, or whole planes without gaps between them in x and y.

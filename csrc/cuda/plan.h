@@ -11,6 +11,7 @@ namespace sepconv::cuda {
 
 enum class Kernel : int {
   depthwise_nhwc,
+  depthwise_nhwc_mma,
   depthwise_nchw,
   depthwise_direct,
   depthwise_grad_weight,

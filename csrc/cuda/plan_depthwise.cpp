@@ -331,6 +331,9 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
     const Plan p = depthwise_grad_weight(s, dtype, alignment);
     return large && p.kernel == Kernel::depthwise_grad_weight ? plan_depthwise_large(map, s, dtype, device) : p;
   }
+  if (narrow && whole_vectors(s, 8, dtype, alignment) && nhwc_mma_can_run(s, dtype, device)) {
+    return plan_depthwise_nhwc_mma(map, s, device);
+  }
   if (narrow && nhwc_can_run(map, s, dtype)) {
     return depthwise_nhwc(map, s, dtype, device, alignment);
   }

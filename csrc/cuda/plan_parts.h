@@ -25,6 +25,9 @@ inline bool narrow_images(const ConvShape& s) {
 }
 
 Plan plan_depthwise(Map, const ConvShape&, DType, const Device&, int64_t alignment);
+// forward and grad_input on tensor cores, for images of whole vectors of eight channels: whether they can run, and how.
+bool nhwc_mma_can_run(const ConvShape&, DType, const Device&);
+Plan plan_depthwise_nhwc_mma(Map, const ConvShape&, const Device&);
 // Large kernels of stride 1 in plain arithmetic: whether they can run, and how.
 bool large_can_run(Map, const ConvShape&, const Device&);
 Plan plan_depthwise_large(Map, const ConvShape&, DType, const Device&);

@@ -9,6 +9,8 @@ cudaError_t run_forward(const Plan& p, const ConvShape& shape, DType dtype, cons
                         const Epilogue& epilogue, void* y, void* workspace, cudaStream_t stream) {
   switch (p.kernel) {
     case Kernel::depthwise_nhwc: return launch_depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
+    case Kernel::depthwise_nhwc_mma:
+      return launch_depthwise_nhwc_mma_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_nchw: return launch_depthwise_nchw_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_direct:
       return launch_depthwise_direct_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
@@ -28,6 +30,8 @@ cudaError_t run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, c
   switch (p.kernel) {
     case Kernel::depthwise_nhwc:
       return launch_depthwise_nhwc_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
+    case Kernel::depthwise_nhwc_mma:
+      return launch_depthwise_nhwc_mma_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_nchw:
       return launch_depthwise_nchw_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_direct:

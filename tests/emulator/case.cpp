@@ -115,6 +115,7 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   const std::string kernel = a.text("kernel", "auto");
   if (kernel != "auto") {
     static constexpr const char* kKernels[] = {"depthwise_nhwc",
+                                               "depthwise_nhwc_mma",
                                                "depthwise_nchw",
                                                "depthwise_direct",
                                                "depthwise_grad_weight",

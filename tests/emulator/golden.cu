@@ -37,6 +37,20 @@ __global__ void mma_golden(uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = __float_as_uint(d[i]);
 }
 
+// out: [lane][4 floats]. Every four of a row keep two other elements, and lanes that have no say name others again.
+template <typename T>
+__global__ void mma_sp_golden(uint32_t* out) {
+  const uint32_t lane = threadIdx.x;
+  uint32_t a[4], b[4], kept = 0;
+  float d[4];
+  for (uint32_t i = 0; i < 4; ++i) a[i] = two<T>(lane * 4 + i);
+  for (uint32_t i = 0; i < 4; ++i) b[i] = two<T>(1000 + lane * 4 + i);
+  for (uint32_t i = 0; i < 4; ++i) d[i] = static_cast<float>(small_number(5000 + lane * 4 + i));
+  for (uint32_t i = 0; i < 8; ++i) kept |= (0xedc984u >> (lane * 8 + i) * 7 % 6 * 4 & 15) << 4 * i;
+  mma_sp_m16n8k32<T>(d, a, b, kept);
+  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = __float_as_uint(d[i]);
+}
+
 // out: [lane][4 registers]. Every 16-bit element of the four matrices is its own number; rows lie 16 bytes apart from dense.
 template <bool kTransposed>
 __global__ void ldmatrix_golden(uint32_t* out) {
@@ -147,6 +161,8 @@ bool show_all() {
   const Memory from(values);
   bool fine = show("mma_m16n8k16 float16", mma_golden<__half>);
   fine &= show("mma_m16n8k16 bfloat16", mma_golden<__nv_bfloat16>);
+  fine &= show("mma_sp_m16n8k32 float16", mma_sp_golden<__half>);
+  fine &= show("mma_sp_m16n8k32 bfloat16", mma_sp_golden<__nv_bfloat16>);
   fine &= show("ldmatrix_x4", ldmatrix_golden<false>);
   fine &= show("ldmatrix_x4_trans", ldmatrix_golden<true>);
   fine &= show("cp_async16 cp_async_commit cp_async_wait", copy_golden, static_cast<const uint32_t*>(from.data));

@@ -49,6 +49,7 @@ float to_float(uint16_t bits, __nv_bfloat16) { return std::bit_cast<float>(uint3
 struct MultiplyLane {
   float* d;
   const uint32_t *a, *b;
+  uint32_t kept = 0;  // of a sparse a
 };
 
 template <typename T>
@@ -76,6 +77,37 @@ void execute_multiply(void** lanes, uint32_t) {
   }
 }
 
+template <typename T>
+void execute_sparse_multiply(void** lanes, uint32_t) {
+  float a[16][32] = {}, b[8][32];  // [row][k], [column][k]
+  const auto element = [](uint32_t word, int i) { return to_float(uint16_t(word >> 16 * i), T()); };
+  const auto lane_of = [&](int group, int t) { return static_cast<MultiplyLane*>(lanes[group * 4 + t]); };
+  for (int group = 0; group < 8; ++group) {
+    for (int row = group; row < 16; row += 8) {
+      for (int four = 0; four < 8; ++four) {
+        const uint32_t kept = lane_of(group, four / 4)->kept >> (row / 8 * 16 + four % 4 * 4);
+        const uint32_t first = kept & 3, second = kept >> 2 & 3;
+        if (first >= second) die("mma.sp: the numbers of the elements that are kept are not in order");
+        const uint32_t word = lane_of(group, four % 4)->a[four / 4 * 2 + row / 8];
+        a[row][four * 4 + first] = element(word, 0), a[row][four * 4 + second] = element(word, 1);
+      }
+    }
+    for (int t = 0; t < 4; ++t) {
+      for (int r = 0; r < 4; ++r) {
+        for (int i = 0; i < 2; ++i) b[group][8 * r + 2 * t + i] = element(lane_of(group, t)->b[r], i);
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int r = 0; r < 4; ++r) {
+      const int row = lane / 4 + 8 * (r >> 1), column = lane % 4 * 2 + (r & 1);
+      float sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[row][k] * b[column][k];
+      static_cast<MultiplyLane*>(lanes[lane])->d[r] += sum;
+    }
+  }
+}
+
 }  // namespace
 
 void load_matrices(uint32_t* registers, int count, bool transposed, const void* row, Location at) {
@@ -91,6 +123,13 @@ void multiply_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Location 
   MultiplyLane mine{d, a, b};
   collective(0xFFFFFFFFu, execute_multiply<T>, &mine, "mma.sync", at);
 }
+template <typename T>
+void multiply_sparse_m16n8k32(float* d, const uint32_t* a, const uint32_t* b, uint32_t kept, Location at) {
+  MultiplyLane mine{d, a, b, kept};
+  collective(0xFFFFFFFFu, execute_sparse_multiply<T>, &mine, "mma.sp", at);
+}
+template void multiply_sparse_m16n8k32<__half>(float*, const uint32_t*, const uint32_t*, uint32_t, Location);
+template void multiply_sparse_m16n8k32<__nv_bfloat16>(float*, const uint32_t*, const uint32_t*, uint32_t, Location);
 template void multiply_m16n8k16<__half>(float*, const uint32_t*, const uint32_t*, Location);
 template void multiply_m16n8k16<__nv_bfloat16>(float*, const uint32_t*, const uint32_t*, Location);
 

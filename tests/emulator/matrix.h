@@ -1,5 +1,5 @@
 // Matrix fragments: ldmatrix and mma.sync, with the layouts of the PTX ISA ("Matrix Fragments for mma.m16n8k16",
-// "ldmatrix"). Element type T is __half or __nv_bfloat16; accumulation is in float.
+// "sparse mma.m16n8k32", "ldmatrix"). Element type T is __half or __nv_bfloat16; accumulation is in float.
 #pragma once
 
 #include <cstdint>
@@ -13,5 +13,9 @@ void load_matrices(uint32_t* registers, int count, bool transposed, const void* 
 
 template <typename T>
 void multiply_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Location);
+
+// mma.sp: of four neighbouring elements of a row of a, the two that `kept` names.
+template <typename T>
+void multiply_sparse_m16n8k32(float* d, const uint32_t* a, const uint32_t* b, uint32_t kept, Location);
 
 }  // namespace emulator

@@ -23,6 +23,11 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   emulator::multiply_m16n8k16<T>(d, a, b, EMULATOR_LOCATION);
 }
 
+template <typename T>
+void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t kept, EMULATOR_HERE) {
+  emulator::multiply_sparse_m16n8k32<T>(d, a, b, kept, EMULATOR_LOCATION);
+}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, EMULATOR_HERE) {
   emulator::load_matrices(r, 4, false, row, EMULATOR_LOCATION);
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #if defined(EMULATOR_ASAN)
@@ -22,6 +23,9 @@ Strides make_strides(const Sizes& s, const std::string& layout) {
   if (layout == "channels_last") return {s.h * s.w * s.c, 1, s.w * s.c, s.c};
   if (layout == "sliced") return {(s.c + 2) * s.h * s.w, s.h * s.w, s.w, 1};       // channels of a larger image
   if (layout == "alternate") return {2 * s.c * s.h * s.w, 2 * s.h * s.w, s.w, 1};  // every second channel of one
+  if (layout == "sliced_last") {  // channels of a larger image, channels_last
+    return {(s.c + 8) * s.h * s.w, 1, (s.c + 8) * s.w, s.c + 8};
+  }
   if (layout == "strided") {
     const int64_t w = 2 * s.w, h = s.h + 1, c = s.c + 1;
     return {c * h * w, h * w, w, 2};
@@ -112,6 +116,17 @@ void Buffer::fill_random(uint64_t seed) {
         for (int64_t w = 0; w < sizes_.w; ++w)
           write_element(data_, dtype_, n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w,
                         uniform(engine));
+}
+
+void Buffer::scatter_infinite(uint64_t seed) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kValues[] = {kInfinity, -kInfinity, std::numeric_limits<double>::quiet_NaN()};
+  std::mt19937_64 engine(seed);
+  for (int i = 0; i < 3; ++i) {
+    const auto below = [&](int64_t size) { return static_cast<int64_t>(engine() % size); };
+    const int64_t n = below(sizes_.n), c = below(sizes_.c), h = below(sizes_.h), w = below(sizes_.w);
+    write_element(data_, dtype_, n * strides_.n + c * strides_.c + h * strides_.h + w * strides_.w, kValues[i]);
+  }
 }
 
 int64_t Buffer::gap_bytes_written() const {
