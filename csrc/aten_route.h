@@ -5,6 +5,7 @@
 #include <c10/core/SymInt.h>
 
 #include <optional>
+#include <tuple>
 
 #include "activation.h"
 #include "padding_mode.h"
@@ -28,6 +29,13 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
                               c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
                               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, const c10::SymInt& groups,
                               PaddingMode = PaddingMode::zeros);
+
+// The gradients by the input and by the weight in one call, which brings grad_output into ATen's layout once. Padding is
+// (h, w).
+std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& weight, c10::SymIntArrayRef stride,
+                                                     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                                                     const c10::SymInt& groups);
 
 at::Tensor separable_conv2d(const separable::Call&);
 

@@ -87,6 +87,23 @@ bool differentiates(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
+std::tuple<Tensor, Tensor> gradients(bool by_input, bool by_weight, const Tensor& grad_output,
+                                     const SavedOperand& input, const SavedOperand& weight, SymIntArrayRef stride,
+                                     SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups,
+                                     std::string_view padding_mode) {
+  if (by_input && by_weight && !at::GradMode::is_enabled()) {
+    return ops::conv2d_both_grads(grad_output, input.tensor, weight.tensor, stride, padding, dilation, groups,
+                                  padding_mode);
+  }
+  const auto &x = input.geometry, &w = weight.geometry;
+  return {by_input ? ops::conv2d_grad_input(grad_output, weight.tensor, x.size, x.stride, stride, padding, dilation,
+                                            groups, padding_mode)
+                   : Tensor(),
+          by_weight ? ops::conv2d_grad_weight(grad_output, input.tensor, w.size, w.stride, stride, padding, dilation,
+                                              groups, padding_mode)
+                    : Tensor()};
+}
+
 namespace {
 
 const char* name_of(PaddingMode mode) { return kPaddingModeNames[static_cast<int>(mode)]; }
@@ -146,14 +163,10 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
     const Tensor grad = activation_backward(grads[0], output, activation);
 
     variable_list result(9);
-    if (ctx->needs_input_grad(0)) {
-      const SavedGeometry geometry = SavedGeometry::load(ctx, "input");
-      result[0] = args.Cx(grad, weight, geometry.size, geometry.stride);
-    }
-    if (ctx->needs_input_grad(1)) {
-      const SavedGeometry geometry = SavedGeometry::load(ctx, "weight");
-      result[1] = args.Cw(grad, input, geometry.size, geometry.stride);
-    }
+    std::tie(result[0], result[1]) =
+        gradients(ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad, {input, SavedGeometry::load(ctx, "input")},
+                  {weight, SavedGeometry::load(ctx, "weight")}, args.stride, args.padding, args.dilation, args.groups,
+                  args.padding_mode);
     if (has_bias && ctx->needs_input_grad(2)) result[2] = grad.sum({0, 2, 3});
     return result;
   }
@@ -272,10 +285,40 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymInt
                                  mode);
 }
 
+// Two calls, of which each goes its own way.
+std::tuple<Tensor, Tensor> conv2d_both_grads_apart(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   SymIntArrayRef stride, SymIntArrayRef padding,
+                                                   SymIntArrayRef dilation, SymInt groups,
+                                                   std::string_view padding_mode) {
+  const Tensor grad_input = ops::conv2d_grad_input(grad_output, weight, input.sym_sizes(), input.sym_strides(), stride,
+                                                   padding, dilation, groups, padding_mode);
+  return {grad_input, ops::conv2d_grad_weight(grad_output, input, weight.sym_sizes(), weight.sym_strides(), stride,
+                                              padding, dilation, std::move(groups), padding_mode)};
+}
+
+std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                             SymInt groups, std::string_view padding_mode) {
+  const auto tensors = {&grad_output, &input, &weight};
+  if (needs_aten(tensors) != nullptr || differentiates(tensors)) {
+    return conv2d_both_grads_apart(grad_output, input, weight, stride, padding, dilation, std::move(groups),
+                                   padding_mode);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::conv2d_both_grads(grad_output, input, weight, stride, padding, dilation, std::move(groups), padding_mode);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(sepconv_ext, CompositeImplicitAutograd, m) { m.impl("conv2d_both_grads", conv2d_both_grads_apart); }
+
+TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("conv2d_both_grads", conv2d_both_grads_apart);
+}
 
 TORCH_LIBRARY_IMPL(sepconv_ext, Autograd, m) {
   m.impl("conv2d", conv2d);
+  m.impl("conv2d_both_grads", conv2d_both_grads);
   m.impl("conv2d_grad_input", conv2d_grad_input);
   m.impl("conv2d_grad_weight", conv2d_grad_weight);
 }

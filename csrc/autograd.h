@@ -7,6 +7,8 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "activation.h"
@@ -22,6 +24,18 @@ struct SavedGeometry {
   static void store(torch::autograd::AutogradContext*, const std::string& name, c10::SymIntArrayRef size,
                     c10::SymIntArrayRef stride);
 };
+
+// The gradients by a convolution's input and by its weight, each undefined where it is not wanted. Where both are, and no
+// derivative of theirs, they are one op.
+struct SavedOperand {
+  const at::Tensor& tensor;
+  SavedGeometry geometry;
+};
+std::tuple<at::Tensor, at::Tensor> gradients(bool by_input, bool by_weight, const at::Tensor& grad_output,
+                                             const SavedOperand& input, const SavedOperand& weight,
+                                             c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                             c10::SymIntArrayRef dilation, const c10::SymInt& groups,
+                                             std::string_view padding_mode = "zeros");
 
 // An optional tensor as a tensor, which may be undefined.
 const at::Tensor& tensor_or_none(const std::optional<at::Tensor>&);

@@ -103,32 +103,25 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
     variable_list result(11);
     const bool has_bias_d = data["bias_d"].toBool(), has_bias_p = data["bias_p"].toBool();
     const std::array<SymInt, 2> one{1, 1}, zero{0, 0};
-    if (ctx->needs_input_grad(2)) {
-      const SavedGeometry weight = SavedGeometry::load(ctx, "pointwise_weight");
-      result[2] = ops::conv2d_grad_weight(gz, h, weight.size, weight.stride, one, zero, one, 1);
-    }
+    const std::vector<SymInt> size{gz.sym_size(0), SavedGeometry::load(ctx, "pointwise_weight").size[1], gz.sym_size(2),
+                                   gz.sym_size(3)};
+    Tensor gu;
+    std::tie(gu, result[2]) =
+        gradients(through_depthwise, ctx->needs_input_grad(2), gz,
+                  {h, {size, dense_strides(size, data["channels_last"].toBool())}},
+                  {call.pointwise_weight, SavedGeometry::load(ctx, "pointwise_weight")}, one, zero, one, 1);
     if (has_bias_p && ctx->needs_input_grad(has_bias_d ? 4 : 3)) result[4] = gz.sum({0, 2, 3});
     if (!through_depthwise) return result;
 
     h.reset();  // frees memory, unless kept is the same
-    const std::vector<SymInt> size{gz.sym_size(0), call.pointwise_weight.sym_size(1), gz.sym_size(2), gz.sym_size(3)};
-    Tensor gu = ops::conv2d_grad_input(gz, call.pointwise_weight, size,
-                                       dense_strides(size, data["channels_last"].toBool()), one, zero, one, 1);
     gz.reset();
     if (call.depthwise_activation != Activation::identity) {
       gu = activation_backward(gu, kept, call.depthwise_activation);
     }
-    const SavedGeometry x = SavedGeometry::load(ctx, "input");
-    const SymInt& groups = x.size[1];
-    if (ctx->needs_input_grad(0)) {
-      result[0] =
-          ops::conv2d_grad_input(gu, call.depthwise_weight, x.size, x.stride, stride, padding, dilation, groups);
-    }
-    if (ctx->needs_input_grad(1)) {
-      const SavedGeometry weight = SavedGeometry::load(ctx, "depthwise_weight");
-      result[1] =
-          ops::conv2d_grad_weight(gu, call.input, weight.size, weight.stride, stride, padding, dilation, groups);
-    }
+    const SavedOperand x{call.input, SavedGeometry::load(ctx, "input")};
+    std::tie(result[0], result[1]) = gradients(ctx->needs_input_grad(0), ctx->needs_input_grad(1), gu, x,
+                                               {call.depthwise_weight, SavedGeometry::load(ctx, "depthwise_weight")},
+                                               stride, padding, dilation, x.geometry.size[1]);
     if (has_bias_d && ctx->needs_input_grad(3)) result[3] = gu.sum({0, 2, 3});
     return result;
   }

@@ -35,6 +35,11 @@ TORCH_LIBRARY(sepconv_ext, m) {
       "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[] weight_size, SymInt[] weight_stride, "
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode=\"zeros\") -> Tensor",
       tags);
+  // (grad_input, grad_weight): the two together, as autograd runs them where it wants both.
+  m.def(
+      "conv2d_both_grads(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, str padding_mode=\"zeros\") -> (Tensor, Tensor)",
+      tags);
   m.def(
       "separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor? depthwise_bias, Tensor pointwise_weight, "
       "Tensor? pointwise_bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, str depthwise_activation, "
@@ -81,6 +86,14 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   static const auto op = typed_op<decltype(conv2d_grad_weight)>("sepconv_ext::conv2d_grad_weight");
   return op.call(grad_output, input, weight_size, weight_stride, stride, padding, dilation, std::move(groups),
                  padding_mode);
+}
+
+std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& weight, c10::SymIntArrayRef stride,
+                                                     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                                                     c10::SymInt groups, std::string_view padding_mode) {
+  static const auto op = typed_op<decltype(conv2d_both_grads)>("sepconv_ext::conv2d_both_grads");
+  return op.call(grad_output, input, weight, stride, padding, dilation, std::move(groups), padding_mode);
 }
 
 at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,

@@ -24,6 +24,12 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
                               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
                               std::string_view padding_mode = "zeros");
 
+// (by input, by weight), with the sizes and strides of these.
+std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& weight, c10::SymIntArrayRef stride,
+                                                     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                                                     c10::SymInt groups, std::string_view padding_mode = "zeros");
+
 at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
                             const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
                             const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,

@@ -242,6 +242,54 @@ def test_unbatched_gradients(device: str) -> None:
             torch.testing.assert_close(a, c)
 
 
+# Shapes whose gradients go both to ATen on a CPU, or neither, or one; the last ones have a small grad_output, whose
+# memory does not cover the input that ATen wants to see the layout of.
+TOGETHER = {
+    "pointwise": ((2, 48, 30, 30), (64, 48, 1, 1), 1, 0, 1),
+    "grouped": ((2, 64, 14, 14), (64, 16, 3, 3), 1, 1, 4),
+    "depthwise": ((2, 64, 30, 30), (64, 1, 3, 3), 1, 1, 64),
+    "small_planes": ((2, 640, 7, 7), (640, 1, 3, 3), 1, 1, 640),
+    "grouped_stride2": ((2, 64, 31, 30), (64, 32, 3, 3), 2, 1, 2),
+    "dense_stride3": ((2, 16, 31, 30), (8, 16, 3, 3), 3, 1, 1),
+}
+
+
+@by_layout
+@pytest.mark.parametrize("name", TOGETHER)
+def test_gradients_together_are_gradients_apart(name: str, layout: str, device: str) -> None:
+    """One op for both gradients gives what the two ops give, strides included, in one call of ATen or two kernels."""
+    x_size, w_size, stride, padding, groups = TOGETHER[name]
+    x, w = (random(size, torch.float32, device, layout).requires_grad_() for size in (x_size, w_size))
+    y = functional.conv2d(x, w, None, stride, padding, 1, groups)
+    g = random(y.shape, torch.float32, device, layout, seed=3)
+    (gx,), (gw,) = (torch.autograd.grad(y, (t,), g, retain_graph=True) for t in (x, w))
+    sepconv_ext.reset_kernel_counts()
+    both = torch.autograd.grad(y, (x, w), g)
+    assert sum(sepconv_ext.kernel_counts().values()) == 2  # a call of ATen for both counts for each
+    expected = torch.autograd.grad(
+        F.conv2d(x.double(), w.double(), None, stride, padding, 1, groups), (x, w), g.double()
+    )
+    for together, apart, exact in zip(both, (gx, gw), expected, strict=True):
+        assert together.stride() == apart.stride()
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together, exact, rtol=1e-4, atol=1e-3)
+
+
+def test_tangents_pass_through_the_backward(device: str) -> None:
+    """Forward-mode derivatives of a first-order backward: the op for both gradients has none, its parts have."""
+    tangents = []
+    for convolution in (functional.conv2d, F.conv2d):
+        x = random((2, 48, 20, 20), torch.float32, device, seed=1).requires_grad_()
+        w = random((64, 48, 1, 1), torch.float32, device, seed=2).requires_grad_()
+        g = random((2, 64, 20, 20), torch.float32, device, seed=3)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(g, g.flip(0))
+            grads = torch.autograd.grad(convolution(x, w), (x, w), dual)
+            tangents.append([torch.autograd.forward_ad.unpack_dual(t).tangent for t in grads])
+    for ours, theirs in zip(*tangents, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
 def test_with_layout_gives_what_it_says() -> None:
     """The harness itself: a strided tensor is really strided."""
     x = torch.randn(2, 3, 4, 5)

@@ -41,6 +41,8 @@ def test_opcheck(case: Case, layout: str, device: str) -> None:
     torch.library.opcheck(ops.conv2d_grad_input.default, by_input)
     by_weight = (g, x, list(w.shape), list(w.stride()), *case.op_geometry)
     torch.library.opcheck(ops.conv2d_grad_weight.default, by_weight)
+    with torch.no_grad():  # its gradient is that of the two
+        torch.library.opcheck(ops.conv2d_both_grads.default, (g, x, w, *case.op_geometry))
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------

@@ -224,6 +224,30 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   return grad_weight;
 }
 
+// One call of ATen's where the plans send both maps there: it brings grad_output into oneDNN's layout once.
+std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                             int64_t groups, std::string_view padding_mode) {
+  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
+  if (args.padding_mode == PaddingMode::zeros && padding.size() == 2 && grad_output.numel() != 0) {
+    const ConvShape by_input = check_grad_input(grad_output, weight, input.sizes(), input.strides(), args),
+                    by_weight = check_grad_weight(grad_output, input, weight.sizes(), weight.strides(), args);
+    const Plan first = plan(Map::grad_input, by_input, dtype_of(grad_output), strict()),
+               second = plan(Map::grad_weight, by_weight, dtype_of(grad_output), strict());
+    if (first.kernel == Kernel::aten && second.kernel == Kernel::aten) {
+      count_aten(first.reason), count_aten(second.reason);
+      const auto [gx, gw] = aten::conv2d_both_grads(grad_output, input, weight, aten::sym(stride), aten::sym(padding),
+                                                    aten::sym(dilation), groups);
+      return {with_strides(by_input.x, gx, [&] { return empty_grad_input(by_input, grad_output); }),
+              with_strides(by_weight.w, gw, [&] { return empty_grad_weight(by_weight, grad_output); })};
+    }
+  }
+  return {conv2d_grad_input(grad_output, weight, input.sizes(), input.strides(), stride, padding, dilation, groups,
+                            padding_mode),
+          conv2d_grad_weight(grad_output, input, weight.sizes(), weight.strides(), stride, padding, dilation, groups,
+                             padding_mode)};
+}
+
 // (output, intermediate), each empty where it is not wanted.
 std::tuple<Tensor, Tensor> separable_fused(const SeparableShape& shape, const separable::Call& call, bool output,
                                            bool intermediate) {
@@ -305,6 +329,7 @@ TORCH_LIBRARY_IMPL(sepconv_ext, CPU, m) {
   m.impl("conv2d", conv2d);
   m.impl("conv2d_grad_input", conv2d_grad_input);
   m.impl("conv2d_grad_weight", conv2d_grad_weight);
+  m.impl("conv2d_both_grads", conv2d_both_grads);
   m.impl("separable_conv2d", separable_conv2d);
   m.impl("separable_conv2d_training", separable_conv2d_training);
   m.impl("spatial_separable_conv2d", spatial_separable_conv2d);

@@ -79,9 +79,10 @@ const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
   const bool channels_last = output_layout(s) == Layout::nhwc;
   if (!s.is_depthwise()) {
-    const bool large_planes = s.P * s.Q >= 28 * 28;
-    const bool wins = !channels_last && s.channels_per_group() <= 16 && large_planes;
-    return wins ? nullptr : "groups of several channels: oneDNN's products are faster, but on large contiguous planes";
+    const bool strided = s.stride_h > 1 || s.stride_w > 1, large_planes = s.P * s.Q >= 28 * 28;
+    const int64_t most = !strided ? 8 : map == Map::grad_input ? 16 : map == Map::grad_weight ? 4 : 8;
+    if (!channels_last && large_planes && s.channels_per_group() <= most) return nullptr;
+    return "groups of several channels: oneDNN's products are faster, but of few channels on large contiguous planes";
   }
   return channels_last ? onednn_is_faster_channels_last(map, s, dtype) : onednn_is_faster_nchw(map, s, dtype);
 }
@@ -128,6 +129,9 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict) {
     if (!strict && map == Map::forward) return aten("1x1: oneDNN's product is as fast, and adds the bias on its way");
     if (!strict && map == Map::grad_weight && input_layout(s) == Layout::nchw) {
       return aten("1x1 on planes: oneDNN sums over the batch in one product");
+    }
+    if (!strict && dtype == DType::float32) {
+      return aten("1x1: oneDNN's product is as fast, and shares its work between threads everywhere");
     }
     return matmul("1x1, one group, stride 1: a matrix product over pixels");
   }
