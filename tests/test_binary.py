@@ -141,6 +141,13 @@ EXPECTED = {
     "depthwise_direct": ("depthwise_direct", HALVES, {0: 8}, ("LDG.128", "STG.128")),
     "depthwise_large": ("depthwise_large", FLOAT, {}, ("LDGSTS.128", "LDS.128", "STG.128")),
     "depthwise_large_grad_weight": ("depthwise_large_grad_weight", FLOAT, {}, ("LDGSTS.128", "LDS.128")),
+    "depthwise_nchw_mma": ("depthwise_nchw_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.64", "STG.128")),
+    "depthwise_nchw_mma_grad_weight": (
+        "depthwise_nchw_mma_grad_weight",
+        HALVES,
+        {},
+        ("HMMA.16816.F32", "LDSM", "LDGSTS.64"),
+    ),
     "depthwise_toeplitz": ("depthwise_toeplitz", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
     "depthwise_nhwc_mma": ("depthwise_nhwc_mma", HALVES, {}, ("HMMA.SP.16832.F32", "LDSM", "LDGSTS.128", "STG.128")),
     "pointwise_mma": ("pointwise_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.128")),

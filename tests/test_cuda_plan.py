@@ -217,13 +217,54 @@ def test_rows_without_gaps_go_through_shared_memory(map: str) -> None:
     for kernel in (3, 5, 7):
         for stride in (1, 2):
             for dtype in ("float32", "float16", "bfloat16"):
-                half = dtype != "float32" and kernel == 7 and stride == 1
-                name = "cuda_depthwise_toeplitz" if half else "cuda_depthwise_nchw"
+                cores = dtype != "float32" and stride == 1
                 for size in (7, 14, 19, 37, 75, 112):
-                    assert planes(8, 24, size, kernel, stride, map=map, dtype=dtype).kernel == name
+                    # Rows of whole 4-byte pieces (3x3: of 8), and others from 7x7 on.
+                    if cores and size % (4 if kernel == 3 else 2) == 0:
+                        name = "cuda_depthwise_nchw_mma"
+                    else:
+                        name = "cuda_depthwise_toeplitz" if cores and kernel == 7 else "cuda_depthwise_nchw"
+                    assert planes(64, 24, size, kernel, stride, map=map, dtype=dtype).kernel == name
     assert planes(8, 24, 19, 7, map=map, dtype="float16", sm=75).kernel == "cuda_depthwise_nchw"
     for layout in ("sliced", "alternate"):  # gaps between images, between planes
         assert planes(8, 24, 19, 3, map=map, layout=layout).kernel == "cuda_depthwise_nchw"
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+def test_what_small_kernels_on_tensor_cores_need(map: str) -> None:
+    half, name = {"dtype": "float16", "map": map}, "cuda_depthwise_nchw_mma"
+    assert planes(8, 24, 28, 5, **half).kernel == name
+    for layer in ({"sm": 80}, {"layout": "sliced"}, {"layout": "alternate"}, {"w_layout": "strided"}, {"offset": 2}):
+        assert planes(8, 24, 28, 5, **half, **layer).kernel == name
+    other = "cuda_depthwise_nchw"
+    for layer in ({"sm": 75}, {"offset": 1}, {"W": 27}, {"W": 1200}):
+        assert planes(8, 24, 28, 5, **half, **layer).kernel == other
+    # A row is read in whole pieces, and a window has 16 columns.
+    padding = {left: planes(8, 24, 28, 7, **half, padding=f"3,3,{left},{6 - left}") for left in range(7)}
+    assert {plan.kernel for plan in padding.values()} == {name}
+    assert planes(8, 24, 28, 3, **half, padding="1,1,9,9").kernel == (name if map == "forward" else other)
+    # One image of 14x14 leaves a tile of 64 rows by 16 columns mostly empty.
+    assert planes(1, 24, 14, 5, **half).kernel == other
+    if map == "forward":
+        assert planes(8, 24, 28, 5, **half, K=48).kernel == name
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize("layer", [(128, 144, 56, 5), (128, 240, 28, 7), (128, 672, 14, 5), (128, 32, 112, 3)])
+def test_places_on_tensor_cores_fill_the_gpu(map: str, layer: tuple[int, int, int, int]) -> None:
+    N, C, size, _ = layer
+    plan = planes(*layer, dtype="float16", map=map)
+    assert plan.kernel == "cuda_depthwise_nchw_mma"
+    tile = {"lanes": 1, "splits": 1} | plan.tile
+    rows, images = tile["rows"], tile["lanes"]
+    places = -(-N // images) * -(-size // rows)
+    assert rows == size or rows % 4 == 0
+    assert tile["vec"] == (8 if size * size % 8 == 0 or map == "grad_weight" else 4)
+    assert C * tile["splits"] >= 3.5 * H100 and tile["splits"] <= places
+    tiles = -(-images * -(-rows // 4) // 16) * -(-size // 16)  # of a warp: 64 rows, 16 columns
+    assert images * rows * size >= 0.5 * 1024 * -(-tiles // 4) * 4
+    other = {"sm": 86, "multiprocessors": 8}
+    assert map != "grad_weight" or planes(*layer, dtype="float16", map=map, **other).tile == plan.tile
 
 
 @pytest.mark.parametrize("map", ["forward", "grad_input"])
@@ -258,8 +299,8 @@ def cut(plan: emulate.Planned, layer: tuple[int, int, int, int]) -> tuple[int, f
 
 @pytest.mark.parametrize("layer", [(1, 960, 7, 3), (1, 384, 14, 3), (1, 768, 7, 7), (1, 96, 56, 7), (1, 32, 112, 5)])
 def test_small_planes_are_cut_until_every_multiprocessor_has_a_block(layer: tuple[int, int, int, int]) -> None:
-    for dtype in ("float32", "float16") if layer[3] < 7 else ("float32",):
-        blocks, _ = cut(planes(*layer, dtype=dtype), layer)
+    for case in ({}, {"dtype": "float16", "sm": 75}):  # without tensor cores
+        blocks, _ = cut(planes(*layer, **case), layer)
         assert blocks >= H100
 
 
@@ -268,13 +309,13 @@ def test_small_planes_are_cut_until_every_multiprocessor_has_a_block(layer: tupl
     [(128, 960, 7, 3), (128, 384, 14, 5), (128, 728, 19, 3), (64, 58, 28, 3), (128, 144, 56, 3), (64, 480, 75, 5)],
 )
 def test_large_layers_leave_few_threads_without_work(layer: tuple[int, int, int, int]) -> None:
-    for dtype in ("float32", "float16"):
-        plan = planes(*layer, dtype=dtype)
+    for case in ({}, {"dtype": "float16", "sm": 75}):
+        plan = planes(*layer, **case)
         blocks, working = cut(plan, layer)
         assert blocks >= 4 * H100 and working >= 0.85
         assert plan.tile["rows"] >= 7
         # Planes that lie apart stand alone.
-        assert "lanes" not in planes(*layer, dtype=dtype, layout="alternate").tile
+        assert "lanes" not in planes(*layer, **case, layout="alternate").tile
 
 
 # --- depthwise, grad_weight ---
@@ -291,17 +332,16 @@ def test_grad_weight_reads_both_images_once(kernel: int, stride: int) -> None:
         nhwc = grad_weight(8, 144, 56, kernel, stride, dtype=dtype)
         assert nhwc.kernel == "cuda_depthwise_grad_weight_nhwc" and nhwc.tile["vec"] == vec
         nchw = grad_weight(8, 144, 56, kernel, stride, dtype=dtype, layout="contiguous")
-        if kernel == 7 and stride == 1 and dtype != "float32":
-            assert nchw.kernel == "cuda_depthwise_toeplitz"
-        else:
-            assert nchw.kernel == "cuda_depthwise_grad_weight_nchw" and nchw.tile["vec"] == vec
-        assert "every tap in one pass" in nhwc.reason
+        cores = stride == 1 and dtype != "float32"
+        name = "cuda_depthwise_nchw_mma" if cores else "cuda_depthwise_grad_weight_nchw"
+        assert nchw.kernel == name and nchw.tile["vec"] == vec
+        assert "every tap in one pass" in nhwc.reason and "every tap in one pass" in nchw.reason
 
 
 def test_grad_weight_copies_elements_where_pieces_do_not_fit() -> None:
     for layout in ("channels_last", "contiguous"):
         assert "vec" not in grad_weight(8, 144, 28, 3, layout=layout, offset=1).tile
-        assert "vec" not in grad_weight(8, 16, 28, 3, layout=layout, K=32).tile
+        assert "vec" not in grad_weight(8, 16, 27, 3, layout=layout, K=32).tile
     assert "vec" not in grad_weight(8, 58, 28, 3).tile
     assert grad_weight(8, 58, 27, 3, layout="contiguous").tile["vec"] == 8  # planes of any size, from any byte on
     assert grad_weight(8, 58, 28, 3, layout="strided").kernel == "cuda_depthwise_grad_weight_nchw"
@@ -329,7 +369,7 @@ def test_grad_weight_fills_the_gpu_once(
     layout: str, owned: int, resident: int, layer: tuple[int, int, int, int]
 ) -> None:
     _, C, size, _ = layer
-    plan = grad_weight(*layer, layout=layout)
+    plan = grad_weight(*layer, layout=layout, dtype="float32" if layout == "contiguous" else "float16")
     columns = -(-size // 7)  # a block's threads are columns, then channels, in NCHW
     chunks = -(-C // (owned if layout == "channels_last" else owned // columns))
     blocks = chunks * plan.tile["splits"]
@@ -340,7 +380,8 @@ def test_grad_weight_needs_no_second_kernel_where_sums_are_short() -> None:
     for layout in ("channels_last", "contiguous"):
         for N, C, size in ((1, 960, 7), (1, 384, 14), (2, 960, 7)):
             assert "splits" not in grad_weight(N, C, size, 3, layout=layout).tile
-        assert grad_weight(1, 144, 56, 3, layout=layout).tile["splits"] > 8
+        assert grad_weight(1, 144, 56, 3, layout=layout, sm=75).tile["splits"] > 8
+    assert "splits" not in grad_weight(1, 144, 56, 3, layout="contiguous").tile
 
 
 def test_the_order_of_a_grad_weight_sum_is_the_same_on_every_gpu() -> None:

@@ -146,6 +146,19 @@ PLANES = (
     Case("planes_multiplier2_stride2", 1, 5, 14, 9, 10, 3, 3, stride=(2, 2), padding=(1, 1), groups=5),
 )
 
+# Small kernels on tensor cores: one image and several to a place, strips, rows that are no whole groups, copies of 8
+# and of 4 bytes, more pieces a row than a warp has lanes, images that end within a window and beyond it, stores of 16,
+# 8 and 4 bytes.
+CORES = (
+    Case("cores_k3_28", 5, 3, 19, 28, 3, 3, 3, padding=(1, 1), groups=3, bias=True),
+    Case("cores_k5_14", 6, 2, 14, 14, 2, 5, 5, padding=(2, 2), groups=2, bias=True),
+    Case("cores_k7_tall", 2, 1, 70, 20, 1, 7, 7, padding=(3, 3)),
+    Case("cores_k5_wide", 1, 1, 41, 140, 1, 5, 5, padding=(2, 2), bias=True),
+    Case("cores_k7_no_padding", 2, 2, 24, 22, 2, 7, 7, groups=2),
+    Case("cores_k3_far_padding", 2, 2, 13, 16, 2, 3, 3, padding=(5, 2), groups=2, bias=True),
+    Case("cores_k5_multiplier2", 3, 2, 12, 20, 4, 5, 5, padding=(2, 2), groups=2),
+)
+
 # Large kernels in plain arithmetic: rows and columns of one, tiles of threads with and without a rest, planes side by
 # side, 16-byte copies (both widths multiples of 4) and single words, outputs that meet no row of the image.
 PLAIN = (
@@ -266,6 +279,20 @@ def _runs() -> Iterator[Run]:
                 yield made(case, map, "channels_last", dtype)
             yield made(case, map, "sliced_last", "float16", rows=2, splits=2, w_layout="channels_last")
         yield made(case, "forward", "channels_last", "float16", infinite=1, multiprocessors=1)
+    for case in CORES:
+        for map in MAPS if case.K == case.C else ("forward", "grad_weight"):
+            for dtype in ("float16", "bfloat16"):
+                yield made(case, map, "contiguous", dtype, multiprocessors=1)
+                if map != "grad_weight":
+                    yield made(case, map, "contiguous", dtype, infinite=1)
+            yield made(case, map, "alternate", "float16", offset=2, w_layout="strided")
+    for map in ("forward", "grad_input"):  # several strips, places and parts
+        for rows, lanes, splits, vec in ((8, 1, 2, 4), (16, 1, 3, 2), (70, 2, 1, 8)):
+            cut = {"kernel": "depthwise_nchw_mma", "rows": rows, "lanes": lanes, "splits": splits, "vec": vec}
+            yield made(CORES[2], map, "contiguous", "float16", **cut, infinite=1)
+        yield made(CORES[3], map, "contiguous", "float16", rows=8, splits=2)
+    for index, rows, lanes, splits in ((0, 19, 2, 3), (1, 14, 5, 1), (2, 16, 1, 4), (3, 8, 1, 6)):
+        yield made(CORES[index], "grad_weight", "contiguous", "float16", rows=rows, lanes=lanes, splits=splits)
     for case in PLANES:
         for map in ("forward", "grad_input") if case.K == case.C else ("forward",):
             # The GPU that is planned for: so small that tiles are large, without tensor cores, or an H100.

@@ -38,6 +38,7 @@ KEPT = (
     *test_emulated.EDGES,
     *test_emulated.WALKS,
     *test_emulated.DIAGONALS,
+    *test_emulated.CORES,
     *test_emulated.PLANES,
     *test_emulated.PLAIN,
     *test_emulated.SPATIAL,
@@ -49,6 +50,7 @@ HEADERS = {
     "depthwise_grad_weight_nchw.cu": ("depthwise_grad_weight.cuh",),
     "depthwise_large_grad_weight.cu": ("depthwise_large.cuh",),
     "depthwise_nhwc.cu": ("depthwise_nhwc.cuh",),
+    "depthwise_nchw_mma.cu": ("depthwise_nchw_mma.cuh",),
     "depthwise_nchw.cu": ("depthwise_nchw.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
     "separable.cu": ("separable.cuh",),
@@ -74,7 +76,7 @@ def runs_of(source: Path) -> list[Run]:
     chosen: dict[tuple, Run] = {}
     for run, name in zip(candidates, planned, strict=True):
         kernel = str(run.extra.get("kernel", name.removeprefix("cuda_")))
-        apart = kernel in ("grouped", "depthwise_large") and run.map == "grad_weight"
+        apart = kernel in ("grouped", "depthwise_large", "depthwise_nchw_mma") and run.map == "grad_weight"
         stem = f"{kernel}_grad_weight" if apart else kernel
         # The one-pass kernels leave sums that are whole to themselves.
         sums = run.map == "grad_weight" and not stem.startswith("depthwise_grad_weight_")

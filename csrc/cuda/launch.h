@@ -20,7 +20,7 @@ inline constexpr int64_t kMostShared = 96 << 10;
 
 // How a plan cuts the work; each kernel file says what it makes of it.
 struct Tile {
-  int vec = 1;        // channels that a thread moves with one load
+  int vec = 1;        // channels (NCHW: elements of a row) that a thread moves with one load or store
   int rows = 1;       // rows that a thread works down
   int lanes = 1;      // grad_weight: channel vectors that a block works on
   int splits = 1;     // grad_weight: partial sums
@@ -60,6 +60,19 @@ cudaError_t launch_depthwise_nchw_grad_input(const ConvShape&, DType, const void
 // depthwise_nchw_stride2.cu: the latter's part, called by it.
 cudaError_t launch_depthwise_nchw_grad_input_stride2(const ConvShape&, DType, const void* grad_y, const void* w,
                                                      void* grad_x, const Tile&, cudaStream_t);
+
+// depthwise_nchw_mma.cu: has_window at stride 1, float16 and bfloat16, compute capability 8.0 or newer; any multiplier forward, multiplier
+// 1 for grad_input; where nchw_mma_cut (tiling.h) can cut it. Rows of what is written have no gaps, and tile.vec (2, 4 or 8)
+// divides its planes and where they begin, in elements. A place has tile.lanes images and tile.rows rows, all of them or a multiple
+// of kNchwMmaPhases; the places of a channel go in tile.splits parts.
+cudaError_t launch_depthwise_nchw_mma_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,
+                                              void* y, const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_nchw_mma_grad_input(const ConvShape&, DType, const void* grad_y, const void* w,
+                                                 void* grad_x, const Tile&, cudaStream_t);
+// depthwise_nchw_mma_grad_weight.cu: the same, any multiplier; rows of x and grad_y may have gaps, and tile.vec of 4 and more says
+// that both begin on 8 bytes. workspace: as for launch_depthwise_grad_weight_nhwc.
+cudaError_t launch_depthwise_nchw_mma_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x,
+                                                  void* grad_w, void* workspace, const Tile&, cudaStream_t);
 
 // depthwise_direct.cu: depthwise with any multiplier, kernel, stride, dilation, strides of memory and size.
 cudaError_t launch_depthwise_direct_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&,

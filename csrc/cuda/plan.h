@@ -13,6 +13,7 @@ enum class Kernel : int {
   depthwise_nhwc,
   depthwise_nhwc_mma,
   depthwise_nchw,
+  depthwise_nchw_mma,
   depthwise_direct,
   depthwise_grad_weight,
   depthwise_grad_weight_nhwc,

@@ -11,7 +11,6 @@ namespace {
 
 // A dimension of size 1 has no say in what is dense or aligned.
 bool dense_channels(const ConvShape& s) { return s.C > 1 && s.x.c == 1 && s.y.c == 1; }
-bool dense_columns(const ConvShape& s) { return (s.W == 1 || s.x.w == 1) && (s.Q == 1 || s.y.w == 1); }
 
 // Every pixel of both images begins at a multiple of `vec` elements, and channels come in whole vectors.
 bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t alignment) {
@@ -38,19 +37,6 @@ bool nhwc_can_run(Map map, const ConvShape& s, DType dtype) {
 }
 
 // ---- tiles
-
-// The image that the map writes.
-struct Written {
-  int64_t channels, rows, columns;
-};
-Written written(Map map, const ConvShape& s) {
-  return map == Map::forward ? Written{s.K, s.P, s.Q} : Written{s.C, s.H, s.W};
-}
-
-// Strips of equal height, none taller than `most`.
-int even_rows(int64_t rows, int64_t most) {
-  return static_cast<int>(rows < 1 ? 1 : ceil_div(rows, ceil_div(rows, most)));
-}
 
 Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   Plan p{Kernel::depthwise_nhwc, "cuda_depthwise_nhwc", "", {}, 0};
@@ -177,9 +163,6 @@ bool whole_rows(int64_t rows, int64_t columns, const Strides& t) {
   return (columns == 1 || t.w == 1) && (rows == 1 || t.h == columns);
 }
 
-// One block holds 16-byte pieces of several images, which it reaches by 31-bit offsets.
-bool near_images(const ConvShape& s, int64_t images) { return images * std::max(s.x.n, s.y.n) < kNarrow; }
-
 void cut_rows(Plan& p, const ConvShape& s, int64_t chunks, int64_t places, int64_t blocks) {
   const GradWeightRows cut = grad_weight_rows(chunks, places, s.P, blocks);
   p.tile.rows = cut.rows, p.tile.splits = cut.splits;
@@ -249,80 +232,11 @@ Plan depthwise_grad_weight(const ConvShape& s, DType dtype, int64_t alignment) {
   return p;
 }
 
-// ---- depthwise, large kernels on tensor cores
-
-// From this size on (both ways) a kernel has too many taps for plain arithmetic to keep up with memory in half types:
-// 12 operations a byte at 5x5, 25 at 7x7, and about 20 are what an H100 has of each in the same time.
-constexpr int64_t kToeplitzFrom = 7;
-
-bool toeplitz_can_run(Map map, const ConvShape& s, DType dtype, const Device& device) {
-  // The outputs of a block's images are numbered in 31 bits, and so are all its places.
-  return is_half(dtype) && device.compute_capability >= 80 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.S <= kToeplitzTaps && s.R <= kToeplitzTaps && dense_columns(s) &&
-         (map != Map::grad_input || s.K == s.C) && s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow / 4 &&
-         s.K < (1 << 16);
-}
-
-// Images side by side and rows of each, so that four warps of 16 rows have little left over, in up to 48 KB (or one
-// strip of 16 rows). A row costs `row_bytes` of shared memory, and an image `halo` rows more than it has.
-void choose_place(Tile& t, int64_t N, int64_t rows, int64_t halo_bytes, int64_t row_bytes, int64_t fixed_bytes) {
-  constexpr int64_t kMost = 48 << 10, kRound = 64;
-  const auto bytes = [&](int64_t images, int64_t r) { return fixed_bytes + images * (r * row_bytes + halo_bytes); };
-  int64_t most = kRound;
-  while (most > 16 && bytes(1, std::min(rows, most)) > kMost) most -= 16;
-  t.rows = even_rows(rows, most), t.lanes = 1;
-  if (t.rows < rows) return;
-  const auto use = [&](int64_t images) {
-    const int64_t all = images * rows;
-    return static_cast<double>(all) / static_cast<double>(ceil_div(all, kRound) * kRound);
-  };
-  for (int images = 2; images <= std::min<int64_t>(N, 16) && bytes(images, rows) <= kMost; ++images) {
-    if (use(images) > use(t.lanes) + 0.02) t.lanes = images;
-  }
-}
-
-Plan depthwise_toeplitz(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  Plan p{Kernel::depthwise_toeplitz,
-         "cuda_depthwise_toeplitz",
-         "depthwise 7x7 and larger in a half type, stride 1, columns dense: kernel rows as Toeplitz matrices on tensor "
-         "cores",
-         {},
-         0};
-  Tile& t = p.tile;
-  const auto pitch = [](int64_t pieces) { return ((pieces + 1) / 2 * 2 | 1) * 16; };  // bytes
-  if (map == Map::grad_weight) {
-    const int64_t steps = toeplitz_grad_steps(s.Q);
-    const bool few = toeplitz_few_taps(s.R, s.S);
-    const int64_t x_row = pitch((few ? 2 : 4) - 1 + 2 * steps), y_row = 2 * 2 * (16 * steps + 8);
-    choose_place(t, s.N, s.P, (few ? 15 : 31) * x_row, x_row + y_row, 0);
-    const int64_t places =
-        ceil_div(s.N, t.lanes) * ceil_div(s.P, t.rows) * ceil_div(s.Q, toeplitz_grad_columns(static_cast<int>(steps)));
-    t.splits = grad_weight_splits(s.K * toeplitz_sections(s.R, s.S), places, 1);
-    p.workspace_bytes = t.splits * s.weight_elements() * acc_size(dtype);
-    return p;
-  }
-  const Written out = written(map, s);
-  const Strides& strides = map == Map::forward ? s.y : s.x;
-  const auto even = [](int64_t size, int64_t stride) { return size <= 1 || stride % 2 == 0; };
-  const bool pairs = out.columns % 2 == 0 && alignment % 4 == 0 && even(s.N, strides.n) &&
-                     even(out.channels, strides.c) && even(out.rows, strides.h);
-  t.vec = pairs ? 2 : 1;
-  const int64_t steps = toeplitz_steps(s.S), tiles = toeplitz_tiles(out.columns);
-  const int64_t row = pitch(tiles - 1 + 2 * steps);
-  choose_place(t, s.N, out.rows, (s.R - 1) * row, row, s.R * 4 * (16 * steps + 8));
-  const int64_t places = ceil_div(s.N, t.lanes) * ceil_div(out.rows, t.rows) * ceil_div(out.columns, 8 * tiles);
-  // The filter is laid out once a block: few blocks more than the multiprocessors hold twice over.
-  t.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(8 * device.multiprocessors, s.K), 1, places));
-  return p;
-}
-
 }  // namespace
 
 Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   const bool narrow = narrow_images(s);
-  if (narrow && std::min(s.R, s.S) >= kToeplitzFrom && toeplitz_can_run(map, s, dtype, device)) {
-    return depthwise_toeplitz(map, s, dtype, device, alignment);
-  }
+  if (Plan p; narrow && plan_depthwise_tensor_cores(p, map, s, dtype, device, alignment)) return p;
   const bool large = narrow && large_can_run(map, s, device);
   if (map == Map::grad_weight) {
     if (!narrow || s.N * s.P * s.Q >= kNarrow - (1 << 20)) {

@@ -24,10 +24,31 @@ inline bool narrow_images(const ConvShape& s) {
   return std::max({extent(s.C, s.H, s.W, s.x), extent(s.K, s.P, s.Q, s.y), span_h, span_w}) < kNarrow - 4096;
 }
 
+// The image that the map writes.
+struct Written {
+  int64_t channels, rows, columns;
+};
+inline Written written(Map map, const ConvShape& s) {
+  return map == Map::forward ? Written{s.K, s.P, s.Q} : Written{s.C, s.H, s.W};
+}
+
+// Strips of equal height, none taller than `most`.
+inline int even_rows(int64_t rows, int64_t most) {
+  return static_cast<int>(rows < 1 ? 1 : ceil_div(rows, ceil_div(rows, most)));
+}
+
+// A dimension of size 1 has no say in what is dense or aligned.
+inline bool dense_columns(const ConvShape& s) { return (s.W == 1 || s.x.w == 1) && (s.Q == 1 || s.y.w == 1); }
+
+// One block holds 16-byte pieces of several images, which it reaches by 31-bit offsets.
+inline bool near_images(const ConvShape& s, int64_t images) { return images * std::max(s.x.n, s.y.n) < kNarrow; }
+
 Plan plan_depthwise(Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // forward and grad_input on tensor cores, for images of whole vectors of eight channels: whether they can run, and how.
 bool nhwc_mma_can_run(const ConvShape&, DType, const Device&);
 Plan plan_depthwise_nhwc_mma(Map, const ConvShape&, const Device&);
+// Images of rows (NCHW) in half types, stride 1, on tensor cores. False: not where plain kernels are predicted to be as fast.
+bool plan_depthwise_tensor_cores(Plan&, Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // Large kernels of stride 1 in plain arithmetic: whether they can run, and how.
 bool large_can_run(Map, const ConvShape&, const Device&);
 Plan plan_depthwise_large(Map, const ConvShape&, DType, const Device&);

@@ -112,11 +112,16 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
-// ---- asynchronous copies from global to shared memory (sm_80). 16 (or 4) aligned bytes, zeros where not `valid`: `global` is
+// ---- asynchronous copies from global to shared memory (sm_80). 16 (or 8, or 4) aligned bytes, zeros where not `valid`: `global` is
 // then not read, but has to be an address all the same.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async8(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 8 : 0)
                : "memory");
 }
 __device__ __forceinline__ void cp_async4(void* shared, const void* global, bool valid) {

@@ -12,6 +12,8 @@ cudaError_t run_forward(const Plan& p, const ConvShape& shape, DType dtype, cons
     case Kernel::depthwise_nhwc_mma:
       return launch_depthwise_nhwc_mma_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_nchw: return launch_depthwise_nchw_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
+    case Kernel::depthwise_nchw_mma:
+      return launch_depthwise_nchw_mma_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_direct:
       return launch_depthwise_direct_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_toeplitz:
@@ -34,6 +36,8 @@ cudaError_t run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, c
       return launch_depthwise_nhwc_mma_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_nchw:
       return launch_depthwise_nchw_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
+    case Kernel::depthwise_nchw_mma:
+      return launch_depthwise_nchw_mma_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_direct:
       return launch_depthwise_direct_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_toeplitz:
@@ -57,6 +61,8 @@ cudaError_t run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, 
       return launch_depthwise_grad_weight_nhwc(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::depthwise_grad_weight_nchw:
       return launch_depthwise_grad_weight_nchw(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
+    case Kernel::depthwise_nchw_mma:
+      return launch_depthwise_nchw_mma_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::depthwise_toeplitz:
       return launch_depthwise_toeplitz_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::depthwise_large:

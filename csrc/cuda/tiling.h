@@ -227,6 +227,64 @@ inline GradWeightNchw grad_weight_nchw(const ConvShape& s, DType dtype) {
           static_cast<int>(planes ? steps : std::clamp<int64_t>(rows, 1, steps))};
 }
 
+// ---- depthwise_nchw_mma*.cu: a warp takes 16 groups of kNchwMmaPhases rows and 16 columns at a time, in windows of 16 columns
+// of x for 8 columns of y (grad_input: the other way round).
+inline constexpr int kNchwMmaThreads = 128, kNchwMmaPhases = 4;
+
+// How the rows of an image that is read come in. A piece is what one copy moves: 8 bytes where rows, and the way from one to
+// the next, are made of such, else 4.
+struct NchwMmaRows {
+  int piece = 0, pieces = 0;  // elements of a copy, 0: rows cannot be copied so; copies of a row
+  int left = 0;               // columns of a tile before the row
+};
+// Windows of 16 columns hold `taps` taps of 8 neighbouring outputs, the first of them `pad` columns before the image.
+inline NchwMmaRows nchw_mma_rows(int64_t N, int64_t channels, int64_t H, int64_t W, const Strides& t, int64_t pad,
+                                 int64_t taps, int64_t pitch, int vec) {
+  NchwMmaRows rows;
+  // tile.vec of 4 says that all tensors begin on 8 bytes.
+  for (int piece = vec >= 4 ? 4 : 2; piece >= 2 && rows.piece == 0; piece /= 2) {
+    const auto whole = [piece](int64_t size, int64_t stride) { return size <= 1 || (stride & (piece - 1)) == 0; };
+    const int64_t left = (std::max<int64_t>(pad, 0) + piece - 1) & -piece;
+    if (left - pad + 7 + taps - 1 < 16 && whole(2, W) && whole(N, t.n) && whole(channels, t.c) && whole(H, t.h)) {
+      rows.piece = piece, rows.left = static_cast<int>(left);
+      rows.pieces = static_cast<int>(std::max<int64_t>(std::min(W, pitch - left), 0) / piece);
+    }
+  }
+  return rows;
+}
+
+struct NchwMmaCut {
+  NchwMmaRows in, other;          // of what is read; grad_weight: of x, and of grad_y
+  int blocks = 0, pitch = 0;      // of 16 columns in a row; elements of a row in shared memory
+  int groups = 0, slots = 0;      // of an image in a place: groups of rows, and those that its tile has
+  int sets = 0, group_pitch = 0;  // of 16 groups in a place; elements from one group's results to the next
+  int64_t smem_bytes = 0;
+  bool possible = false;
+};
+inline NchwMmaCut nchw_mma_cut(Map map, const ConvShape& s, const Tile& t) {
+  const int64_t Q = map == Map::grad_input ? s.W : s.Q;
+  NchwMmaCut cut;
+  cut.blocks = static_cast<int>((Q + 15) / 16);
+  cut.pitch = 16 * cut.blocks + 8;  // an odd number of 16-byte pieces puts the rows of a matrix on different banks
+  cut.in = map == Map::grad_input ? nchw_mma_rows(s.N, s.K, s.P, s.Q, s.y, s.S - 1 - s.pad_w, s.S, cut.pitch, t.vec)
+                                  : nchw_mma_rows(s.N, s.C, s.H, s.W, s.x, s.pad_w, s.S, cut.pitch, t.vec);
+  cut.groups = (t.rows + kNchwMmaPhases - 1) / kNchwMmaPhases;
+  cut.slots = cut.groups + static_cast<int>(s.R + kNchwMmaPhases - 2) / kNchwMmaPhases;
+  cut.sets = (cut.groups * t.lanes + 15) / 16;
+  cut.possible = cut.in.piece > 0;
+  const int64_t tile = int64_t{2} * 2 * kNchwMmaPhases * t.lanes * cut.slots * cut.pitch;  // bytes of both
+  if (map == Map::grad_weight) {
+    cut.other = nchw_mma_rows(s.N, s.K, s.P, s.Q, s.y, 0, 1, cut.pitch, t.vec);
+    cut.possible = cut.possible && cut.other.piece > 0;
+    cut.smem_bytes = std::max<int64_t>(tile + int64_t{2} * 2 * kNchwMmaPhases * (cut.groups * t.lanes + 1) * cut.pitch,
+                                       s.R * kNchwMmaThreads / 32 * 128 * 4);
+  } else {
+    cut.group_pitch = static_cast<int>(kNchwMmaPhases * Q + (Q % 4 == 0 ? 8 : 0));  // an odd number, too
+    cut.smem_bytes = tile + int64_t{2} * t.lanes * cut.groups * cut.group_pitch;
+  }
+  return cut;
+}
+
 // ---- depthwise_toeplitz.cu
 // Steps of 16 columns that the window of 8 neighbouring outputs takes; those that there are kernels for.
 inline int toeplitz_steps(int64_t S) {

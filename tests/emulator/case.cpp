@@ -117,6 +117,7 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
     static constexpr const char* kKernels[] = {"depthwise_nhwc",
                                                "depthwise_nhwc_mma",
                                                "depthwise_nchw",
+                                               "depthwise_nchw_mma",
                                                "depthwise_direct",
                                                "depthwise_grad_weight",
                                                "depthwise_grad_weight_nhwc",

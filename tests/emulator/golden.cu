@@ -119,6 +119,19 @@ __global__ void copy_words_golden(const uint32_t* from, uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = to[lane][i];
 }
 
+// out: [lane][4 words]. Pairs of words, every fifth not valid.
+__global__ void copy_pairs_golden(const uint32_t* from, uint32_t* out) {
+  SMEM_ARRAY(uint32_t, to, [kLanes][4]);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 4; ++i) to[lane][i] = 0xDEADBEEFu;
+  for (int i = 0; i < 4; i += 2) {
+    cp_async8(&to[lane][i], from + (4 * lane + 6 * i) % (4 * kLanes), (lane + i) % 5 != 0);
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = to[lane][i];
+}
+
 struct Memory {  // on the GPU, or plain memory in the emulator
   uint32_t* data = nullptr;
   explicit Memory(const std::vector<uint32_t>& values) {
@@ -166,6 +179,7 @@ bool show_all() {
   fine &= show("ldmatrix_x4", ldmatrix_golden<false>);
   fine &= show("ldmatrix_x4_trans", ldmatrix_golden<true>);
   fine &= show("cp_async16 cp_async_commit cp_async_wait", copy_golden, static_cast<const uint32_t*>(from.data));
+  fine &= show("cp_async8", copy_pairs_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("cp_async4", copy_words_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("load16_if load32_if load64_if opaque", load_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("cp_async16_first", copy_first_golden, static_cast<const uint32_t*>(from.data));

@@ -47,6 +47,9 @@ inline void cp_async16(void* shared, const void* global, bool valid) {
 inline void cp_async16_first(void* shared, const void* global, int bytes) {
   emulator::copy_async(shared, global, 16, static_cast<uint32_t>(bytes));
 }
+inline void cp_async8(void* shared, const void* global, bool valid) {
+  emulator::copy_async(shared, valid ? global : nullptr, 8, 8);
+}
 inline void cp_async4(void* shared, const void* global, bool valid) {
   emulator::copy_async(shared, valid ? global : nullptr, 4, 4);
 }
