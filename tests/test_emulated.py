@@ -260,12 +260,12 @@ def _runs() -> Iterator[Run]:
     for case in SUMS:
         for layout in LAYOUTS:
             for dtype in ("float32", "float16"):
-                half7 = {"sm": 70} if case.R == 7 and dtype == "float16" else {}  # else a matter for tensor cores
-                yield made(case, "grad_weight", layout, dtype, **half7)
-            yield made(case, "grad_weight", layout, "bfloat16" if case.R < 7 else "float32", padding="0,6,1,0")
+                plain = {"sm": 70} if dtype == "float16" else {}  # else a matter for tensor cores
+                yield made(case, "grad_weight", layout, dtype, **plain)
+            yield made(case, "grad_weight", layout, "bfloat16" if case.R < 7 else "float32", padding="0,6,1,0", sm=70)
     for layout in LAYOUTS:
         for splits in (2, 5, 40):
-            yield made(SUMS[0], "grad_weight", layout, "float16", splits=splits, w_layout="channels_last")
+            yield made(SUMS[0], "grad_weight", layout, "float16", splits=splits, w_layout="channels_last", sm=70)
     for case in LARGE:
         for map in MAPS if case.K == case.C else ("forward", "grad_weight"):
             for dtype in ("float16", "bfloat16"):
