@@ -12,8 +12,8 @@
 //     pixels or so the sums are added to the task's.
 // Either way grad_y and x come from memory once, and a long sum is a sum of short ones.
 //
-// The parts depend on the shape alone, and are added in order by a second pass: the result does not depend on the
-// number of threads.
+// The parts depend on the shape alone, and are added in order, by a second pass where there are several: the result does
+// not depend on the number of threads.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "depthwise_nhwc_grad_weight.cpp"
 #include "foreach_isa.h"
@@ -36,8 +36,7 @@ inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at
 inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
-inline constexpr int64_t kStreamedVectors = 8;  // of a chunk that rows are streamed for: half a kilobyte a pixel
-inline constexpr int64_t kShortSum = 256;       // output pixels, about, whose products are added one by one there
+inline constexpr int64_t kShortSum = 256;  // output pixels, about, whose products are added one by one there
 
 // The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
 template <typename T>
@@ -50,15 +49,19 @@ struct Kernel {
   Functions longer, shorter;  // for passes of `taps`, and of one tap less
   int64_t passes = 1, taps = 0;
   bool once = false;                                                  // the functions are block_once
-  bool far = false;                                                   // x and grad_y come from memory
+  bool ahead = false;                                                 // fetch what comes next meanwhile
   void (*stream)(const ConvShape&, const StreamedRow<T>&) = nullptr;  // rather than tiles
 
   explicit Kernel(const ConvShape& k) {
     if (k.C < kLanes<accumulate_t<T>> || (k.dilation_w != 1 && k.S > 1) || k.stride_w > 2) return;
     const int64_t bytes = k.N * k.C * (k.H * k.W + k.P * k.Q) * static_cast<int64_t>(sizeof(T));
-    far = bytes > kNearBytes;
+    const bool far = bytes > kNearBytes;  // x and grad_y come from memory
+    // Near data keep a small kernel supplied that loads each pixel once. Of pixels a multiple of 1 KiB apart, fetched
+    // lines would share so few sets of the first-level cache that they drive each other out.
+    const bool supplied = bytes <= kNearBytes / 2 || k.stride_w > 1 || k.C * sizeof(T) % 1024 == 0;
+    ahead = far || k.S > 3 || SEPCONV_ISA_LEVEL < 2 || !supplied;
     const bool dense = SEPCONV_ISA_LEVEL == 2 && k.dilation_h == 1;  // both need 32 registers
-    if (dense && streams(k)) stream = streaming(k);
+    if (dense && streams(k, far)) stream = streaming(k);
     // block is better than block_once at waiting for memory, which counts where the kernel is small; but it takes the
     // output rows apart that see different kernel rows, and those are many where the kernel is large.
     once = dense && k.stride_h == 1 && k.stride_w == 1 && (k.R > kMaxTaps || k.R >= k.H || (k.R <= 3 && !far));
@@ -74,8 +77,8 @@ struct Kernel {
  private:
   // Measured (benchmarks/NOTES.md). At stride 1 the sums weigh more, and rows are streamed only where tiles suffer, whose
   // pixels share cache sets or lie about a memory page apart; of a 3x3 kernel only where they come from memory, too.
-  bool streams(const ConvShape& k) const {
-    if (k.R >= k.H || k.stride_h != k.stride_w) return false;
+  static bool streams(const ConvShape& k, bool far) {
+    if (k.R > k.H || k.stride_h != k.stride_w) return false;
     const int64_t pixel = k.C * static_cast<int64_t>(sizeof(T));
     return k.stride_w > 1 || ((far || k.S > 3) && (pixel % 512 == 0 || pixel >= 1792));
   }
@@ -125,24 +128,90 @@ struct Kernel {
   }
 };
 
-// How the work is cut. Depends on the shape alone.
+// How the work is cut. Depends on the shape alone; into equal tasks for a few threads, where the shape lets itself.
 struct Partition {
-  int64_t vectors, chunk, chunks;  // of channels
-  int64_t images, strips, parts;   // `images` groups of images, each image in `strips` strips of rows
+  int64_t vectors, chunks;        // of channels
+  int64_t images, strips, parts;  // `images` groups of images, each image in `strips` strips of rows
   Partition(const ConvShape& k, int64_t lanes, int64_t sum_bytes) {
     // A part costs R * S sums a channel to clear and to add: no more of them than the work is worth.
     const int64_t worth = k.N * k.P * k.Q / (16 * k.R * k.S) + 1;
     vectors = (k.C + lanes - 1) / lanes;
-    const int64_t fit = kSumBytes / (k.R * k.S * lanes * sum_bytes + 1);
+    const int64_t fit = std::max<int64_t>(kSumBytes / (k.R * k.S * lanes * sum_bytes + 1), 1);
     const int64_t wide = vectors / std::max<int64_t>(kTasks / worth, 1);  // as wide as leaves enough tasks
-    chunk = std::clamp<int64_t>(std::min(fit, std::max(wide, kMinChunk)), 1, vectors);
+    const int64_t chunk = std::clamp<int64_t>(std::min(fit, std::max(wide, kMinChunk)), 1, vectors);
     chunks = (vectors + chunk - 1) / chunk;
-    chunk = (vectors + chunks - 1) / chunks;
-    chunks = (vectors + chunk - 1) / chunk;
+    if (chunks > 4) chunks = chunks / 4 * 4 * fit >= vectors ? chunks / 4 * 4 : std::min((chunks + 3) / 4 * 4, vectors);
     const int64_t wanted = std::min((kTasks + chunks - 1) / chunks, worth);
     images = std::clamp<int64_t>(k.N, 1, wanted);
+    for (int64_t fewer = images; 2 * fewer > images; --fewer) {
+      if (k.N % fewer == 0) {
+        images = fewer;
+        break;
+      }
+    }
     strips = std::clamp<int64_t>(wanted / images, 1, std::max<int64_t>(k.P / kRowGroup, 1));
     parts = images * strips;
+  }
+  int64_t first_vector(int64_t chunk) const { return vectors * chunk / chunks; }
+};
+
+// Exchanges the lanes of a that have bit kStep set with those of b that have not.
+template <typename A, int kStep, int... kLane>
+SEPCONV_INLINE void exchange(Vector<A>& a, Vector<A>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int L = kLanes<A>;
+  const Vector<A> lower = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane : kLane + kStep)...);
+  a = lower;
+}
+template <typename A, int kStep = 1>
+SEPCONV_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
+  if constexpr (kStep < kLanes<A>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) {
+      if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<A>>());
+    }
+    transpose<A, kStep * 2>(rows);
+  }
+}
+
+// Adds the parts up, one channel vector a task: kLanes taps of kLanes channels at a time, turned into the weight's order.
+template <typename T>
+struct ReduceTask {
+  using A = accumulate_t<T>;
+  const ConvShape& k;
+  const Partition& cut;
+  const A* sums;
+  T* grad_w;
+  void operator()(int64_t v) const {
+    constexpr int L = kLanes<A>;
+    const int64_t c = first_channel<A>(k, v), lane0 = v * L - c;  // the lanes before it are the vector before's
+    const int64_t lanes = std::min<int64_t>(L, k.C), taps = k.R * k.S;
+    const bool dense = k.w.w == 1 && k.w.h == k.S;
+    for (int64_t tap = 0; tap < taps; tap += L) {
+      const int count = static_cast<int>(std::min<int64_t>(taps - tap, L));
+      Vector<A> rows[L];
+      for (int i = 0; i < L; ++i) rows[i] = i < count ? sum_of(v * taps + tap + i) : Vector<A>{};
+      transpose<A>(rows);
+      for (int64_t i = lane0; i < lanes; ++i) {
+        T* to = grad_w + (c + i) * k.w.n;
+        if (dense) {
+          store_first(to + tap, rows[i], count);
+          continue;
+        }
+        A values[L];
+        store(values, rows[i]);
+        for (int j = 0; j < count; ++j) store_one(to + (tap + j) / k.S * k.w.h + (tap + j) % k.S * k.w.w, values[j]);
+      }
+    }
+  }
+
+ private:
+  Vector<A> sum_of(int64_t number) const {
+    const int64_t part_size = cut.vectors * k.R * k.S * kLanes<A>;
+    const A* from = sums + number * kLanes<A>;
+    Vector<A> sum = load(from);
+    for (int64_t part = 1; part < cut.parts; ++part) sum += load(from + part * part_size);
+    return sum;
   }
 };
 
@@ -155,10 +224,19 @@ struct SumTask {
   const T* grad_y;
   const T* x;
   A* sums;  // [parts, vectors, R, S, kLanes]
+  T* grad_w;
 
   void operator()(int64_t task) const {
-    const int64_t part = task / cut.chunks, v0 = task % cut.chunks * cut.chunk,
-                  v1 = std::min(v0 + cut.chunk, cut.vectors);
+    const int64_t part = task / cut.chunks, chunk = task % cut.chunks;
+    const int64_t v0 = cut.first_vector(chunk), v1 = cut.first_vector(chunk + 1);
+    add_part(part, v0, v1);
+    if (cut.parts > 1) return;
+    const ReduceTask<T> reduce{k, cut, sums, grad_w};
+    for (int64_t v = v0; v < v1; ++v) reduce(v);
+  }
+
+ private:
+  void add_part(int64_t part, int64_t v0, int64_t v1) const {
     const int64_t size = k.R * k.S * kLanes<A>;
     A* own = sums + part * cut.vectors * size;
     std::fill(own + v0 * size, own + v1 * size, A(0));
@@ -167,10 +245,12 @@ struct SumTask {
     const int64_t n0 = k.N * group / cut.images, n1 = k.N * (group + 1) / cut.images;
     if (kernel.stream != nullptr) {
       std::vector<A> recent((v1 - v0) * size);
+      // Long runs, as far as the sums that a row meets leave the first-level cache room for its tiles.
+      const int64_t most = k.S <= 3 || k.stride_w == 2 ? 12 : 8, pieces = (v1 - v0 + most - 1) / most;
       for (int64_t n = n0; n < n1; ++n) {
-        for (int64_t v = v0; v < v1; v += kStreamedVectors) {
-          add_streamed(n, n - n0, p0, p1, v, std::min(v + kStreamedVectors, v1), recent.data() + (v - v0) * size,
-                       own + v * size);
+        for (int64_t i = 0; i < pieces; ++i) {
+          const int64_t v = v0 + (v1 - v0) * i / pieces, end = v0 + (v1 - v0) * (i + 1) / pieces;
+          add_streamed(n, n - n0, p0, p1, v, end, recent.data() + (v - v0) * size, own + v * size);
         }
       }
       move_sums(recent.data(), own + v0 * size, (v1 - v0) * size);
@@ -184,7 +264,6 @@ struct SumTask {
     }
   }
 
- private:
   static void move_sums(A* from, A* to, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes<A>) {
       store(to + i, load(to + i) + load(from + i));
@@ -207,7 +286,7 @@ struct SumTask {
       const int64_t last = std::min(k.R - 1, row - top);
       if (r0 > last) continue;
       kernel.stream(k, {x + (n * k.H + h) * k.W * k.C, grad_y + (n * k.P + (row - r0) / k.stride_h) * k.Q * k.C,
-                        recent + r0 * k.S * kLanes<A>, (last - r0) / k.stride_h + 1, v0, v1, kernel.far});
+                        recent + r0 * k.S * kLanes<A>, (last - r0) / k.stride_h + 1, v0, v1, kernel.ahead});
     }
   }
 
@@ -221,7 +300,7 @@ struct SumTask {
         b.count = static_cast<int>(std::min<int64_t>(kColumns, k.Q - q));
         // Next come the next vector of the same pixels, or the first vector of the next ones.
         const bool last = v + 1 == v1;
-        if (!last || q + kColumns < k.Q) {
+        if (kernel.ahead && (!last || q + kColumns < k.Q)) {
           b.grad_y_ahead = first_channel<A>(k, last ? v0 : v + 1) - c + (last ? kColumns * k.C : 0);
           b.x_ahead = b.grad_y_ahead + (last ? kColumns * (k.stride_w - 1) * k.C : 0);
         }
@@ -294,41 +373,14 @@ struct SumTask {
   }
 };
 
-// Adds the parts up, one channel vector a task.
-template <typename T>
-struct ReduceTask {
-  using A = accumulate_t<T>;
-  const ConvShape& k;
-  const Partition& cut;
-  const A* sums;
-  T* grad_w;
-  void operator()(int64_t v) const {
-    const int64_t c = first_channel<A>(k, v);
-    const int64_t lane0 = v * kLanes<A> - c;  // the lanes before it are the vector before's
-    const int64_t lanes = std::min<int64_t>(kLanes<A>, k.C);
-    const int64_t size = k.R * k.S * kLanes<A>;
-    for (int64_t r = 0; r < k.R; ++r) {
-      for (int64_t s = 0; s < k.S; ++s) {
-        const A* from = sums + v * size + (r * k.S + s) * kLanes<A>;
-        Vector<A> sum = load(from);
-        for (int64_t part = 1; part < cut.parts; ++part) sum += load(from + part * cut.vectors * size);
-        A values[kLanes<A>];
-        store(values, sum);
-        T* to = grad_w + c * k.w.n + r * k.w.h + s * k.w.w;
-        for (int64_t i = lane0; i < lanes; ++i) store_one(to + i * k.w.n, values[i]);
-      }
-    }
-  }
-};
-
 template <typename T>
 void grad_weight_typed(const ConvShape& shape, const T* grad_y, const T* x, T* grad_w) {
   using A = accumulate_t<T>;
   const Kernel<T> kernel(shape);
   const Partition cut(shape, kLanes<A>, sizeof(A));
   const std::unique_ptr<A[]> sums(new A[cut.parts * cut.vectors * shape.R * shape.S * kLanes<A>]);
-  parallel(cut.parts * cut.chunks, SumTask<T>{shape, kernel, cut, grad_y, x, sums.get()});
-  parallel(cut.vectors, ReduceTask<T>{shape, cut, sums.get(), grad_w});
+  parallel(cut.parts * cut.chunks, SumTask<T>{shape, kernel, cut, grad_y, x, sums.get(), grad_w});
+  if (cut.parts > 1) parallel(cut.vectors, ReduceTask<T>{shape, cut, sums.get(), grad_w});
 }
 
 void grad_weight(const ConvShape& shape, DType dtype, const void* grad_y, const void* x, void* grad_w) {

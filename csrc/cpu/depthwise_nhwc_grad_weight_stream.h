@@ -7,6 +7,8 @@
 // is a cache line here and a cache line there; its rows of grad_y come from memory with the first input row that meets
 // them, and from the caches with the others. The price is a load and a store of each sum for each kColumns products.
 
+inline constexpr int64_t kVectorsAhead = 8;  // of tiles, about: the way to memory is as long as they take
+
 // What a call sees: the pixels that the input row and the newest output row that meets it begin with, and the sums of
 // the kernel row between the two.
 template <typename T>
@@ -16,7 +18,7 @@ struct StreamedRow {
   accumulate_t<T>* sums;  // [v1 - v0, R, S, kLanes], from that kernel row of vector v0 on
   int64_t rows;           // kernel rows that meet the input row, each a stride below the one before
   int64_t v0, v1;         // channel vectors
-  bool ahead;             // fetch the next tile meanwhile
+  bool ahead;             // fetch what comes next meanwhile
 };
 
 // `from` and `end`: the part of the tile's pixels that the image has.
@@ -67,6 +69,8 @@ void stream_row(const ConvShape& k, const StreamedRow<T>& b) {
   using A = accumulate_t<T>;
   constexpr int kMaxRows = std::clamp(31 / (kTaps + kColumns), 1, 3);
   const int64_t C = k.C, y_row = k.Q * C;
+  const int64_t tiles_ahead = std::max<int64_t>((kVectorsAhead + (b.v1 - b.v0) / 2) / (b.v1 - b.v0), 1);
+  const int64_t later = (tiles_ahead - 1) * kColumns;  // output columns between the next tile and the one to fetch
   for (int64_t q = 0; q < k.Q; q += kColumns) {
     const int count = static_cast<int>(std::min<int64_t>(kColumns, k.Q - q));
     const int64_t column = q * kStride - k.pad_w;
@@ -76,8 +80,8 @@ void stream_row(const ConvShape& k, const StreamedRow<T>& b) {
       const T* x = b.x + column * C + c;
       const T* grad_y = b.grad_y + q * C + c;
       if (b.ahead) {
-        fetch<T, kColumns * kStride>(x + ((count - 1) * kStride + kTaps) * C, C);
-        fetch<T, kColumns>(grad_y + count * C, C);
+        fetch<T, kColumns * kStride>(x + ((count - 1 + later) * kStride + kTaps) * C, C);
+        fetch<T, kColumns>(grad_y + (count + later) * C, C);
       }
       A* sums = b.sums + (v - b.v0) * k.R * kTaps * kLanes<A>;
       for (int64_t left = b.rows; left > 0;) {
