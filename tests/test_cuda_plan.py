@@ -74,6 +74,8 @@ def test_the_layers_of_the_gpu_tests_have_the_tiles_of_large_problems(map: str, 
             assert plan.tile["vec"] == (4 if dtype == "float32" else 8) and plan.tile["splits"] > 1, name
         large = name.startswith(("depthwise_fill_k13", "depthwise_fill_k31"))
         assert large == (plan.kernel in ("cuda_depthwise_large", "cuda_depthwise_toeplitz")) or "k7" in name, name
+    if map != "grad_weight" and dtype == "float32":
+        assert sum(plan.kernel == "cuda_depthwise_nhwc_tma" for plan in plans.values()) == 2
     keeps = {plan.tile["keep"] for plan in plans.values() if plan.kernel == "cuda_depthwise_large"}
     assert keeps == {4, 7}
     assert map == "grad_weight" or any(
@@ -89,8 +91,8 @@ def test_the_layers_of_the_gpu_tests_have_the_tiles_of_large_problems(map: str, 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_dense_channels_take_the_register_window(map: str, dtype: str, kernel: int) -> None:
     for stride in (1, 2):
-        tensor_cores = dtype != "float32" and kernel > 3 and stride == 1
-        plan = depthwise(64, 144, 56, kernel, stride, map=map, dtype=dtype, sm=75 if tensor_cores else 90)
+        others = kernel > 3 and stride == 1  # tensor cores, the copy engine
+        plan = depthwise(64, 144, 56, kernel, stride, map=map, dtype=dtype, sm=75 if others else 90)
         assert plan.kernel == "cuda_depthwise_nhwc" and plan.tile["vec"] == 2
         assert "every row read once" in plan.reason
     for dilation in (2, 3, 6):
@@ -203,6 +205,56 @@ def test_grad_input_of_stride_2_walks_in_pairs_of_rows() -> None:
 def test_more_dilation_than_rows() -> None:
     plan = depthwise(2, 24, 7, 3, dilation=9)
     assert plan.kernel == "cuda_depthwise_nhwc" and "rows" not in plan.tile
+
+
+# --- depthwise, channels_last, by the copy engine ---
+
+
+BOXES = {  # layer -> pairs of channels that leave the fewest lanes idle
+    (64, 144, 56, 5): 16,
+    (128, 96, 56, 7): 16,
+    (128, 384, 14, 7): 32,
+    (128, 672, 28, 5): 16,
+    (128, 960, 7, 5): 32,
+}
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+def test_large_5x5_and_7x7_layers_have_their_rows_brought_by_the_copy_engine(map: str) -> None:
+    for layer, lanes in BOXES.items():
+        plan = depthwise(*layer, map=map, dtype="float32")
+        assert plan.kernel == "cuda_depthwise_nhwc_tma" and "copy engine" in plan.reason
+        assert plan.tile["lanes"] == lanes
+        N, C, size, kernel = layer
+        assert plan.tile["rows"] >= min(size, 2 * kernel)
+        tiles = -(-size // (7 * 32 // lanes))
+        blocks = -(-C // (2 * lanes)) * -(-N * -(-size // plan.tile["rows"]) * tiles // 4)
+        assert blocks > H100 * ({5: 4, 7: 3}[kernel] - 1)
+        assert depthwise(*layer, map=map, dtype="float32", sm=100).kernel == plan.kernel
+    small = depthwise(5, 64, 5, 7, W=14, map=map, dtype="float32", multiprocessors=1)  # test_emulated.py's
+    assert small.kernel == "cuda_depthwise_nhwc_tma"
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+def test_what_the_copy_engine_leaves_to_the_register_window(map: str) -> None:
+    for rest in (
+        {"sm": 80},
+        {"sm": 89},
+        {"sm": 120},  # 100 KB of shared memory
+        {"tensor_maps": 0},  # an old driver
+        {"offset": 1},
+        {"N": 2},  # too few blocks
+        {"W": 15},  # tiles of columns without work
+        {"C": 94},  # pixels of 376 bytes
+        {"C": 72},  # 36 pairs, in 48 or 64 lanes
+        {"kernel": 3},
+        {"stride": 2},
+        {"dilation": 2},
+        {"multiprocessors": 10_000},
+    ):
+        layer = {"N": 128, "C": 96, "size": 56, "kernel": 7, "dtype": "float32"} | rest
+        assert depthwise(**layer, map=map).kernel == "cuda_depthwise_nhwc", rest
+    assert depthwise(128, 96, 56, 7, map=map, dtype="float32", layout="sliced_last").kernel == "cuda_depthwise_nhwc_tma"
 
 
 # --- depthwise, contiguous ---

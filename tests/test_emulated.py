@@ -88,6 +88,19 @@ WALKS = (
     Case("walk_k7_c70", 1, 70, 5, 8, 70, 7, 7, padding=(3, 3), groups=70, bias=True),
 )
 
+# The same by the copy engine: lanes without channels and tiles without columns, more rows than stages and fewer, strips
+# with a rest, images of one row and of one column, rows and columns that meet nothing of the image.
+BOXES = (
+    Case("boxes_k5", 2, 24, 11, 20, 24, 5, 5, padding=(2, 2), groups=24, bias=True),
+    Case("boxes_k5_no_padding", 3, 8, 6, 19, 8, 5, 5, padding=(0, 1), groups=8),
+    Case("boxes_k5_one_row", 5, 16, 1, 9, 16, 5, 5, padding=(2, 2), groups=16, bias=True),
+    Case("boxes_k7_c72", 1, 72, 9, 8, 72, 7, 7, padding=(3, 3), groups=72, bias=True),
+    Case("boxes_k7_far_padding", 1, 8, 3, 4, 8, 7, 7, padding=(8, 9), groups=8, bias=True),
+    Case("boxes_k7_one_column", 2, 8, 9, 1, 8, 7, 7, padding=(3, 3), groups=8),
+)
+
+BOXES_PLAN = Case("boxes_plan", 5, 64, 5, 14, 64, 7, 7, padding=(3, 3), groups=64)
+
 # Walks of the one-pass grad_weight kernels: tiles of a row and chunks of channels with a rest, several stages of a
 # plane, images one after the other and side by side in a warp, planes copied whole, rows that meet nothing.
 SUMS = (
@@ -257,6 +270,18 @@ def _runs() -> Iterator[Run]:
                 yield made(case, map, "channels_last", dtype, **pair)
             yield made(case, map, "channels_last", "bfloat16", **pair)
             yield made(case, map, "channels_last", DTYPES[1 + count % 2 * 2], rows=2, w_layout="channels_last")
+    for case in BOXES:
+        for map in ("forward", "grad_input"):
+            for layout, lanes, rows, w_layout in (
+                ("channels_last", 32, 4, "contiguous"),
+                ("channels_last", 16, 20, "contiguous"),
+                ("sliced_last", 16, 3, "channels_last"),
+                ("sliced_last", 32, 2, "contiguous"),
+            ):
+                tile = {"lanes": lanes, "rows": rows, "w_layout": w_layout}
+                yield made(case, map, layout, "float32", kernel="depthwise_nhwc_tma", **tile)
+    for map in ("forward", "grad_input"):  # as the plan has it, for a GPU that this fills
+        yield made(BOXES_PLAN, map, "channels_last", "float32", multiprocessors=1)
     for case in SUMS:
         for layout in LAYOUTS:
             for dtype in ("float32", "float16"):

@@ -39,6 +39,7 @@ KEPT = (
     *test_emulated.WALKS,
     *test_emulated.DIAGONALS,
     *test_emulated.CORES,
+    *test_emulated.BOXES,
     *test_emulated.PLANES,
     *test_emulated.PLAIN,
     *test_emulated.SPATIAL,

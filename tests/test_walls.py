@@ -77,7 +77,8 @@ def test_shared_memory_is_taken_through_the_macros():
 
 
 def test_no_foreign_device_libraries():
-    assert not found(r"#\s*include\s*<(cub|cooperative_groups|cuda|thrust|cute|cutlass)[/.]", CUDA)
+    driver = {"csrc/cuda/tensor_map.cpp": "the driver's types; it finds its one function through the runtime"}
+    assert not found(r"#\s*include\s*<(cub|cooperative_groups|cuda|thrust|cute|cutlass)[/.]", CUDA, driver)
     assert not found(r"\b(cub|cooperative_groups|thrust)::", CUDA)
     assert not found(r"(?<![\w:])cuda::(std|ptx|atomic|barrier|pipeline)", CUDA)
 

@@ -17,6 +17,7 @@
 #include "../separable.h"
 #include "../spatial_passes.h"
 #include "plan.h"
+#include "tensor_map.h"
 #include "tiling.h"
 
 namespace sepconv::cuda {
@@ -33,7 +34,7 @@ Device device_facts(int index) {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-  return {multiprocessors, major * 10 + minor};
+  return {multiprocessors, major * 10 + minor, major >= 9 && has_tensor_maps()};
 }
 
 // The largest power of two, up to kBestAlignment, that divides every address. Results come from the caching allocator,

@@ -75,17 +75,6 @@ __device__ __forceinline__ Place find_place(const Args& a, uint32_t channel_bloc
   return p;
 }
 
-// Which of kCount columns lie in an image, as bits.
-template <int kCount>
-__device__ __forceinline__ int columns_inside(int first, int step, int size) {
-  int bits = 0;
-#pragma unroll
-  for (int c = 0; c < kCount; ++c) {
-    if (static_cast<unsigned>(first + c * step) < static_cast<unsigned>(size)) bits |= 1 << c;
-  }
-  return bits;
-}
-
 // Blocks a multiprocessor, for which the compiler has to fit the registers: 65536 in all.
 template <int kVec, typename W>
 constexpr int blocks_of() {

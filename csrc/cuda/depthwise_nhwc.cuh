@@ -39,6 +39,17 @@ struct Walk {
   __host__ __device__ static constexpr bool meets(int tap) { return tap >= 0 && tap < kKernel; }
 };
 
+// Which of kCount columns lie in an image, as bits.
+template <int kCount>
+__device__ __forceinline__ int columns_inside(int first, int step, int size) {
+  int bits = 0;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    if (static_cast<unsigned>(first + c * step) < static_cast<unsigned>(size)) bits |= 1 << c;
+  }
+  return bits;
+}
+
 // ---- channel vectors
 
 // kVec channels of one pixel as they lie in memory: kept like this, a row that is read ahead takes half the registers.

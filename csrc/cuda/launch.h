@@ -50,6 +50,13 @@ cudaError_t launch_depthwise_nhwc_mma_forward(const ConvShape&, DType, const voi
 cudaError_t launch_depthwise_nhwc_mma_grad_input(const ConvShape&, DType, const void* grad_y, const void* w,
                                                  void* grad_x, const Tile&, cudaStream_t);
 
+// depthwise_nhwc_tma.cu: float32, 5x5 and 7x7, multiplier 1, channels dense, stride 1, no dilation, where the driver makes tensor
+// maps (tensor_map.h), and what is read fits one. tile.lanes is 16 or 32 pairs of channels; strips have tile.rows output rows.
+cudaError_t launch_depthwise_nhwc_tma_forward(const ConvShape&, const void* x, const void* w, const Epilogue&, void* y,
+                                              const Tile&, cudaStream_t);
+cudaError_t launch_depthwise_nhwc_tma_grad_input(const ConvShape&, const void* grad_y, const void* w, void* grad_x,
+                                                 const Tile&, cudaStream_t);
+
 // depthwise_nchw.cu: rows and filters without gaps, has_window, not float64; any multiplier forward, multiplier
 // 1 for grad_input. A thread walks down tile.rows steps (tiling.h), a block has tile.splits strips of them in each of
 // tile.lanes planes: one plane, or whole planes without gaps between them in x and y.

@@ -12,6 +12,7 @@ namespace sepconv::cuda {
 enum class Kernel : int {
   depthwise_nhwc,
   depthwise_nhwc_mma,
+  depthwise_nhwc_tma,
   depthwise_nchw,
   depthwise_nchw_mma,
   depthwise_direct,
@@ -33,6 +34,7 @@ enum class Kernel : int {
 struct Device {
   int multiprocessors = 0;
   int compute_capability = 0;  // 90 for 9.0
+  bool tensor_maps = false;    // of a device of 9.0 and newer: the driver can make them (tensor_map.h)
 };
 
 struct Plan {

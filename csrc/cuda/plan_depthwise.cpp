@@ -9,17 +9,6 @@ namespace {
 
 // ---- predicates: what a kernel needs
 
-// A dimension of size 1 has no say in what is dense or aligned.
-bool dense_channels(const ConvShape& s) { return s.C > 1 && s.x.c == 1 && s.y.c == 1; }
-
-// Every pixel of both images begins at a multiple of `vec` elements, and channels come in whole vectors.
-bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t alignment) {
-  const auto multiple = [vec](int64_t size, int64_t stride) { return size <= 1 || stride % vec == 0; };
-  return s.K == s.C && dense_channels(s) && s.C % vec == 0 && alignment % (vec * element_size(dtype)) == 0 &&
-         multiple(s.N, s.x.n) && multiple(s.H, s.x.h) && multiple(s.W, s.x.w) && multiple(s.N, s.y.n) &&
-         multiple(s.P, s.y.h) && multiple(s.Q, s.y.w);
-}
-
 bool window(const ConvShape& s) {
   return s.R == s.S && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1 &&
          has_window(s.R, s.stride_h);
@@ -249,6 +238,7 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
     return plan_depthwise_nhwc_mma(map, s, device);
   }
   if (narrow && nhwc_can_run(map, s, dtype)) {
+    if (const auto p = plan_depthwise_nhwc_tma(map, s, dtype, device, alignment)) return *p;
     return depthwise_nhwc(map, s, dtype, device, alignment);
   }
   if (narrow && nchw_can_run(map, s, dtype)) return depthwise_nchw(map, s, dtype, device);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "plan.h"
 
@@ -38,7 +39,16 @@ inline int even_rows(int64_t rows, int64_t most) {
 }
 
 // A dimension of size 1 has no say in what is dense or aligned.
+inline bool dense_channels(const ConvShape& s) { return s.C > 1 && s.x.c == 1 && s.y.c == 1; }
 inline bool dense_columns(const ConvShape& s) { return (s.W == 1 || s.x.w == 1) && (s.Q == 1 || s.y.w == 1); }
+
+// Every pixel of both images begins at a multiple of `vec` elements, and channels come in whole vectors.
+inline bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t alignment) {
+  const auto multiple = [vec](int64_t size, int64_t stride) { return size <= 1 || stride % vec == 0; };
+  return s.K == s.C && dense_channels(s) && s.C % vec == 0 && alignment % (vec * element_size(dtype)) == 0 &&
+         multiple(s.N, s.x.n) && multiple(s.H, s.x.h) && multiple(s.W, s.x.w) && multiple(s.N, s.y.n) &&
+         multiple(s.P, s.y.h) && multiple(s.Q, s.y.w);
+}
 
 // One block holds 16-byte pieces of several images, which it reaches by 31-bit offsets.
 inline bool near_images(const ConvShape& s, int64_t images) { return images * std::max(s.x.n, s.y.n) < kNarrow; }
@@ -49,6 +59,8 @@ bool nhwc_mma_can_run(const ConvShape&, DType, const Device&);
 Plan plan_depthwise_nhwc_mma(Map, const ConvShape&, const Device&);
 // Images of rows (NCHW) in half types, stride 1, on tensor cores. False: not where plain kernels are predicted to be as fast.
 bool plan_depthwise_tensor_cores(Plan&, Map, const ConvShape&, DType, const Device&, int64_t alignment);
+// The part of what depthwise_nhwc.cu can run that the copy engine serves, where that is predicted to be faster.
+std::optional<Plan> plan_depthwise_nhwc_tma(Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // Large kernels of stride 1 in plain arithmetic: whether they can run, and how.
 bool large_can_run(Map, const ConvShape&, const Device&);
 Plan plan_depthwise_large(Map, const ConvShape&, DType, const Device&);

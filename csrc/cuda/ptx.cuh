@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common.cuh"
+#include "tensor_map.h"
 
 #ifdef CUDA_ON_CPU
 #include "ptx_emulated.h"
@@ -46,6 +47,13 @@ __device__ __forceinline__ uint2 load64_if(const void* from, uint32_t valid) {
       : "=r"(v.x), "=r"(v.y)
       : "l"(from), "r"(valid));
   return v;
+}
+
+// ---- a store of 8 aligned bytes to global memory where `valid` is not zero, likewise one predicated instruction.
+__device__ __forceinline__ void store64_if(void* to, uint2 v, uint32_t valid) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2};}" ::"l"(to), "r"(v.x),
+               "r"(v.y), "r"(valid)
+               : "memory");
 }
 
 // ---- matrix product of a warp (sm_80), d += a * b with a 16 x 16, b 16 x 8, fp32 sums.
@@ -139,6 +147,52 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kGroupsLeft>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+// ---- barriers in shared memory that count bytes, and copies of boxes of a tensor by the copy engine (TMA, sm_90). A kernel
+// that uses them has no body where they are missing: `if constexpr (kHasTma)`. (12.x has them, but not the shared memory
+// for which the plan would take such a kernel, and its compiler puts a word on the stack for each copy.)
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+inline constexpr bool kHasTma = false;
+#else
+inline constexpr bool kHasTma = true;
+#endif
+
+// True in one lane of the warp, always the same; all 32 lanes ask. The compiler knows that a branch on it has one lane,
+// which it does not of a branch on a lane's number: instructions that take their operands once for a warp stand there plainly.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected;
+}
+// A barrier goes through phases 0, 1, 2, ...; each ends when `arrivals` threads have arrived and all bytes that they
+// announced have come. One thread initialises it, says so to the copy engine (the fence), and to the others as always.
+__device__ __forceinline__ void mbar_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void fence_mbar_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Arrives, and announces bytes.
+__device__ __forceinline__ void mbar_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+// Waits for the end of the phase of this parity (the first has 0): what has then come is there for this thread to read.
+__device__ __forceinline__ void mbar_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{.reg .pred p; wait: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra wait; done:}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// Copies the box that begins at channel c, column w, row h of image n, zeros where it is outside of the tensor (coordinates
+// may be negative), to 128-byte aligned shared memory; its bytes arrive at the barrier, all of the box's.
+__device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap& map, int c, int w, int h, int n,
+                                            uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(shared_address(barrier))
+      : "memory");
 }
 
 }  // namespace sepconv::cuda

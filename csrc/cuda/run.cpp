@@ -11,6 +11,7 @@ cudaError_t run_forward(const Plan& p, const ConvShape& shape, DType dtype, cons
     case Kernel::depthwise_nhwc: return launch_depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_nhwc_mma:
       return launch_depthwise_nhwc_mma_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
+    case Kernel::depthwise_nhwc_tma: return launch_depthwise_nhwc_tma_forward(shape, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_nchw: return launch_depthwise_nchw_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
     case Kernel::depthwise_nchw_mma:
       return launch_depthwise_nchw_mma_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
@@ -34,6 +35,8 @@ cudaError_t run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, c
       return launch_depthwise_nhwc_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_nhwc_mma:
       return launch_depthwise_nhwc_mma_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
+    case Kernel::depthwise_nhwc_tma:
+      return launch_depthwise_nhwc_tma_grad_input(shape, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_nchw:
       return launch_depthwise_nchw_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
     case Kernel::depthwise_nchw_mma:

@@ -114,6 +114,8 @@ inline NhwcMma nhwc_mma(Map map, const ConvShape& s) {
           some > 2 ? 2 : static_cast<int>(some) - 1,
           parts(std::max<int64_t>(s.N, 1), images)};
 }
+// depthwise_nhwc_tma.cu: blocks that a multiprocessor holds, by their registers.
+constexpr int nhwc_tma_blocks(int64_t kernel) { return kernel == 5 ? 4 : 3; }
 
 // ---- depthwise_nchw*.cu: how an image that is written is dealt to threads and blocks. Steps are its rows, or its pairs of rows
 // in grad_input of stride 2 (rows v = h + pad_h, v even, and v + 1); a thread owns a run of neighbouring columns.

@@ -97,9 +97,14 @@ Case read_pointwise(const Arguments& a, const Case& depthwise) {
 
 bool is_separable(const Arguments& a) { return a.text("op", "conv2d") == "separable"; }
 
+static sepconv::cuda::Device make_device(const Arguments& a) {
+  const int sm = static_cast<int>(a.number("sm", 90));
+  return {static_cast<int>(a.number("multiprocessors", 132)), sm, sm >= 90 && a.number("tensor_maps", 1) != 0};
+}
+
 sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& pointwise, const Arguments& a) {
   using namespace sepconv::cuda;
-  const Device device{static_cast<int>(a.number("multiprocessors", 132)), static_cast<int>(a.number("sm", 90))};
+  const Device device = make_device(a);
   Plan p = plan_separable({depthwise.shape, pointwise.shape}, depthwise.dtype, device, true);
   p.tile.lanes = static_cast<int>(a.number("lanes", p.tile.lanes));
   return p;
@@ -108,7 +113,7 @@ sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& point
 sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   using namespace sepconv::cuda;
   if (c.spatial) return {Kernel::aten, "cuda_spatial_separable", "", {}, 0};
-  const Device device{static_cast<int>(a.number("multiprocessors", 132)), static_cast<int>(a.number("sm", 90))};
+  const Device device = make_device(a);
   const int64_t unit = c.offset * static_cast<int64_t>(dtype_bytes(c.dtype));
   const int64_t alignment = unit ? std::min<int64_t>(unit & -unit, 16) : 16;
   Plan p = plan(c.map, c.shape, c.dtype, device, alignment, true);
@@ -116,6 +121,7 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   if (kernel != "auto") {
     static constexpr const char* kKernels[] = {"depthwise_nhwc",
                                                "depthwise_nhwc_mma",
+                                               "depthwise_nhwc_tma",
                                                "depthwise_nchw",
                                                "depthwise_nchw_mma",
                                                "depthwise_direct",

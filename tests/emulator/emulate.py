@@ -30,7 +30,7 @@ PLAN = tuple(sorted(KERNELS.glob("plan*.cpp")))
 CACHE = Path(os.environ.get("SEPCONV_EMULATOR_CACHE", ROOT / ".emulator-cache"))
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 
-RUNTIME_CORE = ("fiber", "machine", "shared_memory", "synchronise", "race", "async_copy", "matrix")
+RUNTIME_CORE = ("fiber", "machine", "shared_memory", "synchronise", "race", "async_copy", "bulk_copy", "matrix")
 RUNTIME = (*RUNTIME_CORE, "tensor", "reference", "case")
 COMMON = ("-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas")
 # Instrumentation is for the kernels; the emulator's own code only needs to know which build it is part of.

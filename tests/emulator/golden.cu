@@ -132,6 +132,47 @@ __global__ void copy_pairs_golden(const uint32_t* from, uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = to[lane][i];
 }
 
+// out: [lane][4 words]. The last two are not written where a lane is left out.
+__global__ void store_golden(uint32_t* out) {
+  const uint32_t lane = threadIdx.x;
+  uint32_t* to = out + 4 * lane;
+  to[0] = to[1] = lane;
+  store64_if(to + 2, uint2{2000 + lane, 3000 + lane}, (lane & 1) << 7);
+}
+
+// out: [lane][4 words], of four boxes of 8 columns by 4 channels that come through a ring of two stages, each used twice.
+// They lie inside of the image, over its edges and beyond.
+__global__ void box_golden(const __grid_constant__ TensorMap image, uint32_t* out) {
+  if constexpr (kHasTma) {
+    DYN_SMEM(smem);
+    const int lane = static_cast<int>(threadIdx.x);
+    uint64_t* full = reinterpret_cast<uint64_t*>(smem + 2 * 128);
+    const auto ask = [&](int box) {
+      uint64_t* arrival = full + box % 2;
+      mbar_expect(arrival, 128);
+      if (box == 0) tma_load_4d(smem, image, 0, -2, 0, 0, arrival);
+      if (box == 1) tma_load_4d(smem + 128, image, 4, 5, 1, 1, arrival);
+      if (box == 2) tma_load_4d(smem, image, 0, 0, -1, 1, arrival);
+      if (box == 3) tma_load_4d(smem + 128, image, 2, 1, 0, 1, arrival);
+    };
+    if (elect_one()) {
+      mbar_init(full, 1);
+      mbar_init(full + 1, 1);
+      fence_mbar_init();
+      ask(0);
+      ask(1);
+    }
+    const uint32_t elected = __popc(__ballot_sync(0xffffffffu, elect_one()));
+    __syncwarp();
+    for (int box = 0; box < 4; ++box) {
+      mbar_wait(full + box % 2, box / 2);
+      out[lane * 4 + box] = reinterpret_cast<const uint32_t*>(smem)[box % 2 * 32 + lane] + elected;
+      __syncwarp();
+      if (box < 2 && elect_one()) ask(box + 2);
+    }
+  }
+}
+
 struct Memory {  // on the GPU, or plain memory in the emulator
   uint32_t* data = nullptr;
   explicit Memory(const std::vector<uint32_t>& values) {
@@ -157,7 +198,7 @@ struct Memory {  // on the GPU, or plain memory in the emulator
 template <typename... Params, typename... Args>
 bool show(const char* name, void (*kernel)(Params...), Args... args) {
   const Memory out(std::vector<uint32_t>(kLanes * 4, 0xFFFFFFFFu));
-  const cudaError_t error = launch(kernel, LaunchConfig{dim3(1), dim3(kLanes)}, args..., out.data);
+  const cudaError_t error = launch(kernel, LaunchConfig{dim3(1), dim3(kLanes), 1024}, args..., out.data);
   if (error != cudaSuccess) {
     printf("%s: CUDA error %d\n", name, static_cast<int>(error));
     return false;
@@ -166,6 +207,28 @@ bool show(const char* name, void (*kernel)(Params...), Args... args) {
   for (const uint32_t word : out.read(kLanes * 4)) printf(" %08x", word);
   printf("\n");
   return true;
+}
+
+bool has_tma() {
+#ifdef CUDA_ON_CPU
+  return true;
+#else
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9 && major < 12;  // where kHasTma is true
+#endif
+}
+
+// An image of 2 x 3 x 10 pixels of 7 numbers, which lie 8 apart.
+bool show_boxes() {
+  std::vector<uint32_t> values(2 * 3 * 10 * 8);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint32_t>(i * 2654435761u);
+  const Memory from(values);
+  TensorMap map;
+  const ImageBoxes boxes{from.data, 2, 3, 10, 7, Strides{240, 1, 80, 8}, 8, 4};
+  if (make_tensor_map(map, DType::float32, boxes) != cudaSuccess) return false;
+  return show("tma elect_one mbar_init fence_mbar_init mbar_expect mbar_wait tma_load_4d", box_golden, map);
 }
 
 bool show_all() {
@@ -183,6 +246,8 @@ bool show_all() {
   fine &= show("cp_async4", copy_words_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("load16_if load32_if load64_if opaque", load_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("cp_async16_first", copy_first_golden, static_cast<const uint32_t*>(from.data));
+  fine &= show("store64_if", store_golden);
+  if (has_tma()) fine &= show_boxes();
   return fine;
 }
 

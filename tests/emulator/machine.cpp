@@ -99,6 +99,8 @@ void run_block() {
   block.alive = block.threads;
   block.epoch = 0;
   for (Barrier& barrier : block.barriers) barrier = {};
+  block.mbarriers.clear();
+  block.phases = 0;
   block.warps.assign(block.threads / 32, {});
   machine.ready.clear();
   machine.starved.clear();
@@ -118,12 +120,18 @@ void run_block() {
     thread.warp_epoch = 0;
     thread.open_copies.clear();
     thread.committed_copies.clear();
+    thread.phases_seen.clear();
     wake(thread);
   }
   ++counters().blocks;
   counters().threads += block.threads;
   switch_to(pick());
   if (machine.fault.empty() && block.alive) machine.fault = describe_deadlock();
+  for (const auto& [_, barrier] : block.mbarriers) {
+    if (machine.fault.empty() && !barrier.in_flight.empty()) {
+      machine.fault = "the block ends while bulk copies are in flight to its shared memory";
+    }
+  }
 }
 
 std::set<Trace> all_traces;

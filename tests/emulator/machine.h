@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <map>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../csrc/cuda/tensor_map.h"
 #include "fiber.h"
 
 namespace emulator {
@@ -41,6 +43,25 @@ struct AsyncCopy {
   uint32_t bytes, source_bytes;
 };
 
+// A box of a tensor on its way to shared memory (bulk_copy.h).
+struct BulkCopy {
+  unsigned char* destination;
+  sepconv::cuda::TensorMap map;
+  int at[4];  // c, w, h, n
+  uint32_t bytes;
+};
+
+// A barrier in shared memory that counts bytes.
+struct Mbarrier {
+  int arrivals = 0, pending = 0;  // of a phase; those that it still waits for
+  int64_t bytes = 0;              // announced and not there yet
+  uint32_t phase = 0;
+  uint32_t running = 0, ended = 0;  // the numbers of this phase and of the last one, among all of the block's
+  int maker = 0;                    // the thread that initialised it
+  bool fenced = false;
+  std::vector<BulkCopy> in_flight;
+};
+
 struct Thread {
   Fiber fiber;
   uint3 index{};
@@ -53,6 +74,7 @@ struct Thread {
   uint32_t warp_epoch = 0;                               // how many __syncwarp it has passed, for the race detector
   std::vector<AsyncCopy> open_copies;                    // issued, not yet committed
   std::vector<std::vector<AsyncCopy>> committed_copies;  // one entry a group, oldest first
+  std::set<uint32_t> phases_seen;                        // of mbarriers that it has waited for, for the race detector
 };
 
 struct Barrier {
@@ -74,6 +96,8 @@ struct Block {
   int threads = 0, alive = 0;
   uint32_t epoch = 0;  // how many __syncthreads have completed, for the race detector
   Barrier barriers[16];
+  std::map<const void*, Mbarrier> mbarriers;
+  uint32_t phases = 0;                         // of all mbarriers, so far
   std::vector<std::vector<Collective>> warps;  // the unfinished collectives of each warp
 };
 

@@ -4,7 +4,9 @@
 #include <cstdint>
 
 #include "async_copy.h"
+#include "bulk_copy.h"
 #include "matrix.h"
+#include "synchronise.h"
 
 namespace sepconv::cuda {
 
@@ -17,6 +19,10 @@ T load_if(const void* from, uint32_t valid) {
 inline uint32_t load16_if(const void* from, uint32_t valid) { return load_if<uint16_t>(from, valid); }
 inline uint32_t load32_if(const void* from, uint32_t valid) { return load_if<uint32_t>(from, valid); }
 inline uint2 load64_if(const void* from, uint32_t valid) { return load_if<uint2>(from, valid); }
+
+inline void store64_if(void* to, uint2 v, uint32_t valid) {
+  if (valid) *static_cast<uint2*>(to) = v;
+}
 
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATOR_HERE) {
@@ -57,6 +63,26 @@ inline void cp_async_commit() { emulator::commit_copies(); }
 template <int kGroupsLeft>
 void cp_async_wait() {
   emulator::wait_copies(kGroupsLeft);
+}
+
+inline constexpr bool kHasTma = true;
+inline bool elect_one(EMULATOR_HERE) {
+  emulator::collective(0xFFFFFFFFu, [](void**, uint32_t) {}, nullptr, "elect.sync", EMULATOR_LOCATION);
+  return emulator::current().lane == 0;
+}
+inline void mbar_init(uint64_t* barrier, int arrivals, EMULATOR_HERE) {
+  emulator::init_mbarrier(barrier, arrivals, EMULATOR_LOCATION);
+}
+inline void fence_mbar_init(EMULATOR_HERE) { emulator::fence_mbarriers(EMULATOR_LOCATION); }
+inline void mbar_expect(uint64_t* barrier, int bytes, EMULATOR_HERE) {
+  emulator::expect_bytes(barrier, bytes, EMULATOR_LOCATION);
+}
+inline void mbar_wait(uint64_t* barrier, int parity, EMULATOR_HERE) {
+  emulator::wait_for_phase(barrier, parity, EMULATOR_LOCATION);
+}
+inline void tma_load_4d(void* shared, const TensorMap& map, int c, int w, int h, int n, uint64_t* barrier,
+                        EMULATOR_HERE) {
+  emulator::copy_box(shared, map, c, w, h, n, barrier, EMULATOR_LOCATION);
 }
 
 }  // namespace sepconv::cuda

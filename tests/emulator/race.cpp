@@ -22,6 +22,7 @@ struct Access {
   int who = kNobody;
   uint32_t block = 0;  // in the order of execution
   uint32_t epoch = 0, warp_epoch = 0;
+  uint32_t phase = 0;  // not 0: a bulk copy, that arrived in this phase
 };
 
 struct Shadow {
@@ -44,9 +45,11 @@ std::vector<uint3> blocks;  // by block number
 int warp_of(int who) { return who >= 0 ? who / 32 : kSeveralLanes - who; }
 
 bool unordered(const Access& before, const Access& now) {
-  if (before.who == kNobody) return false;
+  if (before.who == kNobody && !before.phase) return false;
   if (before.block != now.block) return true;  // (of the same launch: shadows are wiped between launches)
-  if (before.epoch != now.epoch || before.who == now.who) return false;
+  if (before.epoch != now.epoch) return false;
+  if (before.phase) return !thread(now.who).phases_seen.contains(before.phase);
+  if (before.who == now.who) return false;
   const bool same_warp = before.who != kSeveralWarps && warp_of(before.who) == warp_of(now.who);
   return !(same_warp && before.warp_epoch != now.warp_epoch);
 }
@@ -66,6 +69,7 @@ void add_reader(Access& reader, const Access& now) {
 
 std::string name_of(const Access& a) {
   std::string block = a.block == block_number ? "" : " of another block";
+  if (a.phase) return "a bulk copy whose arrival it has not waited for";
   if (a.who == kSeveralWarps) return "threads of several warps" + block;
   if (a.who <= kSeveralLanes) return "lanes of warp " + std::to_string(warp_of(a.who)) + block;
   return "thread " + std::to_string(a.who) + block;
@@ -75,18 +79,20 @@ void touch(Shadow& s, const Access& now, bool write, bool is_shared, ptrdiff_t o
   const auto report = [&](const std::string& what, const Access* other) {
     std::string text =
         what + " at byte " + std::to_string(offset) + (is_shared ? " of shared memory" : " of an output");
-    if (other)
-      text += ": thread " + std::to_string(now.who) + " and " + name_of(*other) + " with no barrier between them";
+    if (other) {
+      text += ": thread " + std::to_string(now.who) + " and " + name_of(*other);
+      if (!other->phase) text += " with no barrier between them";
+    }
     die(text);
   };
-  if (s.in_flight) report("access to bytes that a cp.async is still writing", nullptr);
+  if (s.in_flight) report("access to bytes that an asynchronous copy is still writing", nullptr);
   if (unordered(s.writer, now)) report(write ? "write-write race" : "read-after-write race", &s.writer);
   if (write) {
     if (unordered(s.reader, now)) report("write-after-read race", &s.reader);
     s.writer = now;
     s.reader = {};
   } else {
-    if (is_shared && s.writer.who == kNobody) report("read of uninitialised bytes", nullptr);
+    if (is_shared && s.writer.who == kNobody && !s.writer.phase) report("read of uninitialised bytes", nullptr);
     add_reader(s.reader, now);
   }
 }
@@ -134,6 +140,12 @@ void copy_begins(const void* p, size_t bytes) {
 void copy_ends(const void* p, size_t bytes) {
   const ptrdiff_t offset = shared_memory::offset_of(p);
   for (size_t i = 0; i < bytes; ++i) shared_shadow[offset + i].in_flight = false;
+}
+
+void bulk_copy_ends(const void* p, size_t bytes, uint32_t phase) {
+  copy_ends(p, bytes);
+  const ptrdiff_t offset = shared_memory::offset_of(p);
+  for (size_t i = 0; i < bytes; ++i) shared_shadow[offset + i].writer = {-1, block_number, block().epoch, 0, phase};
 }
 
 std::string describe_writer(const void* p) {

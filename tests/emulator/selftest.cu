@@ -75,6 +75,35 @@ __global__ void copy_kernel(const float* in, float* out, const std::string* name
   out[thread] = total;
 }
 
+// A warp adds up the rows of an image, which come through a ring of two stages.
+__global__ void box_kernel(const __grid_constant__ TensorMap image, float* out, const std::string* name) {
+  constexpr int kRows = 5, kBytes = 128;
+  const auto fault = [name](const char* other) { return *name == other; };
+  DYN_SMEM(smem);
+  const int lane = static_cast<int>(threadIdx.x);
+  uint64_t* full = reinterpret_cast<uint64_t*>(smem + 2 * kBytes);
+  const auto ask = [&](int row) {
+    mbar_expect(full + row % 2, kBytes + (fault("bytes that never come") && row == 3 ? 16 : 0));
+    tma_load_4d(smem + row % 2 * kBytes, image, 0, 0, row, 0, full + row % 2);
+  };
+  if (elect_one()) {
+    for (int i = 0; i < 2; ++i) mbar_init(full + i, 1);
+    if (!fault("mbarrier without fence")) fence_mbar_init();
+    for (int row = 0; row < 2; ++row) ask(row);
+  }
+  if (!fault("mbarrier without syncwarp")) __syncwarp();
+  float total = 0;
+  for (int row = 0; row < kRows; ++row) {
+    const bool waits = !(fault("box not waited for") && row == 2) && !(fault("box that another waits for") && lane > 0);
+    if (waits) mbar_wait(full + row % 2, fault("wrong parity") ? 1 - row / 2 % 2 : row / 2 % 2);
+    if (fault("box that another waits for")) __syncwarp();
+    total += reinterpret_cast<const float*>(smem)[row % 2 * kBytes / 4 + (lane ^ 1)];
+    if (!fault("box over what is read")) __syncwarp();
+    if (row + 2 < kRows + (fault("block ends before a box") ? 1 : 0) && elect_one()) ask(row + 2);
+  }
+  out[lane] = total;
+}
+
 // An exact heap block, so that AddressSanitizer sees its end.
 struct Values {
   std::unique_ptr<float[]> data;
@@ -104,6 +133,16 @@ std::string check(const std::string& name) {
     float expected = 0;
     for (int i = 0; i < 4; ++i) expected += in.data[(t ^ 32) * 4 + i];
     if (out.data[t] != expected) return "the copy is wrong";
+  }
+  // 8 pixels of 4 channels in a row.
+  const Values rows(5 * 32, true), sums(32);
+  TensorMap map;
+  if (make_tensor_map(map, DType::float32, {rows.data.get(), 1, 5, 8, 4, {160, 1, 32, 4}, 8, 4})) return "error";
+  if (launch(box_kernel, LaunchConfig{dim3(1), dim3(32), 2 * 128 + 16}, map, sums.data.get(), &name)) return "error";
+  for (int t = 0; t < 32; ++t) {
+    float expected = 0;
+    for (int row = 0; row < 5; ++row) expected += rows.data[row * 32 + (t ^ 1)];
+    if (sums.data[t] != expected) return "the sum of boxes is wrong";
   }
   return "right";
 }
