@@ -91,7 +91,7 @@ def choose_archs(setting, supported, gpus=()):
     for name in names:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
         if match is None or (int(match[1]), int(match[2])) not in supported:
-            raise SystemExit(f"sepconv_ext: TORCH_CUDA_ARCH_LIST names {name!r}; this nvcc compiles for "
+            raise SystemExit(f"sepconv_ext: TORCH_CUDA_ARCH_LIST names {name!r}; nvcc and kernels are for "
                              + " ".join(f"{x}.{y}" for x, y in sorted(supported)))
     return list(dict.fromkeys(re.sub(r"^9\.0a?", "9.0a", name) for name in names))
 
@@ -120,7 +120,7 @@ def main():
     nvcc = f"-std=c++20 -O{1 if debug else 3} -lineinfo -Xfatbin=-compress-all -Xcompiler=-fvisibility=hidden".split()
     if home:
         listed = run(f"{home}/bin/nvcc", "--list-gpu-arch")[1]
-        supported = [(int(x), int(y)) for x, y in re.findall(r"compute_(\d+)(\d)\b", listed)]
+        supported = [(int(x), int(y)) for x, y in re.findall(r"compute_(\d+)(\d)\b", listed) if int(x) >= 8]  # cp.async
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         archs = choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported, gpus)
         message += ", for " + " ".join(archs)

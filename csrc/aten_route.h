@@ -30,6 +30,10 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
                               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, const c10::SymInt& groups,
                               PaddingMode = PaddingMode::zeros);
 
+// A product over channels, image [N, C, H, W] with weight [K, C, 1, 1], by oneDNN where torch has it, whatever the number
+// of threads. Not differentiable.
+at::Tensor onednn_product(const at::Tensor& image, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+
 // The gradients by the input and by the weight in one call, which brings grad_output into ATen's layout once. Padding is
 // (h, w).
 std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,

@@ -149,7 +149,7 @@ def test_native_architectures(setup_py):
 
 @pytest.mark.parametrize("setting", ["13.7", "Hopper", "9"])
 def test_unknown_architecture(setup_py, setting):
-    with pytest.raises(SystemExit, match=f"ARCH_LIST names '{setting}'; this nvcc compiles for 7.5 8.0 8.6"):
+    with pytest.raises(SystemExit, match=f"ARCH_LIST names '{setting}'; nvcc and kernels are for 7.5 8.0 8.6"):
         setup_py.choose_archs(setting, CUDA_13)
 
 

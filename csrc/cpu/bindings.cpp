@@ -25,7 +25,7 @@ int num_threads() { return at::get_num_threads(); }
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype) {
   const Plan chosen = plan(map, shape, dtype, strict());
-  return {chosen.name, chosen.reason, chosen.kernel == Kernel::aten, "", 0};
+  return {chosen.name, chosen.reason, chosen.is_torchs(), "", 0};
 }
 
 Explanation explain(const SeparableShape& shape, DType dtype) {
@@ -55,6 +55,11 @@ bool by_planes(const ConvShape& s) { return input_layout(s) == Layout::nchw && s
 Tensor pixels(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({-1, image.size(1)}); }
 Tensor planes(const Tensor& image) { return image.reshape({image.size(0), image.size(1), -1}); }
 Tensor matrix(const Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
+
+// [C, K, 1, 1] of a weight [K, C, 1, 1].
+Tensor turned(const Tensor& weight) {
+  return matrix(weight).t().contiguous().view({weight.size(1), weight.size(0), 1, 1});
+}
 
 // The bias is the product's addend, so that a half type is rounded once.
 void forward(const ConvShape& shape, const Tensor& input, const Tensor& weight, const Tensor& bias, Tensor& output) {
@@ -114,10 +119,12 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(input);
   const Plan chosen = plan(Map::forward, shape, dtype, strict());
-  if (chosen.kernel == Kernel::aten) {
+  if (chosen.is_torchs()) {
     count_aten(chosen.reason);
-    const Tensor computed = aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
-                                         aten::sym(dilation), groups, activation, mode);
+    const Tensor computed = chosen.kernel == Kernel::onednn
+                                ? aten::activate(aten::onednn_product(input, weight, bias), activation)
+                                : aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
+                                               aten::sym(dilation), groups, activation, mode);
     return with_strides(shape.y, computed, [&] { return empty_output(shape, input); });
   }
   Tensor output = on_huge_pages(empty_output(shape, input));
@@ -154,11 +161,13 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArr
       check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(grad_output);
   const Plan chosen = plan(Map::grad_input, shape, dtype, strict());
-  if (chosen.kernel == Kernel::aten) {
+  if (chosen.is_torchs()) {
     count_aten(chosen.reason);
     const Tensor computed =
-        aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride), aten::sym(stride),
-                                aten::sym(padding), aten::sym(dilation), groups, mode);
+        chosen.kernel == Kernel::onednn
+            ? aten::onednn_product(grad_output, matmul::turned(weight), std::nullopt)
+            : aten::conv2d_grad_input(grad_output, weight, aten::sym(input_size), aten::sym(input_stride),
+                                      aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups, mode);
     return with_strides(shape.x, computed, [&] { return empty_grad_input(shape, grad_output); });
   }
   Tensor grad_input = on_huge_pages(empty_grad_input(shape, grad_output));

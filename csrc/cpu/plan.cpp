@@ -11,6 +11,7 @@ constexpr Plan depthwise_nhwc(const char* reason) { return {Kernel::depthwise_nh
 constexpr Plan pointwise(const char* reason) { return {Kernel::pointwise, "cpu_pointwise", reason}; }
 constexpr Plan matmul(const char* reason) { return {Kernel::matmul, "cpu_matmul", reason}; }
 constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason}; }
+constexpr Plan onednn(const char* reason) { return {Kernel::onednn, "aten", reason}; }
 
 // A matrix product over whole images needs both of them dense, and in the same order.
 bool is_matrix_product(const ConvShape& s) {
@@ -105,6 +106,21 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
   return nullptr;
 }
 
+// Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. Measured
+// (benchmarks/NOTES.md): with one thread torch's convolution takes MKL's product, which runs at half of oneDNN's speed where
+// the processor is not Intel's; and in some virtual machines MKL never takes a second thread.
+Plan torchs_product(Map map, const ConvShape& s, DType dtype) {
+  const bool channels_last = input_layout(s) == Layout::nhwc, deep = std::min(s.C, s.K) >= 64 && s.H * s.W <= 28 * 28;
+  const bool turned_pays = channels_last && s.N * s.H * s.W >= 256;  // grad_input copies the weight, turned
+  const bool by_name = map == Map::forward ? channels_last || deep : map == Map::grad_input && turned_pays;
+  if (dtype == DType::float32 && by_name) return onednn("1x1: oneDNN by name, as torch with one thread would take MKL");
+  if (map == Map::forward) return aten("1x1: oneDNN's product is as fast, and adds the bias on its way");
+  if (map == Map::grad_weight && !channels_last)
+    return aten("1x1 on planes: oneDNN sums over the batch in one product");
+  if (dtype == DType::float32) return aten("1x1: oneDNN's product is as fast, and takes all threads everywhere");
+  return aten(nullptr);
+}
+
 // Up to this size a plane of float sums, with its padding, is copied whole into the first-level cache.
 constexpr int64_t kSmallPlane = 40;
 
@@ -126,13 +142,7 @@ bool small_planes_take(Map map, const ConvShape& s, DType dtype) {
 Plan plan(Map map, const ConvShape& s, DType dtype, bool strict) {
   if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
   if (is_matrix_product(s)) {
-    if (!strict && map == Map::forward) return aten("1x1: oneDNN's product is as fast, and adds the bias on its way");
-    if (!strict && map == Map::grad_weight && input_layout(s) == Layout::nchw) {
-      return aten("1x1 on planes: oneDNN sums over the batch in one product");
-    }
-    if (!strict && dtype == DType::float32) {
-      return aten("1x1: oneDNN's product is as fast, and shares its work between threads everywhere");
-    }
+    if (const Plan torchs = torchs_product(map, s, dtype); !strict && torchs.reason != nullptr) return torchs;
     return matmul("1x1, one group, stride 1: a matrix product over pixels");
   }
   if (!strict && !is_tiny(s)) {

@@ -6,12 +6,14 @@
 
 namespace sepconv::cpu {
 
-enum class Kernel : int { planes, small_planes, depthwise_nhwc, pointwise, matmul, aten, separable, composite };
+// aten is torch's own choice of a convolution; onednn its oneDNN convolution, called by name.
+enum class Kernel : int { planes, small_planes, depthwise_nhwc, pointwise, matmul, aten, onednn, separable, composite };
 
 struct Plan {
   Kernel kernel;
   const char* name;    // as counted and explained
   const char* reason;  // a literal
+  bool is_torchs() const { return kernel == Kernel::aten || kernel == Kernel::onednn; }
 };
 
 // The shapes that small_planes.cpp is made for.

@@ -47,16 +47,20 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, EMULATOR_HERE) 
   emulator::load_matrices(r, 2, true, row, EMULATOR_LOCATION);
 }
 
+// The address has to be aligned where nothing is read, too.
 inline void cp_async16(void* shared, const void* global, bool valid) {
+  emulator::check_global_read(global, 0, 16);
   emulator::copy_async(shared, valid ? global : nullptr, 16, 16);
 }
 inline void cp_async16_first(void* shared, const void* global, int bytes) {
+  emulator::check_global_read(global, 0, 16);
   emulator::copy_async(shared, global, 16, static_cast<uint32_t>(bytes));
 }
 inline void cp_async8(void* shared, const void* global, bool valid) {
   emulator::copy_async(shared, valid ? global : nullptr, 8, 8);
 }
 inline void cp_async4(void* shared, const void* global, bool valid) {
+  emulator::check_global_read(global, 0, 4);
   emulator::copy_async(shared, valid ? global : nullptr, 4, 4);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
