@@ -10,6 +10,9 @@
 #include <cuda_runtime_api.h>
 #include <torch/library.h>
 
+#include <array>
+#include <atomic>
+
 #include "../aten_route.h"
 #include "../checks.h"
 #include "../explain.h"
@@ -17,7 +20,6 @@
 #include "../separable.h"
 #include "../spatial_passes.h"
 #include "plan.h"
-#include "tensor_map.h"
 #include "tiling.h"
 
 namespace sepconv::cuda {
@@ -28,13 +30,25 @@ using at::Tensor;
 
 constexpr int64_t kBestAlignment = 16;  // bytes that one load can move
 
+// Asked once for each of the first devices, as the answer may have to load a kernel.
+bool copies_boxes(int index) {
+  enum : int { unknown, yes, no };
+  static std::array<std::atomic<int>, 64> answers{};
+  std::atomic<int> none{unknown}, &answer = index < static_cast<int>(answers.size()) ? answers[index] : none;
+  if (answer == unknown) {
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
+    answer = has_depthwise_nhwc_tma() ? yes : no;
+  }
+  return answer == yes;
+}
+
 // The driver holds these: a question costs a few nanoseconds, and may be asked while a graph is captured.
 Device device_facts(int index) {
   int multiprocessors = 0, major = 0, minor = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-  return {multiprocessors, major * 10 + minor, major >= 9 && has_tensor_maps()};
+  return {multiprocessors, major * 10 + minor, major >= 9 && copies_boxes(index)};
 }
 
 // The largest power of two, up to kBestAlignment, that divides every address. Results come from the caching allocator,

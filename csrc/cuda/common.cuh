@@ -1,7 +1,7 @@
 // What every kernel file shares: launching, shared memory, element types, vectors, fast division, the epilogue.
 //
 // The same files compile for a CPU under an emulator of the execution model (tests/emulator), which then provides
-// LaunchConfig, launch() (which returns cudaSuccess, or throws), SMEM_ARRAY, DYN_SMEM and the CUDA built-ins before
+// LaunchConfig, launch() (which returns cudaSuccess, or throws), compiled_for(), SMEM_ARRAY, DYN_SMEM and the CUDA built-ins before
 // this file is seen, and defines CUDA_ON_CPU.
 #pragma once
 
@@ -57,6 +57,16 @@ template <typename... Params, typename... Args>
   c.attrs = cluster;
   c.numAttrs = config.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&c, kernel, std::forward<Args>(args)...);
+}
+
+// The virtual architecture (90 for 9.0) of the code that the current device runs for a kernel, 0 where there is none: PTX for
+// an older architecture runs on a newer device, without what was compiled for that one alone.
+template <typename... Params>
+int compiled_for(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion;
+  (void)cudaGetLastError();  // the answer is none: later calls should not meet an error
+  return 0;
 }
 #endif
 

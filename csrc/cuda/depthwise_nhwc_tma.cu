@@ -188,6 +188,8 @@ cudaError_t run(const ConvShape& s, const Image& in, const Image& out, int64_t p
 
 }  // namespace
 
+bool has_depthwise_nhwc_tma() { return has_tma(compiled_for(tma_kernel<5, 16>)) && has_tensor_maps(); }
+
 cudaError_t launch_depthwise_nhwc_tma_forward(const ConvShape& s, const void* x, const void* w,
                                               const Epilogue& epilogue, void* y, const Tile& tile,
                                               cudaStream_t stream) {

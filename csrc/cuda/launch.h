@@ -50,8 +50,9 @@ cudaError_t launch_depthwise_nhwc_mma_forward(const ConvShape&, DType, const voi
 cudaError_t launch_depthwise_nhwc_mma_grad_input(const ConvShape&, DType, const void* grad_y, const void* w,
                                                  void* grad_x, const Tile&, cudaStream_t);
 
-// depthwise_nhwc_tma.cu: float32, 5x5 and 7x7, multiplier 1, channels dense, stride 1, no dilation, where the driver makes tensor
-// maps (tensor_map.h), and what is read fits one. tile.lanes is 16 or 32 pairs of channels; strips have tile.rows output rows.
+// depthwise_nhwc_tma.cu: float32, 5x5 and 7x7, multiplier 1, channels dense, stride 1, no dilation; what is read fits
+// a tensor map (tensor_map.h), and the driver makes such maps, and this build has machine code or PTX that uses them. tile.lanes is 16 or 32 pairs of channels; strips have tile.rows output rows.
+bool has_depthwise_nhwc_tma();  // on the current device
 cudaError_t launch_depthwise_nhwc_tma_forward(const ConvShape&, const void* x, const void* w, const Epilogue&, void* y,
                                               const Tile&, cudaStream_t);
 cudaError_t launch_depthwise_nhwc_tma_grad_input(const ConvShape&, const void* grad_y, const void* w, void* grad_x,

@@ -34,7 +34,7 @@ enum class Kernel : int {
 struct Device {
   int multiprocessors = 0;
   int compute_capability = 0;  // 90 for 9.0
-  bool tensor_maps = false;    // of a device of 9.0 and newer: the driver can make them (tensor_map.h)
+  bool copies_boxes = false;   // has_depthwise_nhwc_tma()
 };
 
 struct Plan {

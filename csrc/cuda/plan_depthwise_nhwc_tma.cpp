@@ -32,7 +32,7 @@ std::optional<Plan> plan_depthwise_nhwc_tma(Map map, const ConvShape& s, DType d
                                             int64_t alignment) {
   if (dtype != DType::float32 || s.R < 5 || s.stride_h > 1 || s.dilation_h > 1 || s.dilation_w > 1) return {};
   const bool forward = map == Map::forward;
-  if (!device.tensor_maps || !large_shared_memory(device)) return {};
+  if (!device.copies_boxes || !large_shared_memory(device)) return {};
   if (!whole_vectors(s, 4, dtype, alignment)) return {};
   if (!(forward ? nested(s.N, s.C, s.H, s.W, s.x) : nested(s.N, s.K, s.P, s.Q, s.y))) return {};
   const int64_t rows = forward ? s.P : s.H, columns = forward ? s.Q : s.W, pairs = s.C / 2;

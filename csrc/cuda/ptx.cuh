@@ -150,10 +150,9 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // ---- barriers in shared memory that count bytes, and copies of boxes of a tensor by the copy engine (TMA, sm_90). A kernel
-// that uses them has no body where they are missing: `if constexpr (kHasTma)`. (12.x has them, but not the shared memory
-// for which the plan would take such a kernel, and its compiler puts a word on the stack for each copy.)
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-inline constexpr bool kHasTma = false;
+// that uses them has no body where they are missing: `if constexpr (kHasTma)`.
+#ifdef __CUDA_ARCH__
+inline constexpr bool kHasTma = has_tma(__CUDA_ARCH__ / 10);
 #else
 inline constexpr bool kHasTma = true;
 #endif

@@ -16,6 +16,10 @@ struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 
+// The virtual architectures (90 for 9.0) in whose code kernels copy boxes; in others such a kernel has no body. 12.x could, but
+// has too little shared memory for the plan to want it, and its compiler puts a word on the stack for each copy.
+constexpr bool has_tma(int architecture) { return architecture >= 90 && architecture < 120; }
+
 // True where the driver can make tensor maps (12.0 and newer); asked once.
 bool has_tensor_maps();
 

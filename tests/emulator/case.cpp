@@ -99,7 +99,7 @@ bool is_separable(const Arguments& a) { return a.text("op", "conv2d") == "separa
 
 static sepconv::cuda::Device make_device(const Arguments& a) {
   const int sm = static_cast<int>(a.number("sm", 90));
-  return {static_cast<int>(a.number("multiprocessors", 132)), sm, sm >= 90 && a.number("tensor_maps", 1) != 0};
+  return {static_cast<int>(a.number("multiprocessors", 132)), sm, sm >= 90 && a.number("copies_boxes", 1) != 0};
 }
 
 sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& pointwise, const Arguments& a) {

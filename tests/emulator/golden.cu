@@ -209,17 +209,6 @@ bool show(const char* name, void (*kernel)(Params...), Args... args) {
   return true;
 }
 
-bool has_tma() {
-#ifdef CUDA_ON_CPU
-  return true;
-#else
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9 && major < 12;  // where kHasTma is true
-#endif
-}
-
 // An image of 2 x 3 x 10 pixels of 7 numbers, which lie 8 apart.
 bool show_boxes() {
   std::vector<uint32_t> values(2 * 3 * 10 * 8);
@@ -247,7 +236,7 @@ bool show_all() {
   fine &= show("load16_if load32_if load64_if opaque", load_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("cp_async16_first", copy_first_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("store64_if", store_golden);
-  if (has_tma()) fine &= show_boxes();
+  if (has_tma(compiled_for(box_golden))) fine &= show_boxes();
   return fine;
 }
 
