@@ -156,6 +156,12 @@ EXPECTED = {
     ),
     "depthwise_toeplitz": ("depthwise_toeplitz", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
     "depthwise_nhwc_mma": ("depthwise_nhwc_mma", HALVES, {}, ("HMMA.SP.16832.F32", "LDSM", "LDGSTS.128", "STG.128")),
+    "depthwise_grad_weight_nhwc_mma": (
+        "depthwise_grad_weight_nhwc_mma",
+        HALVES,
+        {},
+        ("HMMA.16816.F32", "LDSM.16.MT88", "LDGSTS.64"),
+    ),
     "pointwise_mma": ("pointwise_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.128")),
     "separable_mma": ("separable_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
 }

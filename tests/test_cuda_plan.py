@@ -71,7 +71,8 @@ def test_the_layers_of_the_gpu_tests_have_the_tiles_of_large_problems(map: str, 
         if plan.kernel == "cuda_depthwise_nhwc":
             assert plan.tile["vec"] == 2, name
         if plan.kernel.startswith("cuda_depthwise_grad_weight"):
-            assert plan.tile["vec"] == (4 if dtype == "float32" else 8) and plan.tile["splits"] > 1, name
+            vec = None if plan.kernel.endswith("_mma") else 4 if dtype == "float32" else 8
+            assert plan.tile.get("vec") == vec and plan.tile["splits"] > 1, name
         large = name.startswith(("depthwise_fill_k13", "depthwise_fill_k31"))
         assert large == (plan.kernel in ("cuda_depthwise_large", "cuda_depthwise_toeplitz")) or "k7" in name, name
     if map != "grad_weight" and dtype == "float32":
@@ -382,12 +383,38 @@ def grad_weight(N: int, C: int, size: int, kernel: int, stride: int = 1, **rest:
 def test_grad_weight_reads_both_images_once(kernel: int, stride: int) -> None:
     for dtype, vec in (("float32", 4), ("float16", 8), ("bfloat16", 8)):
         nhwc = grad_weight(8, 144, 56, kernel, stride, dtype=dtype)
-        assert nhwc.kernel == "cuda_depthwise_grad_weight_nhwc" and nhwc.tile["vec"] == vec
+        if kernel > 3 and stride == 1 and dtype != "float32":
+            assert nhwc.kernel == "cuda_depthwise_grad_weight_nhwc_mma" and "vec" not in nhwc.tile
+        else:
+            assert nhwc.kernel == "cuda_depthwise_grad_weight_nhwc" and nhwc.tile["vec"] == vec
         nchw = grad_weight(8, 144, 56, kernel, stride, dtype=dtype, layout="contiguous")
         cores = stride == 1 and dtype != "float32"
         name = "cuda_depthwise_nchw_mma" if cores else "cuda_depthwise_grad_weight_nchw"
         assert nchw.kernel == name and nchw.tile["vec"] == vec
         assert "every tap in one pass" in nhwc.reason and "every tap in one pass" in nchw.reason
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_taps_of_grad_weight_in_half_types_take_tensor_cores(dtype: str) -> None:
+    def kernel(**layer: object) -> str:
+        return grad_weight(**{"N": 8, "C": 144, "size": 28, "kernel": 5, "dtype": dtype} | layer).kernel
+
+    for layer in ({}, {"kernel": 7}, {"kernel": 4}, {"R": 1, "S": 7}, {"C": 148}, {"offset": 4}):
+        assert kernel(**layer) == "cuda_depthwise_grad_weight_nhwc_mma"
+    assert kernel(layout="sliced_last") == "cuda_depthwise_grad_weight_nhwc_mma"
+    for layer in (
+        {"kernel": 3},
+        {"kernel": 9},
+        {"stride": 2},
+        {"dilation": 2},
+        {"sm": 75},
+        {"C": 146},
+        {"offset": 2},
+        {"K": 288},
+        {"layout": "contiguous"},
+        {"dtype": "float32"},
+    ):
+        assert kernel(**layer) != "cuda_depthwise_grad_weight_nhwc_mma"
 
 
 def test_grad_weight_copies_elements_where_pieces_do_not_fit() -> None:
@@ -458,9 +485,11 @@ def test_large_kernels_of_stride_1_stand_in_shared_memory(map: str, layout: str)
     for taps in ((4, 4), (9, 9), (31, 31), (1, 31), (31, 1), (5, 63), (64, 64), (2, 8)):
         for dtype in ("float32", "float64", "float16"):
             plan = large(*taps, map=map, layout=layout, dtype=dtype)
-            few = taps == (4, 4) and layout == "channels_last" and map != "grad_weight"
+            few = taps == (4, 4) and layout == "channels_last"
             tensor_cores = dtype == "float16" and (few or (layout == "contiguous" and min(taps) >= 7))
-            name = "cuda_depthwise_nhwc_mma" if few else "cuda_depthwise_toeplitz"
+            name = "cuda_depthwise_toeplitz"
+            if few:
+                name = f"cuda_depthwise{'_grad_weight' if map == 'grad_weight' else ''}_nhwc_mma"
             assert plan.kernel == (name if tensor_cores else "cuda_depthwise_large")
             assert tensor_cores or "8 taps and more" in plan.reason
 

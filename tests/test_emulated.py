@@ -138,6 +138,7 @@ DIAGONALS = (
     Case("diagonals_k7_no_padding", 3, 16, 12, 13, 16, 7, 7, groups=16),
     Case("diagonals_k5_far_padding", 2, 8, 3, 4, 8, 5, 5, padding=(7, 6), groups=8, bias=True),
     Case("diagonals_k6x2_one_pixel", 3, 8, 1, 1, 8, 6, 2, padding=(3, 1), groups=8),
+    Case("diagonals_k5_c36", 2, 36, 5, 6, 36, 5, 5, padding=(2, 2), groups=36),  # grad_weight only
 )
 
 # Planes of odd and of aligned widths: runs of columns that end in a row's middle, several planes to a block, bands of
@@ -299,11 +300,14 @@ def _runs() -> Iterator[Run]:
         yield made(case, "grad_weight", "contiguous", "float16", splits=2)
     for case in DIAGONALS:
         for map in ("forward", "grad_input"):
-            for dtype in ("float16", "bfloat16"):
-                yield made(case, map, "channels_last", dtype, multiprocessors=1)  # streams of many places
-                yield made(case, map, "channels_last", dtype)
+            yield made(case, map, "channels_last", "float16", multiprocessors=1)  # streams of many places
+            yield made(case, map, "channels_last", "bfloat16")
             yield made(case, map, "sliced_last", "float16", rows=2, splits=2, w_layout="channels_last")
         yield made(case, "forward", "channels_last", "float16", infinite=1, multiprocessors=1)
+        yield made(case, "grad_weight", "channels_last", "bfloat16")
+        yield made(case, "grad_weight", "channels_last", "float16", rows=1, splits=3)
+        yield made(case, "grad_weight", "sliced_last", "float16", splits=1, w_layout="channels_last")
+        yield made(case, "grad_weight", "channels_last", "float16", rows=1, splits=2, padding="0,6,1,3")
     for case in CORES:
         for map in MAPS if case.K == case.C else ("forward", "grad_weight"):
             for dtype in ("float16", "bfloat16"):

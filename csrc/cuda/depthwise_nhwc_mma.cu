@@ -32,9 +32,9 @@
 namespace sepconv::cuda {
 namespace {
 
-constexpr int kPiece = 8;                                          // channels of a group: 16 bytes
-constexpr int kColumns = kNhwcMmaColumns, kTiles = kColumns / 16;  // of eight pairs of output columns
-constexpr int kPieces = 2;                                         // that a thread copies of a row at most
+constexpr int kPiece = 8;                                      // channels of a group: 16 bytes
+constexpr int kColumns = kMmaColumns, kTiles = kColumns / 16;  // of eight pairs of output columns
+constexpr int kPieces = 2;                                     // that a thread copies of a row at most
 constexpr int kMostThreads = 32 * kNhwcMmaGroups;
 constexpr int kSumPitch = kNhwcMmaSumPitch, kSumHalf = kNhwcMmaSumHalf, kSumRow = 2 * kSumHalf;
 
@@ -329,8 +329,9 @@ cudaError_t run(Args a, Map map, const ConvShape& s, DType dtype, const void* in
   const NhwcMma cut = nhwc_mma(map, s);
   a.N = static_cast<int>(s.N), a.R = static_cast<int>(s.R), a.S = static_cast<int>(s.S);
   a.w_n = s.w.n, a.w_h = s.w.h, a.w_w = s.w.w, a.turned = map == Map::grad_input;
-  // A dimension of size 1 may have any stride, but copies need addresses on 16 bytes for columns that do not exist too.
+  // A dimension of size 1 may have any stride, but copies need addresses on 16 bytes for pixels that do not exist too.
   if (a.in_columns == 1) a.in_w = 0;
+  if (a.in_rows == 1) a.in_h = 0;
   a.all_groups = static_cast<int>(s.C / kPiece), a.groups = cut.groups;
   a.rows = tile.rows, a.images = cut.images, a.pairs = cut.pairs, a.width = cut.width();
   a.swizzle = cut.swizzle, a.row = static_cast<int>(cut.row_bytes() / 2), a.half = a.row / 2;

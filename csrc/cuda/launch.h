@@ -98,7 +98,12 @@ cudaError_t launch_depthwise_grad_weight(const ConvShape&, DType, const void* gr
 cudaError_t launch_depthwise_grad_weight_nhwc(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                               void* workspace, const Tile&, cudaStream_t);
 
-// depthwise_grad_weight_nchw.cu: the same, rows of up to kGradWeightColumns * kGradWeightThreads columns (tiling.h). tile.vec above 1:
+// depthwise_grad_weight_nhwc_mma.cu: as depthwise_nhwc_mma.cu above, but whole vectors of four channels, on 8 bytes. tile.splits and
+// workspace: as for depthwise_grad_weight_nhwc.cu.
+cudaError_t launch_depthwise_grad_weight_nhwc_mma(const ConvShape&, DType, const void* grad_y, const void* x,
+                                                  void* grad_w, void* workspace, const Tile&, cudaStream_t);
+
+// depthwise_grad_weight_nchw.cu: as depthwise_grad_weight_nhwc.cu, rows of up to kGradWeightColumns * kGradWeightThreads columns (tiling.h). tile.vec above 1:
 // multiplier 1, rows dense and without gaps between them, tensors that begin on 16 bytes.
 cudaError_t launch_depthwise_grad_weight_nchw(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                               void* workspace, const Tile&, cudaStream_t);

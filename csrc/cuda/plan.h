@@ -18,6 +18,7 @@ enum class Kernel : int {
   depthwise_direct,
   depthwise_grad_weight,
   depthwise_grad_weight_nhwc,
+  depthwise_grad_weight_nhwc_mma,
   depthwise_grad_weight_nchw,
   depthwise_toeplitz,
   depthwise_large,

@@ -186,7 +186,23 @@ Plan depthwise_grad_weight_nchw(const ConvShape& s, DType dtype, int64_t alignme
   return p;
 }
 
-Plan depthwise_grad_weight(const ConvShape& s, DType dtype, int64_t alignment) {
+Plan depthwise_grad_weight_nhwc_mma(const ConvShape& s) {
+  constexpr int64_t kWarps = 16;  // of a multiprocessor
+  Plan p{
+      Kernel::depthwise_grad_weight_nhwc_mma,
+      "cuda_depthwise_grad_weight_nhwc_mma",
+      "depthwise up to 7x7 in a half type, stride 1, whole vectors of channels: every tap in one pass, on tensor cores",
+      {},
+      0};
+  const MmaCut cut = grad_weight_mma(s);
+  cut_rows(p, s, cut.slices, cut.image_groups * cut.column_tiles, kWarps / cut.groups * kMultiprocessors);
+  return p;
+}
+
+Plan depthwise_grad_weight(const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
+  if (whole_vectors(s, 4, dtype, alignment) && nhwc_mma_can_run(s, dtype, device)) {
+    return depthwise_grad_weight_nhwc_mma(s);
+  }
   if (window(s) && dtype != DType::float64) {
     if (outputs_dense(s)) return depthwise_grad_weight_nhwc(s, dtype, alignment);
     if (s.Q <= kGradWeightColumns * kGradWeightThreads) return depthwise_grad_weight_nchw(s, dtype, alignment);
@@ -231,7 +247,7 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
     if (!narrow || s.N * s.P * s.Q >= kNarrow - (1 << 20)) {
       return plan_grouped(map, s, dtype, "depthwise, an image of 2^31 elements or more");
     }
-    const Plan p = depthwise_grad_weight(s, dtype, alignment);
+    const Plan p = depthwise_grad_weight(s, dtype, device, alignment);
     return large && p.kernel == Kernel::depthwise_grad_weight ? plan_depthwise_large(map, s, dtype, device) : p;
   }
   if (narrow && whole_vectors(s, 8, dtype, alignment) && nhwc_mma_can_run(s, dtype, device)) {

@@ -119,6 +119,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "r"(shared_address(row))
                : "memory");
 }
+// Two matrices, whose rows' addresses lanes 0 to 15 hold.
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
 
 // ---- asynchronous copies from global to shared memory (sm_80). 16 (or 8, or 4) aligned bytes, zeros where not `valid`: `global` is
 // then not read, but has to be an address all the same.

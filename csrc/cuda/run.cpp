@@ -62,6 +62,8 @@ cudaError_t run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, 
       return launch_depthwise_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::depthwise_grad_weight_nhwc:
       return launch_depthwise_grad_weight_nhwc(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
+    case Kernel::depthwise_grad_weight_nhwc_mma:
+      return launch_depthwise_grad_weight_nhwc_mma(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::depthwise_grad_weight_nchw:
       return launch_depthwise_grad_weight_nchw(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
     case Kernel::depthwise_nchw_mma:

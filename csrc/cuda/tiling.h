@@ -78,44 +78,52 @@ inline int64_t nhwc_lanes(int64_t vectors) {
   return kNhwcThreads / half * blocks(even) > kNhwcThreads / even * blocks(half) ? half : even;
 }
 
-// ---- depthwise_nhwc_mma.cu: a block has up to this many groups of eight channels. A place is a tile of columns of one image,
-// or the narrow rows of several images side by side.
-inline constexpr int kNhwcMmaGroups = 4, kNhwcMmaColumns = 32;  // and columns that it writes
-// Rows of sums in shared memory, in floats: even columns, then odd ones, and of each all channels. The fours by which
-// columns and their halves lie apart put what a warp writes, and what it reads, on different banks.
-inline constexpr int kNhwcMmaSumPitch = kNhwcMmaGroups * 8 + 4;
-inline constexpr int kNhwcMmaSumHalf = kNhwcMmaColumns / 2 * kNhwcMmaSumPitch + 4;
-struct NhwcMma {
+// ---- depthwise_nhwc_mma.cu and depthwise_grad_weight_nhwc_mma.cu: a block has a few groups of channels, with a warp for each. A
+// place is a tile of columns of one image (the output), or the narrow rows of several images side by side.
+inline constexpr int kMmaColumns = 32;  // that a place has, in pairs
+struct MmaCut {
   int groups, slices;       // of a block; blocks for all channels
   int pairs, column_tiles;  // of columns in a tile of an image; tiles of a row
   int images;               // of a place
-  int rows;                 // that there are kernels for: of the filter, and in a batch
-  int swizzle;              // pieces that a column takes in shared memory, as a power of two
   int64_t image_groups;
 
-  int width() const { return 2 * pairs + 6; }  // columns that are read for an image
+  int width() const { return 2 * pairs + 6; }  // columns of the input for an image: pairs meet eight
+};
+inline MmaCut mma_cut(int64_t N, int64_t columns, int64_t groups, int64_t most_groups) {
+  constexpr int64_t kPairs = kMmaColumns / 2, kWidth = 2 * kMmaColumns;  // a thread copies two columns of the input
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  const int64_t slices = parts(groups, most_groups), all_pairs = std::max<int64_t>(parts(columns, 2), 1);
+  const int64_t column_tiles = parts(all_pairs, kPairs), pairs = parts(all_pairs, column_tiles);
+  const int64_t most = column_tiles > 1 ? 1 : std::min(kPairs / pairs, kWidth / (2 * pairs + 6));
+  const int64_t images = std::clamp<int64_t>(N, 1, most);
+  return {static_cast<int>(parts(groups, slices)), static_cast<int>(slices), static_cast<int>(pairs),
+          static_cast<int>(column_tiles),          static_cast<int>(images), parts(std::max<int64_t>(N, 1), images)};
+}
+// Rows of the filter that there are kernels for, which are also those of a batch.
+constexpr int mma_rows(int64_t R) { return R <= 5 ? 5 : 7; }
+
+// Groups of eight channels. Rows of sums in shared memory, in floats: even columns, then odd ones, and of each all channels. The
+// fours by which columns and their halves lie apart put what a warp writes, and what it reads, on different banks.
+inline constexpr int kNhwcMmaGroups = 4;
+inline constexpr int kNhwcMmaSumPitch = kNhwcMmaGroups * 8 + 4;
+inline constexpr int kNhwcMmaSumHalf = kMmaColumns / 2 * kNhwcMmaSumPitch + 4;
+struct NhwcMma : MmaCut {
+  int rows;     // mma_rows
+  int swizzle;  // pieces of 16 bytes that a column takes in shared memory, as a power of two
+
   int64_t row_bytes() const { return int64_t{images * width() * 16} << swizzle; }
   int64_t bytes() const { return rows * (2 * row_bytes() + 2 * kNhwcMmaSumHalf * 4); }
 };
 inline NhwcMma nhwc_mma(Map map, const ConvShape& s) {
-  constexpr int64_t kPairs = kNhwcMmaColumns / 2, kWidth = 2 * kNhwcMmaColumns;  // a thread copies two pieces of a row
-  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
-  const int64_t groups = s.C / 8, slices = parts(groups, kNhwcMmaGroups), some = parts(groups, slices);
-  const int64_t all_pairs = std::max<int64_t>(parts(map == Map::forward ? s.Q : s.W, 2), 1);
-  const int64_t column_tiles = parts(all_pairs, kPairs), pairs = parts(all_pairs, column_tiles);
-  const int64_t most = column_tiles > 1 ? 1 : std::min(kPairs / pairs, kWidth / (2 * pairs + 6));
-  const int64_t images = std::clamp<int64_t>(s.N, 1, most);
-  return {static_cast<int>(some),
-          static_cast<int>(slices),
-          static_cast<int>(pairs),
-          static_cast<int>(column_tiles),
-          static_cast<int>(images),
-          s.R <= 5 ? 5 : 7,
-          some > 2 ? 2 : static_cast<int>(some) - 1,
-          parts(std::max<int64_t>(s.N, 1), images)};
+  const MmaCut cut = mma_cut(s.N, map == Map::forward ? s.Q : s.W, s.C / 8, kNhwcMmaGroups);
+  return {cut, mma_rows(s.R), cut.groups > 2 ? 2 : cut.groups - 1};
 }
 // depthwise_nhwc_tma.cu: blocks that a multiprocessor holds, by their registers.
 constexpr int nhwc_tma_blocks(int64_t kernel) { return kernel == 5 ? 4 : 3; }
+
+// grad_weight: groups of four channels.
+inline constexpr int kGradWeightMmaGroups = 8;
+inline MmaCut grad_weight_mma(const ConvShape& s) { return mma_cut(s.N, s.Q, s.C / 4, kGradWeightMmaGroups); }
 
 // ---- depthwise_nchw*.cu: how an image that is written is dealt to threads and blocks. Steps are its rows, or its pairs of rows
 // in grad_input of stride 2 (rows v = h + pad_h, v even, and v + 1); a thread owns a run of neighbouring columns.

@@ -127,6 +127,7 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
                                                "depthwise_direct",
                                                "depthwise_grad_weight",
                                                "depthwise_grad_weight_nhwc",
+                                               "depthwise_grad_weight_nhwc_mma",
                                                "depthwise_grad_weight_nchw",
                                                "depthwise_toeplitz",
                                                "depthwise_large",

@@ -67,6 +67,17 @@ __global__ void ldmatrix_golden(uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = r[i];
 }
 
+// out: [lane][4 registers]. The addresses of the last 16 lanes count for nothing; the last two registers are zeros.
+__global__ void ldmatrix_x2_golden(uint32_t* out) {
+  SMEM_ARRAY(uint16_t, rows, [32][16]);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 16; ++i) rows[lane][i] = static_cast<uint16_t>(lane * 256 + i);
+  __syncwarp();
+  uint32_t r[2];
+  ldmatrix_x2_trans(r, rows[lane ^ 5]);
+  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = i < 2 ? r[i] : 0;
+}
+
 // out: [lane][4 words]. Two groups in flight; every third copy is not valid, and must fill with zeros.
 __global__ void copy_golden(const uint32_t* from, uint32_t* out) {
   SMEM_ARRAY(uint32_t, to, [2][kLanes][4]);
@@ -232,6 +243,7 @@ bool show_all() {
   fine &= show("ldmatrix_x4_trans", ldmatrix_golden<true>);
   fine &= show("cp_async16 cp_async_commit cp_async_wait", copy_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("cp_async8", copy_pairs_golden, static_cast<const uint32_t*>(from.data));
+  fine &= show("ldmatrix_x2_trans", ldmatrix_x2_golden);
   fine &= show("cp_async4", copy_words_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("load16_if load32_if load64_if opaque", load_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("cp_async16_first", copy_first_golden, static_cast<const uint32_t*>(from.data));
