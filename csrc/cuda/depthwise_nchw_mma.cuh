@@ -8,6 +8,8 @@
 // there in pieces of 8 or 4 bytes; the zeros beside them are those that the tile begins with.
 #pragma once
 
+#include <algorithm>
+
 #include "common.cuh"
 #include "ptx.cuh"
 #include "tiling.h"
@@ -43,35 +45,45 @@ struct MmaImage {
   int64_t n, c;                 // strides, in elements
   int h, H, up;                 // stride of rows, their number, and how many above the first output row a place's begin
   int left, piece, row_pieces;  // elements before a row in the tile; of a copy; copies of a row
-  int lanes_log2, rows;         // threads that copy a row; rows of a tile, of all its images one after the other
+  int images, image_rows;       // of a tile; a multiple of kPhases
+  int lanes_log2, warps;        // that copy a row (8 to 32 lanes), and an image
   int pitch, section;           // elements from row to row of a section, and from section to section
   int between;                  // slots of a section from the last group of an image to the first of the next
-  FastDiv by_image_rows;
   __host__ __device__ int elements() const { return kNchwMmaPhases * section; }
 };
 
-// Begins to copy the rows of a place. A thread's rows lie a multiple of kPhases apart.
+// Begins to copy the rows of a place: `warps` of the warps an image, 8 to 32 lanes a row, so that a thread's rows lie a multiple
+// of kPhases apart. Rows and images that do not exist are zeros.
 template <int kPiece, typename T>
 __device__ __forceinline__ void begin_copies(const MmaImage& a, T* tile, const T* __restrict__ x,
                                              const MmaPlace& place) {
-  const int lanes = 1 << a.lanes_log2, step = kNchwMmaThreads >> a.lanes_log2;
-  const int first_row = static_cast<int>(threadIdx.x) >> a.lanes_log2;
-  const uint32_t top = place.first_row - a.up, image_stride = static_cast<uint32_t>(a.n);
-  const T* const from = x + place.first_image * a.n;
-  T* const to = tile + first_row % kNchwMmaPhases * a.section + first_row / kNchwMmaPhases * a.pitch + a.left;
-  for (int piece = static_cast<int>(threadIdx.x) & (lanes - 1); piece < a.row_pieces; piece += lanes) {
-    T* row_to = to + piece * kPiece;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = (warp & (a.warps - 1)) << (5 - a.lanes_log2) | lane >> a.lanes_log2;  // the first
+  const int step = a.warps << (5 - a.lanes_log2), lanes = 1 << a.lanes_log2;
+  const int top = place.first_row - a.up + row, first = warp / a.warps, next = kNchwMmaThreads / 32 / a.warps;
+  const T* const begin = x + (place.first_image + first) * a.n + static_cast<int64_t>(top) * a.h;
+  T* const tile_begin =
+      tile + row % kNchwMmaPhases * a.section + (first * a.image_rows + row) / kNchwMmaPhases * a.pitch + a.left;
+  const int64_t from_step = int64_t{step} * a.h, from_image = next * a.n;
+  const int to_step = step / kNchwMmaPhases * a.pitch, to_image = next * a.image_rows / kNchwMmaPhases * a.pitch;
+  for (int piece = lane & (lanes - 1); piece < a.row_pieces; piece += lanes) {
+    const T* image_from = begin + piece * kPiece;
+    T* image_to = tile_begin + piece * kPiece;
+    for (int image = first; image < a.images; image += next) {
+      const uint32_t exists = image < place.images ? a.H : 0;
+      const T* from = image_from;
+      T* to = image_to;
+      uint32_t h = top;
 #pragma unroll 4
-    for (int row = first_row; row < a.rows; row += step) {
-      const uint32_t image = a.by_image_rows.div(row), h = top + row - image * a.by_image_rows.divisor;
-      const bool exists = image < static_cast<uint32_t>(place.images) && h < static_cast<uint32_t>(a.H);
-      const T* const row_from = from + (exists ? image * image_stride + h * a.h + piece * kPiece : 0);
-      if constexpr (kPiece == 4) {
-        cp_async8(row_to, row_from, exists);
-      } else {
-        cp_async4(row_to, row_from, exists);
+      for (int i = row; i < a.image_rows; i += step) {
+        if constexpr (kPiece == 4) {
+          cp_async8(to, from, h < exists);
+        } else {
+          cp_async4(to, from, h < exists);
+        }
+        h += step, from += from_step, to += to_step;
       }
-      row_to += step / kNchwMmaPhases * a.pitch;
+      image_from += from_image, image_to += to_image;
     }
   }
 }
@@ -112,10 +124,10 @@ inline MmaImage make_mma_image(const Strides& strides, int64_t H, int64_t up, co
   MmaImage a{};
   a.n = strides.n, a.c = strides.c, a.h = static_cast<int>(strides.h), a.H = static_cast<int>(H);
   a.up = static_cast<int>(up), a.left = rows.left, a.piece = rows.piece, a.row_pieces = rows.pieces;
-  while (1 << a.lanes_log2 < a.row_pieces && a.lanes_log2 < 5) ++a.lanes_log2;
-  a.rows = kNchwMmaPhases * slots * images, a.between = slots - cut.groups;
+  a.images = images, a.image_rows = kNchwMmaPhases * slots, a.between = slots - cut.groups;
+  a.lanes_log2 = a.row_pieces <= 8 ? 3 : a.row_pieces <= 16 ? 4 : 5;
+  a.warps = std::max(1 << (a.lanes_log2 - 3), images >= 4 ? 1 : images >= 2 ? 2 : 4);
   a.pitch = cut.pitch, a.section = (slots * images + spare) * cut.pitch;
-  a.by_image_rows = FastDiv(kNchwMmaPhases * slots);
   return a;
 }
 
