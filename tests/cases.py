@@ -150,6 +150,7 @@ GPU_LAYERS: tuple[Case, ...] = (
         for s in (1, 2)
     ),
     *(_depthwise(f"fill_boxes_k{k}", 72, 192, 28, 28, k, padding=(k // 2, k // 2), bias=True) for k in (5, 7)),
+    _depthwise("fill_k3_plane28", 32, 144, 28, 28, 3, padding=(1, 1)),
     _depthwise("fill_k13", 64, 96, 14, 14, 13, padding=(6, 6), bias=True),
     _depthwise("fill_k13_plane28", 32, 96, 28, 28, 13, padding=(6, 6)),
     _depthwise("fill_k31", 32, 96, 28, 28, 31, padding=(15, 15)),

@@ -154,6 +154,7 @@ EXPECTED = {
         {},
         ("HMMA.16816.F32", "LDSM", "LDGSTS.64"),
     ),
+    "depthwise_toeplitz_grad_weight": ("depthwise_toeplitz_grad_weight", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
     "depthwise_toeplitz": ("depthwise_toeplitz", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
     "depthwise_nhwc_mma": ("depthwise_nhwc_mma", HALVES, {}, ("HMMA.SP.16832.F32", "LDSM", "LDGSTS.128", "STG.128")),
     "depthwise_grad_weight_nhwc_mma": (

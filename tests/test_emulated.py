@@ -170,6 +170,7 @@ CORES = (
     Case("cores_k5_wide", 1, 1, 41, 140, 1, 5, 5, padding=(2, 2), bias=True),
     Case("cores_k7_no_padding", 2, 2, 24, 22, 2, 7, 7, groups=2),
     Case("cores_k3_far_padding", 2, 2, 13, 16, 2, 3, 3, padding=(5, 2), groups=2, bias=True),
+    Case("cores_k5_one_plane", 1, 3, 28, 28, 3, 5, 5, padding=(2, 2), groups=3),
     Case("cores_k5_multiplier2", 3, 2, 12, 20, 4, 5, 5, padding=(2, 2), groups=2),
 )
 
@@ -296,8 +297,11 @@ def _runs() -> Iterator[Run]:
         for map in MAPS if case.K == case.C else ("forward", "grad_weight"):
             for dtype in ("float16", "bfloat16"):
                 yield made(case, map, "contiguous", dtype)
-        yield made(case, "forward", "contiguous", "float16", offset=1)
+        yield made(case, "forward", "contiguous", "float16", offset=1, infinite=1)
         yield made(case, "grad_weight", "contiguous", "float16", splits=2)
+    for case in LARGE[:2]:
+        for map in ("forward", "grad_input"):
+            yield made(case, map, "contiguous", "bfloat16", infinite=1)
     for case in DIAGONALS:
         for map in ("forward", "grad_input"):
             yield made(case, map, "channels_last", "float16", multiprocessors=1)  # streams of many places
@@ -320,8 +324,13 @@ def _runs() -> Iterator[Run]:
             cut = {"kernel": "depthwise_nchw_mma", "rows": rows, "lanes": lanes, "splits": splits, "vec": vec}
             yield made(CORES[2], map, "contiguous", "float16", **cut, infinite=1)
         yield made(CORES[3], map, "contiguous", "float16", rows=8, splits=2)
+        for columns in (8, 10):  # so few pixels that what three of them spoil is everywhere
+            narrow = Case(f"cores_k3_{columns}_columns", 1, 1, 4, columns, 1, 3, 3, padding=(1, 1))
+            cut = {"kernel": "depthwise_nchw_mma", "rows": 4, "vec": 8 if columns == 8 else 4}
+            yield made(narrow, map, "contiguous", "float16", **cut, infinite=1)
     for index, rows, lanes, splits in ((0, 19, 2, 3), (1, 14, 5, 1), (2, 16, 1, 4), (3, 8, 1, 6)):
-        yield made(CORES[index], "grad_weight", "contiguous", "float16", rows=rows, lanes=lanes, splits=splits)
+        cut = {"kernel": "depthwise_nchw_mma", "rows": rows, "lanes": lanes, "splits": splits, "vec": 8}
+        yield made(CORES[index], "grad_weight", "contiguous", "float16", **cut)
     for case in PLANES:
         for map in ("forward", "grad_input") if case.K == case.C else ("forward",):
             # The GPU that is planned for: so small that tiles are large, without tensor cores, or an H100.

@@ -51,7 +51,8 @@ HEADERS = {
     "depthwise_grad_weight_nchw.cu": ("depthwise_grad_weight.cuh",),
     "depthwise_large_grad_weight.cu": ("depthwise_large.cuh",),
     "depthwise_nhwc.cu": ("depthwise_nhwc.cuh",),
-    "depthwise_nchw_mma.cu": ("depthwise_nchw_mma.cuh",),
+    "depthwise_nchw_mma.cu": ("depthwise_nchw_mma.cuh", "depthwise_single_output.cuh"),
+    "depthwise_toeplitz.cu": ("depthwise_toeplitz.cuh",),
     "depthwise_nchw.cu": ("depthwise_nchw.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
     "separable.cu": ("separable.cuh",),
@@ -77,8 +78,8 @@ def runs_of(source: Path) -> list[Run]:
     chosen: dict[tuple, Run] = {}
     for run, name in zip(candidates, planned, strict=True):
         kernel = str(run.extra.get("kernel", name.removeprefix("cuda_")))
-        apart = kernel in ("grouped", "depthwise_large", "depthwise_nchw_mma") and run.map == "grad_weight"
-        stem = f"{kernel}_grad_weight" if apart else kernel
+        apart = f"{kernel}_grad_weight.cu" in {path.name for path in SOURCES} and kernel != "depthwise"
+        stem = f"{kernel}_grad_weight" if apart and run.map == "grad_weight" else kernel
         # The one-pass kernels leave sums that are whole to themselves.
         sums = run.map == "grad_weight" and not stem.startswith("depthwise_grad_weight_")
         files = {stem, "sum_partials"} if sums else {stem}

@@ -18,6 +18,7 @@
 // A window reaches up to 7 columns beyond a tap's own: an infinite x there meets a zero of T and makes a NaN. So results
 // that are NaN are computed again, tap by tap.
 #include "depthwise_nchw_mma.cuh"
+#include "depthwise_single_output.cuh"
 
 #include <cstring>
 
@@ -30,10 +31,10 @@ constexpr int kThreads = kNchwMmaThreads, kPhases = kNchwMmaPhases;
 struct Args {
   MmaPlaces places;
   MmaImage x;
+  SingleOutput single;    // the filter, too
   int64_t y_n, y_c, w_n;  // strides, in elements
-  int w_h, w_w, P, Q, W, pad_w;
+  int P, Q;
   int parts, vec, group_pitch;  // parts of a channel's places; elements of a store
-  bool turned;                  // read the filter from its last tap to its first
   FastDiv by_channels, by_multiplier, by_vectors, by_group_vectors;
 };
 
@@ -47,21 +48,6 @@ __device__ __forceinline__ uint32_t two(float low, float high) {
   uint32_t word;
   memcpy(&word, &pair, sizeof word);
   return word;
-}
-
-// One output, tap by tap.
-template <int kKernel, typename T>
-__device__ __forceinline__ T single_output(const Args& a, const T* __restrict__ x, const T* __restrict__ w, float sum,
-                                           Activation activation, int p, int q) {
-#pragma unroll 1
-  for (int tap = 0; tap < kKernel * kKernel; ++tap) {
-    const int r = tap / kKernel, s = tap % kKernel, h = p - a.x.up + r, column = q - a.pad_w + s;
-    if (static_cast<unsigned>(h) >= static_cast<unsigned>(a.x.H)) continue;
-    if (static_cast<unsigned>(column) >= static_cast<unsigned>(a.W)) continue;
-    const int at = (a.turned ? kKernel - 1 - r : r) * a.w_h + (a.turned ? kKernel - 1 - s : s) * a.w_w;
-    sum += to_acc(x[static_cast<int64_t>(h) * a.x.h + column]) * to_acc(w[at]);
-  }
-  return from_acc<T>(activate(activation, sum));
 }
 
 // NaN where one of the two numbers of any word so far was infinite or NaN.
@@ -118,15 +104,15 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 5 : 6)
   uint32_t right[kKernel][2];
 #pragma unroll
   for (int r = 0; r < kKernel; ++r) {
-    const T* const row = filter + (a.turned ? kKernel - 1 - r : r) * a.w_h;
+    const T* const row = filter + (a.single.turned ? kKernel - 1 - r : r) * a.single.w_h;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Vec<T, 2> pair;
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        const int s = 8 * half + lane % 4 * 2 + v - lane / 4 - (a.x.left - a.pad_w);
+        const int s = 8 * half + lane % 4 * 2 + v - lane / 4 - (a.x.left - a.single.pad_w);
         pair.v[v] = static_cast<unsigned>(s) < static_cast<unsigned>(kKernel)
-                        ? row[(a.turned ? kKernel - 1 - s : s) * a.w_w]
+                        ? row[(a.single.turned ? kKernel - 1 - s : s) * a.single.w_w]
                         : from_acc<T>(0.f);
       }
       right[r][half] = *reinterpret_cast<const uint32_t*>(&pair);
@@ -200,8 +186,7 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 5 : 6)
         const float result =
             to_acc(results[(image * groups + row / kPhases) * a.group_pitch + row % kPhases * a.Q + q]);
         if (result == result || p >= a.P) continue;
-        y_channel[n * a.y_n + p * a.Q + q] =
-            single_output<kKernel>(a, x_channel + n * a.x.n, filter, add, activation, p, q);
+        y_channel[n * a.y_n + p * a.Q + q] = a.single.compute(x_channel + n * a.x.n, filter, add, activation, p, q);
       }
     }
     T* const swap = tile;
@@ -216,13 +201,20 @@ cudaError_t run(Map map, const ConvShape& s, DType dtype, const Tile& t, const v
   const NchwMmaCut cut = nchw_mma_cut(map, s, t);
   Args a{};
   a.P = static_cast<int>(forward ? s.P : s.H), a.Q = static_cast<int>(forward ? s.Q : s.W);
-  a.W = static_cast<int>(forward ? s.W : s.Q);
   a.places = make_mma_places(s, t, cut, a.P);
   a.x = make_mma_image(in, forward ? s.H : s.P, forward ? s.pad_h : s.R - 1 - s.pad_h, cut.in, cut, cut.slots, t.lanes);
-  a.y_n = out.n, a.y_c = out.c;
-  a.w_n = s.w.n, a.w_h = static_cast<int>(s.w.h), a.w_w = static_cast<int>(s.w.w);
-  a.pad_w = static_cast<int>(forward ? s.pad_w : s.S - 1 - s.pad_w);
-  a.parts = t.splits, a.vec = t.vec, a.group_pitch = cut.group_pitch, a.turned = !forward;
+  a.y_n = out.n, a.y_c = out.c, a.w_n = s.w.n;
+  a.single = {a.x.h,
+              static_cast<int>(s.w.h),
+              static_cast<int>(s.w.w),
+              a.x.H,
+              static_cast<int>(forward ? s.W : s.Q),
+              static_cast<int>(s.R),
+              static_cast<int>(s.S),
+              a.x.up,
+              static_cast<int>(forward ? s.pad_w : s.S - 1 - s.pad_w),
+              !forward};
+  a.parts = t.splits, a.vec = t.vec, a.group_pitch = cut.group_pitch;
   a.by_channels = FastDiv(s.K), a.by_multiplier = FastDiv(s.K / s.C);
   a.by_vectors = FastDiv(t.rows * a.Q / t.vec), a.by_group_vectors = FastDiv(kPhases * a.Q / t.vec);
   const LaunchConfig config{dim3(static_cast<unsigned>(s.K * a.parts)), dim3(kThreads),

@@ -108,7 +108,7 @@ cudaError_t launch_depthwise_grad_weight_nhwc_mma(const ConvShape&, DType, const
 cudaError_t launch_depthwise_grad_weight_nchw(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w,
                                               void* workspace, const Tile&, cudaStream_t);
 
-// depthwise_toeplitz.cu: float16 and bfloat16, columns dense, stride 1, no dilation, at most kToeplitzTaps columns of taps;
+// depthwise_toeplitz.cu, depthwise_toeplitz_grad_weight.cu: float16 and bfloat16, columns dense, stride 1, no dilation, at most kToeplitzTaps columns of taps;
 // any multiplier, but 1 for grad_input. A place has tile.lanes images and tile.rows rows of what is written (grad_weight:
 // of grad_y), the places go in tile.splits parts. tile.vec is 2 where the output's rows begin on 4 bytes and have even
 // width. workspace: as for launch_depthwise_grad_weight.
