@@ -21,9 +21,8 @@ Plan plan_depthwise_nhwc_mma(Map map, const ConvShape& s, const Device& device) 
   constexpr int64_t kBegin = 2;                             // batches that the beginning is worth
   Plan p{Kernel::depthwise_nhwc_mma,
          "cuda_depthwise_nhwc_mma",
-         "depthwise up to 7x7 in a half type, stride 1, whole vectors of channels: kernel rows as matrices of "
-         "diagonals on "
-         "tensor cores",
+         "depthwise up to 7x7 in a half type, stride 1, whole vectors of channels: kernel rows as diagonals, on tensor "
+         "cores",
          {},
          0};
   const NhwcMma cut = nhwc_mma(map, s);
@@ -31,10 +30,12 @@ Plan plan_depthwise_nhwc_mma(Map map, const ConvShape& s, const Device& device) 
   const int64_t resident = std::min(kWarps / cut.groups, kSharedBytes / cut.bytes()) * device.multiprocessors;
   const int64_t most = std::max<int64_t>(resident / cut.slices, 1);
   int64_t least = std::numeric_limits<int64_t>::max();
-  for (int64_t strips = 1, last = 0; strips != last;) {
+  int64_t turns = 0;  // with many of them it no longer matters how they come out
+  for (int64_t strips = 1, last = 0; strips != last && turns < 8;) {
     const int64_t strip = ceil_div(rows, strips), shared = strip < rows ? s.R - 1 : s.R / 2;
     const int64_t places = cut.image_groups * cut.column_tiles * ceil_div(rows, strip);
-    const int64_t turns = ceil_div(places, most), parts = ceil_div(places, turns);
+    turns = ceil_div(places, most);
+    const int64_t parts = ceil_div(places, turns);
     const int64_t waves = ceil_div(parts * cut.slices, resident);
     const int64_t time = waves * (kBegin + ceil_div(turns * (strip + shared) + s.R - 1 - shared, cut.rows));
     if (time < least) least = time, p.tile.rows = static_cast<int>(strip), p.tile.splits = static_cast<int>(parts);
