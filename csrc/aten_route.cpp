@@ -43,12 +43,14 @@ struct Padding {
   Tensor apply(const Tensor& image) const { return asymmetric ? at::constant_pad_nd_symint(image, extra, 0) : image; }
 };
 
-// A CPU tensor of addresses without memory: all zeros to read, and never to be written.
+// A CPU tensor of addresses without memory: all zeros to read, and never to be written. The addresses are mapped once: to
+// unmap them would interrupt every thread of the process (5 us and more a call).
 std::optional<Tensor> addresses_only(at::IntArrayRef size, at::IntArrayRef stride, size_t bytes,
                                      const at::TensorOptions& options) {
 #if defined(__linux__)
-  void* begin = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (begin != MAP_FAILED) return at::from_blob(begin, size, stride, [bytes](void* p) { munmap(p, bytes); }, options);
+  static constexpr size_t kBytes = size_t{1} << 34;
+  static void* const begin = mmap(nullptr, kBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (begin != MAP_FAILED && bytes <= kBytes) return at::from_blob(begin, size, stride, options);
 #endif
   return std::nullopt;
 }

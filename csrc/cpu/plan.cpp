@@ -61,7 +61,7 @@ const char* onednn_is_faster_nchw(Map map, const ConvShape& s, DType dtype) {
 const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dtype) {
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
   if (s.K != s.C) return map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
-  if (s.C < 16 || (s.C == 16 && map != Map::grad_weight)) return "16 channels last or fewer: oneDNN is faster";
+  if (s.C < 16 || (s.C == 16 && map == Map::forward)) return "16 channels last or fewer: oneDNN is faster";
   if (dtype == DType::bfloat16 && taps <= 9 && pixels > 28 * 28) {
     return "bfloat16 3x3 on large channels_last images: oneDNN multiplies without widening";
   }
