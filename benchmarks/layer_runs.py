@@ -80,7 +80,9 @@ def _contest(plan: Plan, layer: Layer, dtype: torch.dtype, map: str, thread_coun
         del expected
     timing = plan.clock.measure(entrants, count, plan.budget, plan.rounds)
     again = any(row_speedup(timing, layout) < LOSING for layout in sets)
-    if again:
+    if again:  # longer, and on other memory: where operands lie is a chance of its own
+        sets = {layout: _operands(plan, layer, dtype, layout, count) for layout in sets}
+        entrants, left_out = _contenders(plan, layer, map, sets)
         timing = plan.clock.measure(entrants, count, 4 * plan.budget, 3 * plan.rounds, most=5 * MAX_ROUNDS)
     for layout, operands in sets.items():
         base = floor(
