@@ -24,7 +24,7 @@ void parallel_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) 
 int num_threads() { return at::get_num_threads(); }
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype) {
-  const Plan chosen = plan(map, shape, dtype, strict());
+  const Plan chosen = plan(map, shape, dtype, strict(), num_threads());
   return {chosen.name, chosen.reason, chosen.is_torchs(), "", 0};
 }
 
@@ -118,7 +118,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   }
   const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(input);
-  const Plan chosen = plan(Map::forward, shape, dtype, strict());
+  const Plan chosen = plan(Map::forward, shape, dtype, strict(), num_threads());
   if (chosen.is_torchs()) {
     count_aten(chosen.reason);
     const Tensor computed = chosen.kernel == Kernel::onednn
@@ -160,7 +160,7 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArr
   const ConvShape shape =
       check_grad_input(grad_output, weight, input_size, input_stride, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(grad_output);
-  const Plan chosen = plan(Map::grad_input, shape, dtype, strict());
+  const Plan chosen = plan(Map::grad_input, shape, dtype, strict(), num_threads());
   if (chosen.is_torchs()) {
     count_aten(chosen.reason);
     const Tensor computed =
@@ -199,7 +199,7 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   const ConvShape shape =
       check_grad_weight(grad_output, input, weight_size, weight_stride, {stride, padding, dilation, groups, mode});
   const DType dtype = dtype_of(grad_output);
-  const Plan chosen = plan(Map::grad_weight, shape, dtype, strict());
+  const Plan chosen = plan(Map::grad_weight, shape, dtype, strict(), num_threads());
   if (grad_output.numel() == 0) return empty_grad_weight(shape, grad_output).zero_();
   if (chosen.kernel == Kernel::aten) {
     count_aten(chosen.reason);
@@ -241,8 +241,8 @@ std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Te
   if (args.padding_mode == PaddingMode::zeros && padding.size() == 2 && grad_output.numel() != 0) {
     const ConvShape by_input = check_grad_input(grad_output, weight, input.sizes(), input.strides(), args),
                     by_weight = check_grad_weight(grad_output, input, weight.sizes(), weight.strides(), args);
-    const Plan first = plan(Map::grad_input, by_input, dtype_of(grad_output), strict()),
-               second = plan(Map::grad_weight, by_weight, dtype_of(grad_output), strict());
+    const Plan first = plan(Map::grad_input, by_input, dtype_of(grad_output), strict(), num_threads()),
+               second = plan(Map::grad_weight, by_weight, dtype_of(grad_output), strict(), num_threads());
     if (first.kernel == Kernel::aten && second.kernel == Kernel::aten) {
       count_aten(first.reason), count_aten(second.reason);
       const auto [gx, gw] = aten::conv2d_both_grads(grad_output, input, weight, aten::sym(stride), aten::sym(padding),

@@ -108,12 +108,14 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
 
 // Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. Measured
 // (benchmarks/NOTES.md): with one thread torch's convolution takes MKL's product, which runs at half of oneDNN's speed where
-// the processor is not Intel's; and in some virtual machines MKL never takes a second thread.
-Plan torchs_product(Map map, const ConvShape& s, DType dtype) {
+// the processor is not Intel's; with more it takes oneDNN itself, while MKL in some virtual machines stays with one.
+Plan torchs_product(Map map, const ConvShape& s, DType dtype, int threads) {
   const bool channels_last = input_layout(s) == Layout::nhwc, deep = std::min(s.C, s.K) >= 64 && s.H * s.W <= 28 * 28;
-  const bool turned_pays = channels_last && s.N * s.H * s.W >= 256;  // grad_input copies the weight, turned
-  const bool by_name = map == Map::forward ? channels_last || deep : map == Map::grad_input && turned_pays;
-  if (dtype == DType::float32 && by_name) return onednn("1x1: oneDNN by name, as torch with one thread would take MKL");
+  if (dtype == DType::float32 && threads == 1 && map != Map::grad_weight && (channels_last || deep)) {
+    const bool turned_pays = s.N * s.H * s.W >= 256;  // grad_input copies the weight, turned
+    if (map == Map::forward || turned_pays)
+      return onednn("1x1: oneDNN by name, as torch with one thread would take MKL");
+  }
   if (map == Map::forward) return aten("1x1: oneDNN's product is as fast, and adds the bias on its way");
   if (map == Map::grad_weight && !channels_last)
     return aten("1x1 on planes: oneDNN sums over the batch in one product");
@@ -139,10 +141,10 @@ bool small_planes_take(Map map, const ConvShape& s, DType dtype) {
   return s.R == 3 || (s.R == 5 && s.stride_h == 2);
 }
 
-Plan plan(Map map, const ConvShape& s, DType dtype, bool strict) {
+Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
   if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
   if (is_matrix_product(s)) {
-    if (const Plan torchs = torchs_product(map, s, dtype); !strict && torchs.reason != nullptr) return torchs;
+    if (const Plan torchs = torchs_product(map, s, dtype, threads); !strict && torchs.reason != nullptr) return torchs;
     return matmul("1x1, one group, stride 1: a matrix product over pixels");
   }
   if (!strict && !is_tiny(s)) {

@@ -1,4 +1,4 @@
-// Which CPU kernel runs a call, and why: a pure function of the call's shape. No torch, no processor queries.
+// Which CPU kernel runs a call, and why: a pure function of the call. No torch, no processor queries.
 #pragma once
 
 #include "../conv_shape.h"
@@ -19,8 +19,9 @@ struct Plan {
 // The shapes that small_planes.cpp is made for.
 bool small_planes_take(Map, const ConvShape&, DType);
 
-// With `strict`, ATen is taken for nothing: every shape has a kernel here.
-Plan plan(Map, const ConvShape&, DType, bool strict);
+// With `strict`, ATen is taken for nothing: every shape has a kernel here. `threads`: torch's, which its own choice of a
+// product depends on.
+Plan plan(Map, const ConvShape&, DType, bool strict, int threads);
 
 // The fourth op: its fused kernel, or the composite of two calls that have plans of their own. `strict` forces the kernel.
 Plan plan_separable(const SeparableShape&, DType, bool strict);
