@@ -221,6 +221,24 @@ def test_functional_forms(case: Case, device: str) -> None:
             torch.testing.assert_close(functional.pointwise_conv2d(x, w, b, activation="gelu"), F.gelu(y))
 
 
+@by_layout
+@pytest.mark.parametrize("kind", ["every_second", "one_for_all"])
+def test_bias_that_is_not_dense(kind: str, layout: str, device: str) -> None:
+    """A bias with gaps, or one number for all channels, wherever the plan sends the call (four ways on a CPU)."""
+    one = torch.full((1,), 2.0, device=device)
+    for x_size, w_size, groups in (
+        ((2, 64, 20, 20), (96, 64, 1, 1), 1),
+        ((1, 16, 1, 2), (24, 16, 1, 1), 1),
+        ((2, 64, 14, 14), (64, 16, 3, 3), 4),
+        ((2, 48, 20, 20), (48, 1, 3, 3), 48),
+    ):
+        x, w = random(x_size, torch.float32, device, layout), random(w_size, torch.float32, device, seed=2)
+        many = random((2 * w_size[0],), torch.float32, device, seed=3)
+        b = many[::2] if kind == "every_second" else one.expand(w_size[0])
+        y = F.conv2d(x.double(), w.double(), b.double(), groups=groups)
+        torch.testing.assert_close(functional.conv2d(x, w, b, groups=groups).double(), y, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
