@@ -6,6 +6,7 @@ import contextlib
 import copy
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -486,6 +487,18 @@ def test_cuda_graph_capture(case: Case, layout: str) -> None:
     graph.replay()
     for a, c in zip(captured, step(), strict=True):
         torch.testing.assert_close(a, c)
+
+
+@pytest.mark.cuda
+def test_a_thread_that_has_not_used_its_device() -> None:
+    """Autograd's may not have: the driver, which makes tensor maps, wants the context that a launch would bring."""
+    (case,) = (case for case in GPU_LAYERS if case.name == "depthwise_fill_boxes_k7")
+    x, w, b = tensors(case, torch.float32, "cuda", "channels_last")
+    expected = functional.conv2d(x, w, b, *case.geometry)
+    functional.conv2d(x, w, b, *case.geometry)  # leaves memory to the thread, which would bring the context too
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(functional.conv2d, x, w, b, *case.geometry).result()
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.cuda

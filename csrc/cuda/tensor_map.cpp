@@ -54,10 +54,21 @@ cudaError_t make_tensor_map(TensorMap& map, DType dtype, const ImageBoxes& image
   const cuuint32_t box[] = {static_cast<cuuint32_t>(image.box_channels), static_cast<cuuint32_t>(image.box_columns), 1,
                             1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
-  const CUresult result =
-      encode()(reinterpret_cast<CUtensorMap*>(&map), type, 4, const_cast<void*>(image.data), sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // zeros
+  const auto make = [&] {
+    return encode()(reinterpret_cast<CUtensorMap*>(&map), type, 4, const_cast<void*>(image.data), sizes, strides, box,
+                    steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // zeros
+  };
+  CUresult result = make();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // The thread has not used its device yet, as autograd's may not have: the runtime would give it a context at the
+    // first launch, the driver does not. To set the device gives it one now, and may be done while a graph is captured.
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
+    result = make();
+  }
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
