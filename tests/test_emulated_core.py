@@ -42,6 +42,7 @@ FAULTS = {
     "box that another waits for": (None, "bulk copy whose arrival it has not waited for"),
     "wrong parity": ("use-after-poison", "still writing"),
     "box over what is read": (None, "write-after-read race|still writing"),
+    "box without fence": ("no fence.proxy.async", "no fence.proxy.async"),
     "block ends before a box": ("ends while bulk copies", "ends while bulk copies"),
     "dynamic overrun": ("use-after-poison", None),
     "misaligned vector": ("misaligned address", None),

@@ -24,7 +24,7 @@ GOLDEN = emulate.HERE / "golden.cu"
 
 
 # What is compiled for compute capabilities 9.0 to 11.x.
-TMA = "tma elect_one mbar_init fence_mbar_init mbar_expect mbar_wait tma_load_4d"
+TMA = "tma elect_one mbar_init fence_mbar_init mbar_expect mbar_wait fence_async_copies tma_load_4d"
 
 
 def emulated_output(build: str) -> dict[str, str]:

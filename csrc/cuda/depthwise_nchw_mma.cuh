@@ -122,7 +122,8 @@ inline MmaPlaces make_mma_places(const ConvShape& s, const Tile& t, const NchwMm
 inline MmaImage make_mma_image(const Strides& strides, int64_t H, int64_t up, const NchwMmaRows& rows,
                                const NchwMmaCut& cut, int slots, int images, int spare = 0) {
   MmaImage a{};
-  a.n = strides.n, a.c = strides.c, a.h = static_cast<int>(strides.h), a.H = static_cast<int>(H);
+  // A single row may have any stride, but copies need aligned addresses for rows that do not exist too.
+  a.n = strides.n, a.c = strides.c, a.h = H > 1 ? static_cast<int>(strides.h) : 0, a.H = static_cast<int>(H);
   a.up = static_cast<int>(up), a.left = rows.left, a.piece = rows.piece, a.row_pieces = rows.pieces;
   a.images = images, a.image_rows = kNchwMmaPhases * slots, a.between = slots - cut.groups;
   a.lanes_log2 = a.row_pieces <= 8 ? 3 : a.row_pieces <= 16 ? 4 : 5;

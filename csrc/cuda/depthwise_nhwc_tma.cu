@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kNhwcThreads, nhwc_tma_blocks(kKernel))
       for (int c = 0; c < W::kWindow; ++c) {
         load_vec<2>(window[c], reinterpret_cast<const float*>(stage + window_at + c * P::kPixelBytes));
       }
-      __syncwarp();  // every lane has read the row
+      fence_async_copies();
+      __syncwarp();  // every lane has read the row, and the copy engine may write there
       if (step + P::kStages < steps && elect_one()) ask_for_row(step + P::kStages, stage);
       stage += P::kStageBytes;
       if (stage == ring + P::kStages * P::kStageBytes) stage = ring, parity ^= 1;

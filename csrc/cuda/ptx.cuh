@@ -190,6 +190,9 @@ __device__ __forceinline__ void mbar_wait(uint64_t* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+// What this thread has read of shared memory is read before a box lands there: copies do not keep the order of loads and
+// stores, neither behind a barrier nor in the same thread. Each reader says so, then meets the thread that asks for the box.
+__device__ __forceinline__ void fence_async_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Copies the box that begins at channel c, column w, row h of image n, zeros where it is outside of the tensor (coordinates
 // may be negative), to 128-byte aligned shared memory; its bytes arrive at the barrier, all of the box's.
 __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap& map, int c, int w, int h, int n,

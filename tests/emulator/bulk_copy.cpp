@@ -96,6 +96,10 @@ void fence_mbarriers(Location) {
   for (auto& [_, b] : block().mbarriers) b.fenced |= b.maker == current().linear;
 }
 
+void fence_bulk_copies() {
+  for (auto& [_, b] : block().mbarriers) b.readers.erase(current().linear);
+}
+
 void expect_bytes(void* barrier, int bytes, Location at) {
   Mbarrier& b = find(barrier, "mbarrier.arrive.expect_tx", at);
   if (b.pending == 0) die("more arrivals at an mbarrier than its phase has");
@@ -116,12 +120,14 @@ void wait_for_phase(void* barrier, int parity, Location at) {
     }
   }
   current().phases_seen.insert(b.ended);
+  b.readers.insert(current().linear);
 }
 
 void copy_box(void* destination, const sepconv::cuda::TensorMap& map, int c, int w, int h, int n, void* barrier,
               Location at) {
   Mbarrier& b = find(barrier, "cp.async.bulk.tensor", at);
   if (!b.fenced) die("cp.async.bulk.tensor: no fence stands between the mbarrier's initialisation and this");
+  if (!b.readers.empty()) die("cp.async.bulk.tensor: no fence.proxy.async stands between a thread's reads and this");
   const Map m = read_map(map);
   const auto bytes = static_cast<uint32_t>(m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.element_bytes);
   const BulkCopy copy{static_cast<unsigned char*>(destination), map, {c, w, h, n}, bytes};

@@ -12,6 +12,7 @@ namespace emulator {
 
 void init_mbarrier(void* barrier, int arrivals, Location);
 void fence_mbarriers(Location);  // of this thread: the copy engine may know them from now on
+void fence_bulk_copies();        // of this thread: what has come so far is read, and may be written over
 void expect_bytes(void* barrier, int bytes, Location);
 void wait_for_phase(void* barrier, int parity, Location);
 void copy_box(void* destination, const sepconv::cuda::TensorMap&, int c, int w, int h, int n, void* barrier, Location);

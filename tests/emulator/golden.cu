@@ -178,6 +178,7 @@ __global__ void box_golden(const __grid_constant__ TensorMap image, uint32_t* ou
     for (int box = 0; box < 4; ++box) {
       mbar_wait(full + box % 2, box / 2);
       out[lane * 4 + box] = reinterpret_cast<const uint32_t*>(smem)[box % 2 * 32 + lane] + elected;
+      fence_async_copies();
       __syncwarp();
       if (box < 2 && elect_one()) ask(box + 2);
     }
@@ -228,7 +229,8 @@ bool show_boxes() {
   TensorMap map;
   const ImageBoxes boxes{from.data, 2, 3, 10, 7, Strides{240, 1, 80, 8}, 8, 4};
   if (make_tensor_map(map, DType::float32, boxes) != cudaSuccess) return false;
-  return show("tma elect_one mbar_init fence_mbar_init mbar_expect mbar_wait tma_load_4d", box_golden, map);
+  return show("tma elect_one mbar_init fence_mbar_init mbar_expect mbar_wait fence_async_copies tma_load_4d",
+              box_golden, map);
 }
 
 bool show_all() {

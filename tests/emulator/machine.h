@@ -59,6 +59,7 @@ struct Mbarrier {
   uint32_t running = 0, ended = 0;  // the numbers of this phase and of the last one, among all of the block's
   int maker = 0;                    // the thread that initialised it
   bool fenced = false;
+  std::set<int> readers;  // threads that may have read what came, without a fence since
   std::vector<BulkCopy> in_flight;
 };
 

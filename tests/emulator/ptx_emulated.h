@@ -57,6 +57,7 @@ inline void cp_async16_first(void* shared, const void* global, int bytes) {
   emulator::copy_async(shared, global, 16, static_cast<uint32_t>(bytes));
 }
 inline void cp_async8(void* shared, const void* global, bool valid) {
+  emulator::check_global_read(global, 0, 8);
   emulator::copy_async(shared, valid ? global : nullptr, 8, 8);
 }
 inline void cp_async4(void* shared, const void* global, bool valid) {
@@ -84,6 +85,7 @@ inline void mbar_expect(uint64_t* barrier, int bytes, EMULATOR_HERE) {
 inline void mbar_wait(uint64_t* barrier, int parity, EMULATOR_HERE) {
   emulator::wait_for_phase(barrier, parity, EMULATOR_LOCATION);
 }
+inline void fence_async_copies() { emulator::fence_bulk_copies(); }
 inline void tma_load_4d(void* shared, const TensorMap& map, int c, int w, int h, int n, uint64_t* barrier,
                         EMULATOR_HERE) {
   emulator::copy_box(shared, map, c, w, h, n, barrier, EMULATOR_LOCATION);

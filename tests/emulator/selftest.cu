@@ -98,6 +98,7 @@ __global__ void box_kernel(const __grid_constant__ TensorMap image, float* out, 
     if (waits) mbar_wait(full + row % 2, fault("wrong parity") ? 1 - row / 2 % 2 : row / 2 % 2);
     if (fault("box that another waits for")) __syncwarp();
     total += reinterpret_cast<const float*>(smem)[row % 2 * kBytes / 4 + (lane ^ 1)];
+    if (!fault("box without fence")) fence_async_copies();
     if (!fault("box over what is read")) __syncwarp();
     if (row + 2 < kRows + (fault("block ends before a box") ? 1 : 0) && elect_one()) ask(row + 2);
   }
