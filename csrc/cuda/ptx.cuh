@@ -84,26 +84,33 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
 //   b[i]: column g, k 8i + 2t and 8i + 2t + 1;  d: as above
 //   kept, of lanes t = 0 and 1 only: 4 bits for each four of columns 16t .. 16t + 15, the first element's number lowest;
 //   row g in the lower half and g + 8 in the upper one
+// CUDA before 12.5 knows it by its older name only, which newer GPUs may be slow at.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define SEPCONV_MMA_SP "mma.sp::ordered_metadata"
+#else
+#define SEPCONV_MMA_SP "mma.sp"
+#endif
 template <typename T>
 __device__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t kept);
 template <>
 __device__ __forceinline__ void mma_sp_m16n8k32<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
                                                         uint32_t kept) {
-  asm volatile(
-      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(kept));
+  asm volatile(SEPCONV_MMA_SP
+               ".sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(kept));
 }
 template <>
 __device__ __forceinline__ void mma_sp_m16n8k32<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
                                                                const uint32_t (&b)[4], uint32_t kept) {
-  asm volatile(
-      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(kept));
+  asm volatile(SEPCONV_MMA_SP
+               ".sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(kept));
 }
+#undef SEPCONV_MMA_SP
 
 // ---- four 8 x 8 matrices of 16-bit elements from shared memory (sm_75). Lane 8 i + j holds the address of row j of matrix
 // i, aligned to 16 bytes; r[i] then holds elements 2t and 2t + 1 of row g of matrix i, or with _trans of its column g.
