@@ -36,7 +36,7 @@ inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at
 inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
-inline constexpr int64_t kShortSum = 256;  // output pixels, about, whose products are added one by one there
+inline constexpr int64_t kShortSum = 64;   // output pixels, about, whose products are added one by one there
 
 // The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
 template <typename T>
