@@ -8,7 +8,7 @@
 //   - tiles: a tile of some kRowGroup output rows and kColumns output columns, channel vector, up to three kernel rows.
 //     The sums of those kernel rows stay in registers while the rows of the tile go by; then they are added to the
 //     task's sums. Meanwhile the same pixels of the next vector are fetched into the first-level cache.
-//   - streamed: input row by input row in the order of memory; see depthwise_nhwc_grad_weight_stream.h. Every kShortSum
+//   - streamed: input row by input row in the order of memory; see depthwise_nhwc_grad_weight_stream.h. Every short_sum()
 //     pixels or so the sums are added to the task's.
 // Either way grad_y and x come from memory once, and a long sum is a sum of short ones.
 //
@@ -36,7 +36,9 @@ inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at
 inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
-inline constexpr int64_t kShortSum = 64;   // output pixels, about, whose products are added one by one there
+// Output pixels, about, whose products are added one by one there: few, so that the sum is as exact as oneDNN's, and more
+// where it is a sum of many short ones anyway (benchmarks/NOTES.md).
+inline int64_t short_sum(const ConvShape& k) { return k.N * k.P * k.Q <= 4096 ? 64 : 256; }
 
 // The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
 template <typename T>
@@ -276,7 +278,7 @@ struct SumTask {
   void add_streamed(int64_t n, int64_t done, int64_t p0, int64_t p1, int64_t v0, int64_t v1, A* recent, A* sums) const {
     const int64_t top = p0 * k.stride_h, bottom = (p1 - 1) * k.stride_h;  // of the padded image
     const int64_t begin = std::max<int64_t>(top - k.pad_h, 0), end = std::min(bottom - k.pad_h + k.R, k.H);
-    const int64_t together = std::max<int64_t>(kShortSum * k.stride_h / k.Q, 1);
+    const int64_t together = std::max<int64_t>(short_sum(k) * k.stride_h / k.Q, 1);
     for (int64_t h = begin; h < end; ++h) {
       if ((done * (end - begin) + h - begin + 1) % together == 0) {
         move_sums(recent, sums, (v1 - v0) * k.R * k.S * kLanes<A>);
