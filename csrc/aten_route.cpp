@@ -43,8 +43,8 @@ struct Padding {
   Tensor apply(const Tensor& image) const { return asymmetric ? at::constant_pad_nd_symint(image, extra, 0) : image; }
 };
 
-// A CPU tensor of addresses without memory: all zeros to read, and never to be written. The addresses are mapped once: to
-// unmap them would interrupt every thread of the process (5 us and more a call).
+// A CPU tensor of addresses without memory: all zeros to read, and never to be written. The addresses are mapped once:
+// to unmap them would interrupt every thread of the process (5 us and more a call).
 std::optional<Tensor> addresses_only(at::IntArrayRef size, at::IntArrayRef stride, size_t bytes,
                                      const at::TensorOptions& options) {
 #if defined(__linux__)

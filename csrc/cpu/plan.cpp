@@ -107,8 +107,8 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
 }
 
 // Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. Measured
-// (benchmarks/NOTES.md): with one thread torch's convolution takes MKL's product, which runs at half of oneDNN's speed where
-// the processor is not Intel's; with more it takes oneDNN itself, while MKL in some virtual machines stays with one.
+// (benchmarks/NOTES.md): with one thread torch's convolution takes MKL's product, which runs at half of oneDNN's speed
+// where the processor is not Intel's; with more it takes oneDNN itself, while MKL in some virtual machines stays with one.
 Plan torchs_product(Map map, const ConvShape& s, DType dtype, int threads) {
   const bool channels_last = input_layout(s) == Layout::nhwc, deep = std::min(s.C, s.K) >= 64 && s.H * s.W <= 28 * 28;
   if (dtype == DType::float32 && threads == 1 && map != Map::grad_weight && (channels_last || deep)) {
