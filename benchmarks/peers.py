@@ -57,6 +57,8 @@ def ours(layer: Layer, map: str, sets: list[Operands]) -> Contender:
     """sepconv_ext's op for that map."""
     ops = torch.ops.sepconv_ext
     stride, padding, dilation, groups = layer.stride, layer.padding, layer.dilation, layer.groups
+    # Known beforehand, as they are to autograd.
+    like_x, like_w = ((tuple(t.shape), t.stride()) for t in (sets[0].x, sets[0].w))
 
     def forward(i: int) -> Tensor:
         o = sets[i]
@@ -64,11 +66,11 @@ def ours(layer: Layer, map: str, sets: list[Operands]) -> Contender:
 
     def grad_input(i: int) -> Tensor:
         o = sets[i]
-        return ops.conv2d_grad_input.default(o.g, o.w, o.x.shape, o.x.stride(), stride, padding, dilation, groups)
+        return ops.conv2d_grad_input.default(o.g, o.w, *like_x, stride, padding, dilation, groups)
 
     def grad_weight(i: int) -> Tensor:
         o = sets[i]
-        return ops.conv2d_grad_weight.default(o.g, o.x, o.w.shape, o.w.stride(), stride, padding, dilation, groups)
+        return ops.conv2d_grad_weight.default(o.g, o.x, *like_w, stride, padding, dilation, groups)
 
     return {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}[map]
 

@@ -55,6 +55,14 @@ std::optional<Tensor> addresses_only(at::IntArrayRef size, at::IntArrayRef strid
   return std::nullopt;
 }
 
+// as_strided() from the begin of the memory on, without its two calls through the dispatcher.
+Tensor view_of_memory(const Tensor& t, at::IntArrayRef size, at::IntArrayRef stride) {
+  Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(t.storage()), t.key_set(),
+                                                         t.dtype());
+  view.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, /*storage_offset=*/0);
+  return view;
+}
+
 // The input for ATen's grad_input, and the weight for its grad_weight, which wants them for their sizes and layout and
 // never reads their values: grad_output itself where that has both, else a view of its memory where that is large
 // enough. Memory allocated for it would push the result onto fresh pages, or out of the cache (1024@10x10 on a CPU: 12%
@@ -64,7 +72,7 @@ Tensor layout_only(SymIntArrayRef size, SymIntArrayRef stride, const Tensor& gra
   if (sizes && strides && grad_output.has_storage() && !at::isTensorSubclassLike(grad_output)) {
     if (grad_output.sizes() == *sizes && grad_output.strides() == *strides) return grad_output;
     const size_t bytes = at::detail::computeStorageNbytes(*sizes, *strides, grad_output.element_size());
-    if (bytes <= grad_output.storage().nbytes()) return at::detach(grad_output).as_strided(*sizes, *strides, 0);
+    if (bytes <= grad_output.storage().nbytes()) return view_of_memory(grad_output, *sizes, *strides);
     if (grad_output.is_cpu()) {
       if (const auto addresses = addresses_only(*sizes, *strides, bytes, grad_output.options())) return *addresses;
     }

@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <string_view>
 
@@ -54,11 +55,16 @@ at::Tensor empty_output(const ConvShape&, const at::Tensor& like);
 at::Tensor empty_grad_input(const ConvShape&, const at::Tensor& like);
 at::Tensor empty_grad_weight(const ConvShape&, const at::Tensor& like);
 
-// What ATen returned where its strides are the promised ones; else a copy into allocate(), which has them.
+// What ATen returned where its strides are the promised ones, but for those of dimensions of size 1, which are set; else a
+// copy into allocate(), which has them.
 template <typename Allocate>
 at::Tensor with_strides(const Strides& promised, const at::Tensor& computed, const Allocate& allocate) {
-  if (computed.strides() == at::IntArrayRef({promised.n, promised.c, promised.h, promised.w})) return computed;
-  return allocate().copy_(computed);
+  const std::array<int64_t, 4> strides{promised.n, promised.c, promised.h, promised.w};
+  if (computed.strides() == at::IntArrayRef(strides)) return computed;
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    if (computed.size(dim) > 1 && computed.stride(dim) != strides[dim]) return allocate().copy_(computed);
+  }
+  return computed.as_strided_(computed.sizes(), strides);
 }
 
 Activation parse_activation(std::string_view name);

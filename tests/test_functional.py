@@ -172,6 +172,61 @@ def test_maps_on_every_instruction_set(case: Case, dtype: torch.dtype, layout: s
         assert_as_accurate(actual, getattr(theirs, which), getattr(truth, which), f"{which} of {case} with {isa}")
 
 
+def _depthwise(name: str, N: int, C: int, H: int, W: int, kernel: int | tuple[int, int], **rest) -> Case:
+    R, S = reference.pair(kernel)
+    return Case(f"blocked_{name}", N, C, H, W, C, R, S, groups=C, **rest)
+
+
+# For the CPU's kernels in blocks of channels, and how many of the three maps take them: whole blocks and rests of
+# channels and of pixels, planes of fewer pixels than a vector has lanes, each stride and padding, strips, parts of the
+# images.
+BLOCKED = {
+    _depthwise("k3", 2, 64, 7, 7, 3, padding=(1, 1), bias=True): 3,
+    _depthwise("k3_rest", 5, 24, 10, 9, 3, padding=(1, 1), bias=True): 3,
+    _depthwise("k3_c31_stride1x2", 2, 31, 10, 11, 3, stride=(1, 2), padding=(1, 1)): 3,
+    _depthwise("k3_stride2x1", 2, 48, 13, 14, 3, stride=(2, 1), padding=(0, 1), bias=True): 3,
+    _depthwise("k3_rows_unread", 1, 32, 16, 18, 3, stride=(2, 2)): 3,
+    _depthwise("k3_few_pixels", 3, 45, 3, 2, 3, padding=(1, 1)): 3,
+    _depthwise("k3_wide_padding", 2, 32, 5, 6, 3, padding=(4, 3), bias=True): 3,
+    _depthwise("k2_stride2", 2, 16, 9, 8, 2, stride=(2, 2)): 2,
+    _depthwise("k1_stride2", 2, 16, 9, 8, 1, stride=(2, 2)): 2,
+    _depthwise("k5_stride2", 1, 47, 15, 16, 5, stride=(2, 2), padding=(1, 2)): 3,
+    _depthwise("k7", 2, 32, 14, 13, 7, padding=(3, 3), bias=True): 3,
+    _depthwise("k7_one_row", 2, 16, 1, 40, (1, 7), padding=(0, 3)): 3,
+    _depthwise("k4_one_row", 3, 32, 1, 50, (1, 4), padding=(0, 3), bias=True): 3,
+    _depthwise("k4x3_same", 2, 16, 9, 8, (4, 3), padding="same"): 2,
+    _depthwise("k3_dilation", 2, 16, 14, 13, 3, padding=(2, 2), dilation=(2, 2), bias=True): 2,
+    _depthwise("k9", 1, 16, 12, 13, 9, padding=(4, 4)): 2,
+    _depthwise("strips", 2, 64, 79, 80, 3, padding=(1, 1)): 1,
+    _depthwise("strips_stride2", 3, 16, 91, 90, 5, stride=(2, 2), padding=(2, 2)): 1,
+}
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "apart"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("case", BLOCKED, ids=str)
+def test_blocks_of_channels(case: Case, dtype: torch.dtype, dense: bool, isa: str) -> None:
+    """Also with planes that do not follow each other in memory, and a weight whose columns do."""
+    theirs, truth = peer(case, dtype, "cpu", "contiguous"), expected(case, dtype)
+    x, w, b = tensors(case, dtype, "cpu", "contiguous")
+    g = grad_like_output(case, dtype, "cpu", "contiguous")
+    like_x = (x.shape, x.stride())
+    if not dense:
+        x, g = (torch.stack([t, torch.full_like(t, float("nan"))], dim=2)[:, :, 0] for t in (x, g))
+        w = w.mT.contiguous().mT
+    with only_our_kernels():
+        actual = Results(
+            ops.conv2d(x, w, b, *case.op_geometry, "identity"),
+            ops.conv2d_grad_input(g, w, *like_x, *case.op_geometry),
+            ops.conv2d_grad_weight(g, x, w.shape, w.stride(), *case.op_geometry),
+        )
+        assert sepconv_ext.kernel_counts().get("cpu_blocked") == BLOCKED[case]
+    assert actual.grad_weight.stride() == w.stride()
+    for which in MAPS:
+        what = f"{which} of {case} with {isa}"
+        assert_as_accurate(getattr(actual, which), getattr(theirs, which), getattr(truth, which), what)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @by_dtype

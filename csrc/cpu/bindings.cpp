@@ -139,6 +139,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
     switch (chosen.kernel) {
       case Kernel::planes: planes_forward(shape, dtype, x, w, epilogue, y); break;
       case Kernel::small_planes: small_planes_forward(shape, dtype, x, w, epilogue, y); break;
+      case Kernel::blocked: blocked_forward(shape, dtype, x, w, epilogue, y); break;
       case Kernel::depthwise_nhwc: depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y); break;
       case Kernel::pointwise: pointwise_forward(shape, dtype, x, w, epilogue, y); break;
       default:
@@ -180,6 +181,7 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, IntArr
     switch (chosen.kernel) {
       case Kernel::planes: planes_grad_input(shape, dtype, gy, w, gx); break;
       case Kernel::small_planes: small_planes_grad_input(shape, dtype, gy, w, gx); break;
+      case Kernel::blocked: blocked_grad_input(shape, dtype, gy, w, gx); break;
       case Kernel::depthwise_nhwc: depthwise_nhwc_grad_input(shape, dtype, gy, w, gx); break;
       case Kernel::pointwise: pointwise_grad_input(shape, dtype, gy, w, gx); break;
       default: matmul::grad_input(shape, grad_output, weight, grad_input);
@@ -221,7 +223,7 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
   void* gw = grad_weight.mutable_data_ptr();
   switch (chosen.kernel) {
     case Kernel::planes: planes_grad_weight(shape, dtype, gy, x, gw); break;
-    case Kernel::small_planes: small_planes_grad_weight(shape, dtype, gy, x, gw); break;
+    case Kernel::blocked: blocked_grad_weight(shape, dtype, gy, x, gw); break;
     case Kernel::depthwise_nhwc: depthwise_nhwc_grad_weight(shape, dtype, gy, x, gw); break;
     case Kernel::pointwise: pointwise_grad_weight(shape, dtype, gy, x, gw); break;
     default: matmul::grad_weight(shape, grad_output, input, grad_weight);

@@ -30,6 +30,7 @@ void depthwise_nhwc_grad_weight(const ConvShape& shape, DType dtype, const void*
 
 #include "depthwise_nhwc_grad_weight_block.h"
 #include "depthwise_nhwc_grad_weight_stream.h"
+#include "transpose_simd.h"
 
 inline constexpr int64_t kRowGroup = 14;         // output rows of a tile, about; divides 14, 28, 56, 112
 inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at
@@ -156,25 +157,6 @@ struct Partition {
   }
   int64_t first_vector(int64_t chunk) const { return vectors * chunk / chunks; }
 };
-
-// Exchanges the lanes of a that have bit kStep set with those of b that have not.
-template <typename A, int kStep, int... kLane>
-SEPCONV_INLINE void exchange(Vector<A>& a, Vector<A>& b, std::integer_sequence<int, kLane...>) {
-  constexpr int L = kLanes<A>;
-  const Vector<A> lower = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kStep ? L + kLane : kLane + kStep)...);
-  a = lower;
-}
-template <typename A, int kStep = 1>
-SEPCONV_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
-  if constexpr (kStep < kLanes<A>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<A>; ++i) {
-      if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<A>>());
-    }
-    transpose<A, kStep * 2>(rows);
-  }
-}
 
 // Adds the parts up, one channel vector a task: kLanes taps of kLanes channels at a time, turned into the weight's order.
 template <typename T>

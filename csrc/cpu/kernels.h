@@ -24,10 +24,14 @@ void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* 
 void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// small_planes.cpp: depthwise of multiplier 1 on small dense planes, for the shapes that small_planes_take() of plan.h names.
+// blocked.cpp: depthwise of multiplier 1 on dense planes, for what blocked_can() of plan.cpp names.
+void blocked_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
+void blocked_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
+void blocked_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
+
+// small_planes.cpp: 3x3 depthwise of multiplier 1 on small dense planes, for what small_planes_take() of plan.cpp names.
 void small_planes_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void small_planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
-void small_planes_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
 // pointwise.cpp: 1x1, one group, stride 1, for few pixels: x and y both Layout::nhwc or both nchw, or images of one pixel
 // whose channels are dense; w dense along its input channels.

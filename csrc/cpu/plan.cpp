@@ -7,6 +7,7 @@ namespace {
 
 constexpr Plan planes(const char* reason) { return {Kernel::planes, "cpu_planes", reason}; }
 constexpr Plan small_planes(const char* reason) { return {Kernel::small_planes, "cpu_small_planes", reason}; }
+constexpr Plan blocked(const char* reason) { return {Kernel::blocked, "cpu_blocked", reason}; }
 constexpr Plan depthwise_nhwc(const char* reason) { return {Kernel::depthwise_nhwc, "cpu_depthwise_nhwc", reason}; }
 constexpr Plan pointwise(const char* reason) { return {Kernel::pointwise, "cpu_pointwise", reason}; }
 constexpr Plan matmul(const char* reason) { return {Kernel::matmul, "cpu_matmul", reason}; }
@@ -36,24 +37,55 @@ bool is_channels_last(const ConvShape& s) {
   return s.x.c == 1 && s.y.c == 1 && input_layout(s) == Layout::nhwc && output_layout(s) == Layout::nhwc;
 }
 
+bool has_dense_planes(int64_t rows, int64_t columns, const Strides& s) {
+  return (columns == 1 || s.w == 1) && (rows == 1 || s.h == columns);
+}
+
+// What the blocked kernels can do. They turn blocks of 16 channels (with AVX-512, less else) into tiles: of few channels, or of
+// just more than a block, most lanes would be empty.
+bool blocked_can(Map map, const ConvShape& s, DType dtype) {
+  if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64 || is_channels_last(s)) return false;
+  if (!has_dense_planes(s.H, s.W, s.x) || !has_dense_planes(s.P, s.Q, s.y)) return false;
+  if ((s.C + 15) / 16 * 16 * 3 > s.C * 4) return false;
+  const bool strided = s.stride_h > 1 || s.stride_w > 1, dilated = s.dilation_h > 1 || s.dilation_w > 1;
+  if (s.stride_h > 2 || s.stride_w > 2 || (strided && dilated)) return false;
+  if (map != Map::grad_weight) return true;
+  const bool counted = s.S == 3 || s.S == 5 || s.S == 7 || (s.S == 4 && s.R == 1);
+  return !dilated && counted && (s.R == s.S || s.R == 1);
+}
+
+// Up to which planes they are the best here: until vectors along rows are well filled, and planes so large that 16 of them
+// lie far apart. That takes longer with a stride, as nothing has to be taken apart here, in half types, which are widened once
+// here, and in grad_weight, where no lanes have to be added up here. All measured (benchmarks/NOTES.md).
+bool blocked_is_best(Map map, const ConvShape& s, DType dtype) {
+  if (!blocked_can(map, s, dtype)) return false;
+  const int64_t taps = s.R * s.S, pixels = std::max(s.H * s.W, s.P * s.Q);
+  const bool strided = s.stride_h > 1 || s.stride_w > 1;
+  if (map == Map::grad_weight) return strided || pixels <= (s.C >= 64 || taps > 9 ? 80 * 80 : 28 * 28);
+  if (dtype != DType::float32) return pixels <= 56 * 56;
+  if (strided) return pixels <= (map == Map::forward && taps <= 9 ? 28 * 28 : 64 * 64);
+  return pixels <= (taps <= 7 * 7 ? 16 * 16 : 28 * 28);
+}
+
 // Multiply-adds that a kernel here does in the time that a call of oneDNN costs before it computes anything.
 constexpr int64_t kCallProducts = 128 * 1024;
 
 bool is_tiny(const ConvShape& s) { return s.output_elements() * s.channels_per_group() * s.R * s.S <= kCallProducts; }
 
-// Depthwise, contiguous images: what oneDNN's reordering costs it is little on tiny planes, where the vectors here are
-// mostly padding; and it multiplies faster where there is much to multiply.
+// Depthwise, contiguous images, where the blocked kernel is not taken: what oneDNN's reordering costs it is little on tiny
+// planes, where vectors along rows are mostly padding; and it multiplies faster where there is much to multiply.
 const char* onednn_is_faster_nchw(Map map, const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 || s.K != s.C) return nullptr;
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
+  const bool blocked = blocked_is_best(map, s, dtype), much = taps > 9 * 9 || pixels < 28 * 28;
+  if (map == Map::forward && taps >= (blocked ? 8 * 8 : 7 * 7) && taps <= 13 * 13 && much) {
+    return "10x10 to 13x13, or from 8x8 on small planes: oneDNN is faster forward";
+  }
+  if (blocked) return nullptr;
   if (pixels <= 10 * 10 && (map != Map::grad_weight || taps <= 9)) return "planes of up to 10x10: oneDNN is faster";
   if (s.R == 1 && s.P == 1 && pixels <= 128) {
     if (map == Map::grad_weight && taps <= 3) return "short sequences, 3 taps: oneDNN is faster";
     if (map == Map::grad_input && taps >= 31) return "short sequences, 31 taps: oneDNN is faster";
-  }
-  const bool much = taps > 9 * 9 || pixels < 28 * 28;
-  if (taps >= 7 * 7 && taps <= 13 * 13 && much && map == Map::forward) {
-    return "10x10 to 13x13, or from 7x7 on small planes: oneDNN is faster forward";
   }
   return nullptr;
 }
@@ -123,23 +155,18 @@ Plan torchs_product(Map map, const ConvShape& s, DType dtype, int threads) {
   return aten(nullptr);
 }
 
-// Up to this size a plane of float sums, with its padding, is copied whole into the first-level cache.
+// Up to this size a plane, with its padding, is copied whole into the first-level cache.
 constexpr int64_t kSmallPlane = 40;
 
-bool has_dense_planes(int64_t rows, int64_t columns, const Strides& s) {
-  return (columns == 1 || s.w == 1) && (rows == 1 || s.h == columns);
+bool small_planes_take(Map map, const ConvShape& s, DType dtype) {
+  if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64 || map == Map::grad_weight) return false;
+  if (s.R != 3 || s.S != 3 || s.stride_h != s.stride_w || s.dilation_h != 1 || s.dilation_w != 1) return false;
+  if (map == Map::forward ? s.stride_h > 2 : s.stride_h > 1 || s.pad_h > 2 || s.pad_w > 2) return false;
+  if (std::max({s.H, s.W, s.P, s.Q, s.pad_h, s.pad_w}) > kSmallPlane) return false;
+  return has_dense_planes(s.H, s.W, s.x) && has_dense_planes(s.P, s.Q, s.y);
 }
 
 }  // namespace
-
-bool small_planes_take(Map map, const ConvShape& s, DType dtype) {
-  if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64) return false;
-  if (s.R != s.S || s.stride_h != s.stride_w || s.stride_h > 2 || s.dilation_h != 1 || s.dilation_w != 1) return false;
-  if (std::max({s.H, s.W, s.P, s.Q, s.pad_h, s.pad_w}) > kSmallPlane) return false;
-  if (!has_dense_planes(s.H, s.W, s.x) || !has_dense_planes(s.P, s.Q, s.y)) return false;
-  if (map == Map::grad_weight) return s.R == 3 || s.R == 5 || s.R == 7;
-  return s.R == 3 || (s.R == 5 && s.stride_h == 2);
-}
 
 Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
   if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
@@ -154,7 +181,9 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
   if (s.is_depthwise() && s.K == s.C && is_channels_last(s)) {
     return depthwise_nhwc("depthwise on channels_last images: vectors of channels");
   }
-  if (small_planes_take(map, s, dtype)) return small_planes("depthwise on small planes: copied, padded, into cache");
+  if (blocked_is_best(map, s, dtype)) return blocked("depthwise: planes turned into blocks of channels, in cache");
+  if (small_planes_take(map, s, dtype))
+    return small_planes("3x3 depthwise on small planes: copied, padded, into cache");
   if (s.is_depthwise()) return planes("depthwise: vectors of pixels");
   return planes("groups of several channels: vectors of pixels");
 }

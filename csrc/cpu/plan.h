@@ -7,7 +7,18 @@
 namespace sepconv::cpu {
 
 // aten is torch's own choice of a convolution; onednn its oneDNN convolution, called by name.
-enum class Kernel : int { planes, small_planes, depthwise_nhwc, pointwise, matmul, aten, onednn, separable, composite };
+enum class Kernel : int {
+  planes,
+  small_planes,
+  blocked,
+  depthwise_nhwc,
+  pointwise,
+  matmul,
+  aten,
+  onednn,
+  separable,
+  composite
+};
 
 struct Plan {
   Kernel kernel;
@@ -15,9 +26,6 @@ struct Plan {
   const char* reason;  // a literal
   bool is_torchs() const { return kernel == Kernel::aten || kernel == Kernel::onednn; }
 };
-
-// The shapes that small_planes.cpp is made for.
-bool small_planes_take(Map, const ConvShape&, DType);
 
 // With `strict`, ATen is taken for nothing: every shape has a kernel here. `threads`: torch's, which its own choice of a
 // product depends on.
