@@ -132,8 +132,10 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
   if (dtype == DType::bfloat16 && (channels_last || strided || d.C > 128)) {
     return "bfloat16: oneDNN multiplies without widening";
   }
-  if (!channels_last && strided && pointwise.K <= 48) {
-    return "planes, strided, and few outputs: the depthwise stage is nearly all there is, and is faster alone";
+  const int64_t pixels = d.P * d.Q;
+  const bool few = pixels <= (d.R == 5 ? 16 * 16 : 10 * 10), much = pixels <= 20 * 20 && d.C * pointwise.K >= 512 * 512;
+  if (!channels_last && (few || much)) {
+    return "small planes: blocks of channels and oneDNN's product, one after the other, are faster";
   }
   return nullptr;
 }
