@@ -145,6 +145,22 @@ Tensor activate(const Tensor& t, Activation activation) {
   return t;
 }
 
+Tensor activate_in_place(Tensor t, Activation activation) {
+  if (t.requires_grad()) return activate(t, activation);
+  switch (activation) {
+    case Activation::identity: return t;
+    case Activation::relu: return at::relu_(t);
+    case Activation::relu6: return at::hardtanh_(t, 0, 6);
+    case Activation::leaky_relu: return at::leaky_relu_(t, kLeakySlope);
+    case Activation::gelu: return at::gelu_(t);
+    case Activation::silu: return at::silu_(t);
+    case Activation::hardswish: return at::hardswish_(t);
+    case Activation::sigmoid: return at::sigmoid_(t);
+    case Activation::tanh: return at::tanh_(t);
+  }
+  return t;
+}
+
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, SymIntArrayRef stride,
               SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, Activation activation,
               PaddingMode mode) {
@@ -154,7 +170,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const Padding sides(padding);
   const Tensor output =
       at::conv2d_symint(sides.apply(input), weight, bias, stride, SymIntArrayRef(sides.shared), dilation, groups);
-  return activate(output, activation);
+  return activate_in_place(output, activation);
 }
 
 Tensor separable_conv2d(const separable::Call& c) {

@@ -54,5 +54,7 @@ at::Tensor fold(const at::Tensor& grad_padded, const at::Tensor& image, c10::Sym
 
 // The activation alone, differentiable.
 at::Tensor activate(const at::Tensor&, Activation);
+// The same in the memory of a result that nobody else has seen, where no derivative is recorded.
+at::Tensor activate_in_place(at::Tensor, Activation);
 
 }  // namespace sepconv::aten

@@ -122,7 +122,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   if (chosen.is_torchs()) {
     count_aten(chosen.reason);
     const Tensor computed = chosen.kernel == Kernel::onednn
-                                ? aten::activate(aten::onednn_product(input, weight, bias), activation)
+                                ? aten::activate_in_place(aten::onednn_product(input, weight, bias), activation)
                                 : aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding),
                                                aten::sym(dilation), groups, activation, mode);
     return with_strides(shape.y, computed, [&] { return empty_output(shape, input); });
@@ -142,9 +142,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
       case Kernel::blocked: blocked_forward(shape, dtype, x, w, epilogue, y); break;
       case Kernel::depthwise_nhwc: depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y); break;
       case Kernel::pointwise: pointwise_forward(shape, dtype, x, w, epilogue, y); break;
-      default:
-        matmul::forward(shape, input, weight, dense_bias, output);
-        if (activation != Activation::identity) output.copy_(aten::activate(output, activation));
+      default: matmul::forward(shape, input, weight, dense_bias, output); aten::activate_in_place(output, activation);
     }
   }
   if (border != BorderExtent::none) {
