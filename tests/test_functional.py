@@ -174,7 +174,7 @@ def test_maps_on_every_instruction_set(case: Case, dtype: torch.dtype, layout: s
 
 def _depthwise(name: str, N: int, C: int, H: int, W: int, kernel: int | tuple[int, int], **rest) -> Case:
     R, S = reference.pair(kernel)
-    return Case(f"blocked_{name}", N, C, H, W, C, R, S, groups=C, **rest)
+    return Case(name, N, C, H, W, C, R, S, groups=C, **rest)
 
 
 # For the CPU's kernels in blocks of channels, and how many of the three maps take them: whole blocks and rests of
@@ -200,12 +200,20 @@ BLOCKED = {
     _depthwise("strips", 2, 64, 79, 80, 3, padding=(1, 1)): 1,
     _depthwise("strips_stride2", 3, 16, 91, 90, 5, stride=(2, 2), padding=(2, 2)): 1,
 }
+# Likewise, of few channels, for the kernels for 3x3 on small planes.
+SMALL_PLANES = {
+    _depthwise("small_k3", 3, 8, 21, 22, 3, padding=(1, 1), bias=True): 2,
+    _depthwise("small_k3_no_padding", 2, 3, 16, 33, 3, padding=(0, 2)): 2,
+    _depthwise("small_k3_stride2", 2, 10, 30, 29, 3, stride=(2, 2), padding=(1, 1), bias=True): 1,
+    _depthwise("small_k3_stride2_rows_unread", 2, 5, 16, 33, 3, stride=(2, 2)): 1,
+    _depthwise("small_k3_few_rows", 2, 8, 3, 17, 3, padding=(1, 1)): 2,
+}
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize("case", BLOCKED, ids=str)
-def test_blocks_of_channels(case: Case, dtype: torch.dtype, dense: bool, isa: str) -> None:
+@pytest.mark.parametrize("case", [*BLOCKED, *SMALL_PLANES], ids=str)
+def test_kernels_on_contiguous_planes(case: Case, dtype: torch.dtype, dense: bool, isa: str) -> None:
     """Also with planes that do not follow each other in memory, and a weight whose columns do."""
     theirs, truth = peer(case, dtype, "cpu", "contiguous"), expected(case, dtype)
     x, w, b = tensors(case, dtype, "cpu", "contiguous")
@@ -220,7 +228,9 @@ def test_blocks_of_channels(case: Case, dtype: torch.dtype, dense: bool, isa: st
             ops.conv2d_grad_input(g, w, *like_x, *case.op_geometry),
             ops.conv2d_grad_weight(g, x, w.shape, w.stride(), *case.op_geometry),
         )
-        assert sepconv_ext.kernel_counts().get("cpu_blocked") == BLOCKED[case]
+        counts = sepconv_ext.kernel_counts()
+    assert counts.get("cpu_blocked", 0) == BLOCKED.get(case, 0)
+    assert counts.get("cpu_small_planes", 0) == SMALL_PLANES.get(case, 0)
     assert actual.grad_weight.stride() == w.stride()
     for which in MAPS:
         what = f"{which} of {case} with {isa}"
