@@ -35,10 +35,20 @@ def _output_size(
     return input[0], weight[0], rows, columns
 
 
+def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the dimensions follow each other without gaps or overlaps; those of size 1 have no say."""
+    expected = 1
+    for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
+        if step != expected:
+            return False
+        expected *= count
+    return True
+
+
 def _empty_like_strides(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """What the gradients are written to: the strides asked for where they are dense, else the nearest dense ones."""
     asked = torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
-    return torch.empty_like(asked, memory_format=torch.preserve_format)
+    return asked if _is_dense(size, stride) else torch.empty_like(asked, memory_format=torch.preserve_format)
 
 
 def _check_rank(name: str, tensor: Tensor) -> None:

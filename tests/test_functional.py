@@ -198,6 +198,10 @@ BLOCKED = {
     _depthwise("k3_dilation", 2, 16, 14, 13, 3, padding=(2, 2), dilation=(2, 2), bias=True): 2,
     _depthwise("k9", 1, 16, 12, 13, 9, padding=(4, 4)): 2,
     _depthwise("strips", 2, 64, 79, 80, 3, padding=(1, 1)): 1,
+    _depthwise("strips_below_the_image", 1, 64, 20, 60, 3, padding=(43, 1)): 1,
+    _depthwise("strips_shared", 1, 16, 75, 75, 5, padding=(2, 2)): 1,
+    _depthwise("k4_long_row", 2, 64, 1, 250, (1, 4), padding=(0, 3)): 3,
+    _depthwise("k8x1_few_pixels", 2, 45, 11, 1, (8, 1)): 2,
     _depthwise("strips_stride2", 3, 16, 91, 90, 5, stride=(2, 2), padding=(2, 2)): 1,
 }
 # Likewise, of few channels, for the kernels for 3x3 on small planes.

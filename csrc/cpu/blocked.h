@@ -34,7 +34,7 @@ inline std::vector<Reach> grad_input_reach(int64_t taps, int64_t out, int64_t st
     const int64_t least = (first + pad) % stride, count = std::max<int64_t>(0, (taps - 1 - least + stride) / stride);
     const int64_t last = least + (count - 1) * stride;
     classes.push_back({first, (out - 1 - first) / stride + 1, stride, (first + pad - last * dilation) / stride, 1,
-                       count, dilation, last, -stride});
+                       count, dilation, std::max<int64_t>(last, 0), -stride});
   }
   return classes;
 }

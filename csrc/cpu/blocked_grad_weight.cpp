@@ -1,10 +1,10 @@
 // Depthwise convolution (multiplier 1) of dense planes: gradient by the weight. plan.cpp says of which.
 //
-// Loop-to-data map. A unit is one vector of channels of some images n. Strip by strip, a strip being as many rows of grad_y as
+// Loop-to-data map. A unit is one vector of channels of some strips of images n. Strip by strip, a strip being as many rows of grad_y as
 // have their tiles (blocked.h) in the second-level cache, the planes of x and grad_y are turned into tiles, x with zeros around
 // it, while those of the next strip are fetched. The sums of a few rows of the filter, a vector of channels for each tap, stay
 // in registers while some rows of grad_y go by; then they are added to the unit's, so that a long sum is a sum of short ones.
-// Where there are few channels, the images are shared among several units, whose sums are added at the end, in order: all this
+// Where there are few channels, the strips are shared among several units, whose sums are added at the end, in order: all this
 // depends on the shape alone, and the result not on the number of threads.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "blocked_grad_weight.cpp"
@@ -33,7 +33,7 @@ struct ProductsArgs {
   const float *image, *grads;
   int64_t P, Q;
   int64_t row, row_step, column_step;  // numbers between tile rows, and between what neighbours in grad_y meet
-  int64_t short_sum;                   // rows of grad_y whose products are added one by one
+  int64_t sum_rows, sum_columns;       // pixels of grad_y whose products are added one by one
   float* sums;                         // [R, S, lane]
 };
 
@@ -43,24 +43,27 @@ SEPCONV_INLINE void add_rows(const ProductsArgs& a) {
   constexpr int kFit = std::max(1, (SEPCONV_ISA_LEVEL == 2 ? 25 : 12) / kS);
   constexpr int kRows = std::min(kFit, kR - kFirst);
   float* const total = a.sums + kFirst * kS * kLane;
-  const float *row = a.image + kFirst * a.row, *grads = a.grads;
-  for (int64_t done = 0; done < a.P; done += a.short_sum) {
-    Floats sums[kRows][kS];
+  for (int64_t top = 0; top < a.P; top += a.sum_rows) {
+    for (int64_t left = 0; left < a.Q; left += a.sum_columns) {
+      const int64_t bottom = std::min(a.P, top + a.sum_rows), right = std::min(a.Q, left + a.sum_columns);
+      Floats sums[kRows][kS];
 #pragma GCC unroll 32
-    for (int i = 0; i < kRows * kS; ++i) sums[i / kS][i % kS] = Floats{};
-    for (int64_t p = done; p < std::min(a.P, done + a.short_sum); ++p, row += a.row_step) {
-      const float* x = row;
-      for (int64_t q = 0; q < a.Q; ++q, x += a.column_step, grads += kLane) {
-        const Floats g = load(grads);
+      for (int i = 0; i < kRows * kS; ++i) sums[i / kS][i % kS] = Floats{};
+      for (int64_t p = top; p < bottom; ++p) {
+        const float* grads = a.grads + (p * a.Q + left) * kLane;
+        const float* x = a.image + kFirst * a.row + p * a.row_step + left * a.column_step;
+        for (int64_t q = left; q < right; ++q, x += a.column_step, grads += kLane) {
+          const Floats g = load(grads);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
+          for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-          for (int s = 0; s < kS; ++s) sums[r][s] += load(x + r * a.row + s * kLane) * g;
+            for (int s = 0; s < kS; ++s) sums[r][s] += load(x + r * a.row + s * kLane) * g;
+          }
         }
       }
-    }
 #pragma GCC unroll 32
-    for (int i = 0; i < kRows * kS; ++i) store(total + i * kLane, load(total + i * kLane) + sums[i / kS][i % kS]);
+      for (int i = 0; i < kRows * kS; ++i) store(total + i * kLane, load(total + i * kLane) + sums[i / kS][i % kS]);
+    }
   }
   if constexpr (kFirst + kRows < kR) add_rows<kR, kS, kFirst + kRows>(a);
 }
@@ -95,7 +98,7 @@ struct Cut {
     rows = ceil_div(k.P, strips);
     strips = ceil_div(k.P, rows);
     vectors = ceil_div(k.C, kLane);
-    parts = std::clamp<int64_t>(kUnits / vectors, 1, k.N);
+    parts = std::clamp<int64_t>(kUnits / vectors, 1, k.N * strips);
   }
 };
 
@@ -115,7 +118,7 @@ struct Strip {
     const int64_t begin = p * k.stride_h - k.pad_h, end = begin + (rows - 1) * k.stride_h + k.R;
     h = std::clamp<int64_t>(begin, 0, k.H);
     count = std::clamp<int64_t>(end, h, k.H) - h;
-    before = std::min(h, end) - begin, after = end - begin - before - count;
+    before = std::max<int64_t>(0, std::min(h, end) - begin), after = end - begin - before - count;
     x = images + n * k.x.n + c * k.x.c + h * k.W;
     grad_y = grads + n * k.y.n + c * k.y.c + p * k.Q;
   }
@@ -150,11 +153,11 @@ struct BlockedGradWeight {
     const AddProducts add_products = add_products_for(s.R, s.S);
     ProductsArgs a;
     a.image = image, a.grads = grads, a.Q = s.Q;
-    a.short_sum = std::max<int64_t>(1, kShortSum / s.Q);
+    a.sum_columns = ceil_div(s.Q, ceil_div(s.Q, 2 * kShortSum)), a.sum_rows = std::max<int64_t>(1, kShortSum / s.Q);
     a.row = tile.columns * kLane, a.row_step = s.stride_h * a.row, a.column_step = s.stride_w * kLane;
     for (int64_t unit = units * task / tasks, end = units * (task + 1) / tasks; unit < end; ++unit) {
       const int64_t c = unit / cut.parts * kLane, part = unit % cut.parts;
-      const int64_t first = s.N * part / cut.parts * cut.strips, last = s.N * (part + 1) / cut.parts * cut.strips;
+      const int64_t all = s.N * cut.strips, first = all * part / cut.parts, last = all * (part + 1) / cut.parts;
       a.sums = sums.get() + unit * s.R * s.S * kLane;
       for (int64_t i = first; i < last; ++i) {
         const Strip<T> strip = strip_at(c, i);

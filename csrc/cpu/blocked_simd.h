@@ -28,11 +28,11 @@ SEPCONV_INLINE void turn_in(float* tile, const T* from, int64_t row_step, int la
     const int32_t* const place = places + first;
     if (pixels >= kLane) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLane; ++i) store(tile + place[i] * kLane, rows[i]);
+      for (int i = 0; i < kLane; ++i) store(tile + int64_t{place[i]} * kLane, rows[i]);
     } else {
 #pragma GCC unroll 16
       for (int i = 0; i < kLane; ++i) {
-        if (i < pixels) store(tile + place[i] * kLane, rows[i]);
+        if (i < pixels) store(tile + int64_t{place[i]} * kLane, rows[i]);
       }
     }
   }
@@ -45,7 +45,7 @@ SEPCONV_INLINE void turn_out(T* to, int64_t row_step, int lanes, const float* ti
     const int64_t first = std::max<int64_t>(0, std::min(done, pixels - kLane));
     Floats rows[kLane];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLane; ++i) rows[i] = load(tile + (first + i) * kLane);
+    for (int i = 0; i < kLane; ++i) rows[i] = i < pixels ? load(tile + (first + i) * kLane) : Floats{};
     transpose<float>(rows);
     if (lanes == kLane && pixels >= kLane) {
 #pragma GCC unroll 16

@@ -1,7 +1,8 @@
 // The doors of the CPU kernels: raw memory in, raw memory out. No torch header is seen by a kernel.
 //
 // Every function takes tensors of one dtype whose strides (in elements) stand in the ConvShape. Half types accumulate in
-// float. Nothing here allocates a copy of a whole tensor; scratch memory is a few tiles a thread. Results do not depend on the number of threads.
+// float. Nothing here allocates a copy of a whole tensor; scratch memory is a few tiles a thread. Results do not depend on
+// the number of threads.
 #pragma once
 
 #include <string>

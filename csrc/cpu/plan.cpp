@@ -51,7 +51,9 @@ bool blocked_can(Map map, const ConvShape& s, DType dtype) {
   if (s.stride_h > 2 || s.stride_w > 2 || (strided && dilated)) return false;
   if (map != Map::grad_weight) return true;
   const bool counted = s.S == 3 || s.S == 5 || s.S == 7 || (s.S == 4 && s.R == 1);
-  return !dilated && counted && (s.R == s.S || s.R == 1);
+  // The tiles of one row fit some cache, which those of a sequence need less.
+  const int64_t vectors = s.R * (s.W + 2 * s.pad_w) + s.Q, most = s.R == 1 ? 20000 : 4096;
+  return !dilated && counted && (s.R == s.S || s.R == 1) && vectors <= most;
 }
 
 // Up to which planes they are the best here: until vectors along rows are well filled, and planes so large that 16 of them
