@@ -1,11 +1,11 @@
 // Depthwise convolution (multiplier 1) of dense planes: gradient by the weight. plan.cpp says of which.
 //
-// Loop-to-data map. A unit is one vector of channels of some strips of images n. Strip by strip, a strip being as many rows of grad_y as
-// have their tiles (blocked.h) in the second-level cache, the planes of x and grad_y are turned into tiles, x with zeros around
-// it, while those of the next strip are fetched. The sums of a few rows of the filter, a vector of channels for each tap, stay
-// in registers while some rows of grad_y go by; then they are added to the unit's, so that a long sum is a sum of short ones.
-// Where there are few channels, the strips are shared among several units, whose sums are added at the end, in order: all this
-// depends on the shape alone, and the result not on the number of threads.
+// Loop-to-data map. A unit is one vector of channels of some strips of images n, a strip being as many rows of grad_y as have
+// their tiles (blocked.h) in the second-level cache. Strip by strip the planes of x and grad_y are turned into tiles, x with
+// zeros around it, while those of the next strip are fetched. The sums of a few rows of the filter, a vector of channels for
+// each tap, stay in registers while some pixels of grad_y go by; then they are added to the strip's, and those to the unit's in
+// the end, so that a long sum is a sum of short ones. Where there are few channels, the strips are shared among several units,
+// whose sums are added at the end, in order: all this depends on the shape alone, and the result not on the number of threads.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "blocked_grad_weight.cpp"
 #include "blocked.h"
@@ -84,6 +84,13 @@ inline AddProducts add_products_for(int64_t R, int64_t S) {
   }
 }
 
+SEPCONV_INLINE void add_and_clear(float* total, float* part, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLane) {
+    store(total + i, load(total + i) + load(part + i));
+    store(part + i, Floats{});
+  }
+}
+
 // How the work is cut, by the shape alone.
 struct Cut {
   static constexpr int64_t kTiles = 192 << 10;  // bytes
@@ -147,18 +154,20 @@ struct BlockedGradWeight {
         sums(new float[units * k.R * k.S * kLane]()) {}
 
   void operator()(int64_t task) const {
-    const Scratch memory((tile.size() + grad_tile.size()) * kLane);
+    const int64_t count = s.R * s.S * kLane;
+    const Scratch memory((tile.size() + grad_tile.size()) * kLane + count);
     float* const image = memory.data();
     float* const grads = image + tile.size() * kLane;
+    float* const strip_sums = grads + grad_tile.size() * kLane;
     const AddProducts add_products = add_products_for(s.R, s.S);
     ProductsArgs a;
-    a.image = image, a.grads = grads, a.Q = s.Q;
+    a.image = image, a.grads = grads, a.sums = strip_sums, a.Q = s.Q;
     a.sum_columns = ceil_div(s.Q, ceil_div(s.Q, 2 * kShortSum)), a.sum_rows = std::max<int64_t>(1, kShortSum / s.Q);
     a.row = tile.columns * kLane, a.row_step = s.stride_h * a.row, a.column_step = s.stride_w * kLane;
     for (int64_t unit = units * task / tasks, end = units * (task + 1) / tasks; unit < end; ++unit) {
       const int64_t c = unit / cut.parts * kLane, part = unit % cut.parts;
       const int64_t all = s.N * cut.strips, first = all * part / cut.parts, last = all * (part + 1) / cut.parts;
-      a.sums = sums.get() + unit * s.R * s.S * kLane;
+      float* const unit_sums = sums.get() + unit * count;
       for (int64_t i = first; i < last; ++i) {
         const Strip<T> strip = strip_at(c, i);
         a.P = strip.rows;
@@ -174,6 +183,7 @@ struct BlockedGradWeight {
           fetch_planes(next.grad_y, s.y.c, next.lanes, next.rows * s.Q);
         }
         add_products(a);
+        add_and_clear(unit_sums, strip_sums, count);
       }
       if (cut.parts == 1) store_sums(unit);
     }
@@ -183,9 +193,7 @@ struct BlockedGradWeight {
   void store_sums(int64_t v) const {
     const int64_t taps = s.R * s.S, count = taps * kLane;
     float* const total = sums.get() + v * cut.parts * count;
-    for (int64_t part = 1; part < cut.parts; ++part) {
-      for (int64_t i = 0; i < count; i += kLane) store(total + i, load(total + i) + load(total + part * count + i));
-    }
+    for (int64_t part = 1; part < cut.parts; ++part) add_and_clear(total, total + part * count, count);
     const int lanes = static_cast<int>(std::min<int64_t>(kLane, s.C - v * kLane));
     T* const to = grad_w + v * kLane * s.w.n;
     if (s.w.w == 1 && s.w.h == s.S) return turn_out(to, s.w.n, lanes, total, taps);
