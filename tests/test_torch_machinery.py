@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,6 +66,30 @@ IMAGES = {
     "one_value": (1, 1, 1, 1),
     "empty_batch": (0, 6, 7, 8),
 }
+
+
+# (size, strides asked for): dense but for dimensions of size 1 or 0, which may have any; with gaps; in channels_last.
+ASKED = (
+    ((1, 4, 5, 7), (2240, 35, 7, 1)),
+    ((1, 4, 5, 7), (2240, 1, 28, 4)),
+    ((2, 4, 5, 1), (20, 5, 1, 9)),
+    ((2, 4, 5, 7), (280, 35, 7, 1)),
+    ((2, 4, 5, 7), (999, 1, 28, 4)),
+    ((0, 4, 5, 7), (9, 35, 7, 1)),
+)
+
+
+@pytest.mark.parametrize(("size", "stride"), ASKED)
+def test_gradients_of_odd_strides_as_the_fake_kernel_promises(size: tuple, stride: tuple, device: str) -> None:
+    """Strides of dense tensors are kept to the last number, also where they mean nothing; others become dense."""
+
+    def strides() -> tuple[int, ...]:
+        g, w = torch.ones(size, device=device), torch.ones(size[1], 1, 3, 3, device=device)
+        return ops.conv2d_grad_input(g, w, size, stride, (1, 1), (1, 1), (1, 1), size[1]).stride()
+
+    real = strides()
+    with FakeTensorMode():
+        assert strides() == real
 
 
 @pytest.mark.parametrize("weight_layout", LAYOUTS)
