@@ -127,10 +127,16 @@ def test_every_kernel_file_is_in_the_binary(functions: list[Function]) -> None:
     assert {f.file for f in functions} == {source.stem for source in sources}
 
 
+def keeps_one_number(f: Function) -> bool:
+    """With 64-bit indices a division is a call, across which nvcc 13.0 keeps one number on the stack from 10.0 on."""
+    wide = re.match(r"I(?:13__nv_bfloat16|6__half|f|d)l", f.arguments)
+    return wide is not None and f.capability >= 100 and f.stack <= 8 and f.local == 0
+
+
 def test_no_local_memory(functions: list[Function]) -> None:
     """No spilled register, and no array that is indexed at run time."""
-    wrong = [f"{f}: {f.stack} bytes of stack, {f.local} of local memory" for f in functions if f.stack or f.local]
-    assert not wrong, "\n".join(wrong)
+    using = [f for f in functions if (f.stack or f.local) and not keeps_one_number(f)]
+    assert not using, "\n".join(f"{f}: {f.stack} bytes of stack, {f.local} of local memory" for f in using)
 
 
 # file, dtypes, template numbers by position, instructions that must be there, with modifiers in this order
