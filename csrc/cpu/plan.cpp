@@ -134,9 +134,9 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
   if (dtype == DType::bfloat16 && (channels_last || strided || d.C > 128)) {
     return "bfloat16: oneDNN multiplies without widening";
   }
-  const int64_t pixels = d.P * d.Q;
-  const bool few = pixels <= (d.R == 5 ? 16 * 16 : 10 * 10), much = pixels <= 20 * 20 && d.C * pointwise.K >= 512 * 512;
-  if (!channels_last && (few || much)) {
+  const int64_t pixels = d.P * d.Q, products = pointwise.output_elements() * d.C;
+  const bool small = pixels <= 20 * 20 && (d.R == 5 || products >= 30'000'000);
+  if (!channels_last && (small || (pixels <= 28 * 28 && d.C >= 8 * pointwise.K))) {
     return "small planes: blocks of channels and oneDNN's product, one after the other, are faster";
   }
   return nullptr;
