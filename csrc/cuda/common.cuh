@@ -72,13 +72,6 @@ int compiled_for(void (*kernel)(Params...)) {
 
 namespace sepconv::cuda {
 
-// The architecture that this pass of the compiler is for: 900 for 9.0, 0 for the host.
-#ifdef __CUDA_ARCH__
-constexpr int kArch = __CUDA_ARCH__;
-#else
-constexpr int kArch = 0;
-#endif
-
 // ---- element types
 
 template <typename T>

@@ -13,6 +13,14 @@
 
 namespace sepconv::cuda {
 
+// The architecture that this pass of the compiler is for: 900 for 9.0, 0 for the host. For what follows from the compiler's
+// own needs there, as how many registers it is given.
+#ifdef __CUDA_ARCH__
+inline constexpr int kArch = __CUDA_ARCH__;
+#else
+inline constexpr int kArch = 0;
+#endif
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -165,11 +173,7 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // ---- barriers in shared memory that count bytes, and copies of boxes of a tensor by the copy engine (TMA, sm_90). A kernel
 // that uses them has no body where they are missing: `if constexpr (kHasTma)`.
-#ifdef __CUDA_ARCH__
-inline constexpr bool kHasTma = has_tma(__CUDA_ARCH__ / 10);
-#else
-inline constexpr bool kHasTma = true;
-#endif
+inline constexpr bool kHasTma = kArch == 0 || has_tma(kArch / 10);
 
 // True in one lane of the warp, always the same; all 32 lanes ask. The compiler knows that a branch on it has one lane,
 // which it does not of a branch on a lane's number: instructions that take their operands once for a warp stand there plainly.

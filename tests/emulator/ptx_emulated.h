@@ -10,6 +10,8 @@
 
 namespace sepconv::cuda {
 
+inline constexpr int kArch = 0;
+
 inline int opaque(int i) { return i; }
 
 template <typename T>
