@@ -146,7 +146,7 @@ Tensor activate(const Tensor& t, Activation activation) {
 }
 
 Tensor activate_in_place(Tensor t, Activation activation) {
-  if (t.requires_grad()) return activate(t, activation);
+  if (t.requires_grad() || at::isTensorSubclassLike(t)) return activate(t, activation);  // vmap has no rule for gelu_
   switch (activation) {
     case Activation::identity: return t;
     case Activation::relu: return at::relu_(t);

@@ -48,7 +48,9 @@ def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
 def _empty_like_strides(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """What the gradients are written to: the strides asked for where they are dense, else the nearest dense ones."""
     asked = torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
-    return asked if _is_dense(size, stride) else torch.empty_like(asked, memory_format=torch.preserve_format)
+    known = all(isinstance(n, int) for n in (*size, *stride))  # of symbols nothing can be asked that has no value yet
+    dense = known and _is_dense(size, stride)
+    return asked if dense else torch.empty_like(asked, memory_format=torch.preserve_format)
 
 
 def _check_rank(name: str, tensor: Tensor) -> None:

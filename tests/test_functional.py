@@ -196,6 +196,7 @@ BLOCKED = {
     _depthwise("k4_one_row", 3, 32, 1, 50, (1, 4), padding=(0, 3), bias=True): 3,
     _depthwise("k4x3_same", 2, 16, 9, 8, (4, 3), padding="same"): 2,
     _depthwise("k3_dilation", 2, 16, 14, 13, 3, padding=(2, 2), dilation=(2, 2), bias=True): 2,
+    _depthwise("k3_huge_dilation", 1, 16, 1, 7, (1, 3), padding=(0, 1 << 20), dilation=(1, 1 << 20)): 0,
     _depthwise("k9", 1, 16, 12, 13, 9, padding=(4, 4)): 2,
     _depthwise("strips", 2, 64, 79, 80, 3, padding=(1, 1)): 1,
     _depthwise("strips_below_the_image", 1, 64, 20, 60, 3, padding=(43, 1)): 1,

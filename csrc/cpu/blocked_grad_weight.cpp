@@ -27,7 +27,7 @@ void blocked_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, co
 
 #include "blocked_simd.h"
 
-inline constexpr int64_t kShortSum = 32;  // pixels, about
+inline constexpr int64_t kShortSum = 32;  // pixels, about; up to twice as many along a row
 
 struct ProductsArgs {
   const float *image, *grads;

@@ -25,7 +25,7 @@ void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* 
 void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// blocked.cpp: depthwise of multiplier 1 on dense planes, for what blocked_can() of plan.cpp names.
+// blocked*.cpp: depthwise of multiplier 1 on dense planes, for what blocked_can() of plan.cpp names.
 void blocked_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void blocked_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void blocked_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);

@@ -49,7 +49,10 @@ bool blocked_can(Map map, const ConvShape& s, DType dtype) {
   if ((s.C + 15) / 16 * 16 * 3 > s.C * 4) return false;
   const bool strided = s.stride_h > 1 || s.stride_w > 1, dilated = s.dilation_h > 1 || s.dilation_w > 1;
   if (s.stride_h > 2 || s.stride_w > 2 || (strided && dilated)) return false;
-  if (map != Map::grad_weight) return true;
+  if (map != Map::grad_weight) {
+    // The tiles of both images, which a dilation with its padding may widen without end, fit some cache.
+    return s.H * (s.W + 2 * s.pad_w) + s.P * (s.Q + (s.S - 1) * s.dilation_w) <= 16 * 1024;
+  }
   const bool counted = s.S == 3 || s.S == 5 || s.S == 7 || (s.S == 4 && s.R == 1);
   // The tiles of one row fit some cache, which those of a sequence need less.
   const int64_t vectors = s.R * (s.W + 2 * s.pad_w) + s.Q, most = s.R == 1 ? 20000 : 4096;
@@ -74,14 +77,15 @@ constexpr int64_t kCallProducts = 128 * 1024;
 
 bool is_tiny(const ConvShape& s) { return s.output_elements() * s.channels_per_group() * s.R * s.S <= kCallProducts; }
 
-// Depthwise, contiguous images, where the blocked kernel is not taken: what oneDNN's reordering costs it is little on tiny
-// planes, where vectors along rows are mostly padding; and it multiplies faster where there is much to multiply.
+// Depthwise, contiguous images: oneDNN multiplies faster where there is much to multiply; and where the blocked kernels are
+// not taken, what its reordering costs it is little on tiny planes, where vectors along rows are mostly padding.
 const char* onednn_is_faster_nchw(Map map, const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 || s.K != s.C) return nullptr;
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
   const bool blocked = blocked_is_best(map, s, dtype), much = taps > 9 * 9 || pixels < 28 * 28;
   if (map == Map::forward && taps >= (blocked ? 8 * 8 : 7 * 7) && taps <= 13 * 13 && much) {
-    return "10x10 to 13x13, or from 8x8 on small planes: oneDNN is faster forward";
+    return "10x10 to 13x13, or on small planes from 7x7 (8x8 where blocks of channels are taken): oneDNN is faster "
+           "forward";
   }
   if (blocked) return nullptr;
   if (pixels <= 10 * 10 && (map != Map::grad_weight || taps <= 9)) return "planes of up to 10x10: oneDNN is faster";

@@ -156,7 +156,4 @@ struct RowLayout {
   int64_t row() const { return pitch * static_cast<int64_t>(spans.size()); }
 };
 
-// A rectangle of scratch rows, all phases of one plane: [row phase, row, column phase, column].
-inline int64_t scratch_elements(const RowLayout& layout, int64_t rows) { return rows * layout.row(); }
-
 }  // namespace sepconv::cpu
