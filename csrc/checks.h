@@ -55,8 +55,8 @@ at::Tensor empty_output(const ConvShape&, const at::Tensor& like);
 at::Tensor empty_grad_input(const ConvShape&, const at::Tensor& like);
 at::Tensor empty_grad_weight(const ConvShape&, const at::Tensor& like);
 
-// What ATen returned where its strides are the promised ones, but for those of dimensions of size 1, which are set; else a
-// copy into allocate(), which has them.
+// What ATen returned where its strides are the promised ones, but for those of dimensions of size 1, which are set;
+// else a copy into allocate(), which has them.
 template <typename Allocate>
 at::Tensor with_strides(const Strides& promised, const at::Tensor& computed, const Allocate& allocate) {
   const std::array<int64_t, 4> strides{promised.n, promised.c, promised.h, promised.w};

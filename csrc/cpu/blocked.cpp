@@ -1,13 +1,13 @@
-// Depthwise convolution (multiplier 1) of tiny dense planes: forward and gradient by the input. plan.cpp says of which.
+// Depthwise convolution (multiplier 1) of dense planes: forward and gradient by the input. plan.cpp says of which.
 //
-// Loop-to-data map. A task is a range of units: one vector of channels of one image n, the images of the same channels one
-// after another, as they share the filter. A unit's planes are turned into a tile (blocked.h) while those of the next unit
-// are fetched; `correlate` then goes through the rows of results in blocks of 1 to 8 pixels x one vector of channels, whose
-// sums stay in registers while all taps go by; a block's rows that lie outside the image are left out, its columns outside are
-// zeros in the tile. The results, a tile too, are turned back into planes.
+// Loop-to-data map. A task is a range of units: one vector of channels of one image n, the images of the same channels
+// one after another, as they share the filter. A unit's planes are turned into a tile (blocked.h) while those of the
+// next unit are fetched; `correlate` then goes through the rows of results in blocks of 1 to 8 pixels x one vector of
+// channels, whose sums stay in registers while all taps go by; a block's rows that lie outside the image are left out,
+// its columns outside are zeros in the tile. The results, a tile too, are turned back into planes.
 //
-// The gradient by the input is the same correlation of grad_y with the filter turned round; with a stride its pixels fall into
-// classes, each with its own taps.
+// The gradient by the input is the same correlation of grad_y with the filter turned round; with a stride its pixels
+// fall into classes, each with its own taps.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "blocked.cpp"
 #include "blocked.h"

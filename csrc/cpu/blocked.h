@@ -1,17 +1,17 @@
 // Planes in blocks of channels: for blocked.cpp and blocked_grad_weight.cpp.
 //
-// On planes of 7x7 or 10x10 a vector along a row is mostly padding, and a strided row has to be taken apart. So the planes of
-// as many channels as a vector has lanes are turned, in registers, into a tile of pixels x channels, [row, column, lane],
-// which stays in cache: there every tap of every pixel is a whole vector at an aligned address. (oneDNN's blocked layouts are
-// the same idea, but are written to memory.)
+// On planes of 7x7 or 10x10 a vector along a row is mostly padding, and a strided row has to be taken apart. So the
+// planes of as many channels as a vector has lanes are turned, in registers, into a tile of pixels x channels, [row,
+// column, lane], which stays in cache: there every tap of every pixel is a whole vector at an aligned address.
+// (oneDNN's blocked layouts are the same idea, but are written to memory.)
 #pragma once
 
 #include "planes.h"
 
 namespace sepconv::cpu {
 
-// Along one axis, out positions first, first + out_step, ...: `count` of them. Number t reads the in positions
-// in_first + t * in_step + i * tap_step for i in [0, taps), by the filter's taps index + i * index_step. As in planes.h, a
+// Along one axis, out positions first, first + out_step, ...: `count` of them. Number t reads the in positions in_first
+// + t * in_step + i * tap_step for i in [0, taps), by the filter's taps index + i * index_step. As in planes.h, a
 // forward map has one such class, and the gradient by the input of a strided one has one for each remainder.
 struct Reach {
   int64_t first, count, out_step;

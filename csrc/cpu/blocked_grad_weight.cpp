@@ -1,11 +1,12 @@
 // Depthwise convolution (multiplier 1) of dense planes: gradient by the weight. plan.cpp says of which.
 //
-// Loop-to-data map. A unit is one vector of channels of some strips of images n, a strip being as many rows of grad_y as have
-// their tiles (blocked.h) in the second-level cache. Strip by strip the planes of x and grad_y are turned into tiles, x with
-// zeros around it, while those of the next strip are fetched. The sums of a few rows of the filter, a vector of channels for
-// each tap, stay in registers while some pixels of grad_y go by; then they are added to the strip's, and those to the unit's in
-// the end, so that a long sum is a sum of short ones. Where there are few channels, the strips are shared among several units,
-// whose sums are added at the end, in order: all this depends on the shape alone, and the result not on the number of threads.
+// Loop-to-data map. A unit is one vector of channels of some strips of images n, a strip being as many rows of grad_y
+// as have their tiles (blocked.h) in the second-level cache. Strip by strip the planes of x and grad_y are turned into
+// tiles, x with zeros around it, while those of the next strip are fetched. The sums of a few rows of the filter, a
+// vector of channels for each tap, stay in registers while some pixels of grad_y go by; then they are added to the
+// strip's, and those to the unit's in the end, so that a long sum is a sum of short ones. Where there are few channels,
+// the strips are shared among several units, whose sums are added at the end, in order: all this depends on the shape
+// alone, and the result not on the number of threads.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "blocked_grad_weight.cpp"
 #include "blocked.h"

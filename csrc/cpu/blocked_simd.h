@@ -1,8 +1,8 @@
-// Tiny planes into tiles and back. Like simd.h, read once for each instruction set by the files that need it, in their second
-// half, after scratch_simd.h and transpose_simd.h: hence no include guard and no include.
+// Tiny planes into tiles and back. Like simd.h, read once for each instruction set by the files that need it, in their
+// second half, after scratch_simd.h and transpose_simd.h: hence no include guard and no include.
 
-// Blocks of kLane pixels: of `pixels` that are not whole blocks the last block overlaps the one before, and fewer than kLane
-// are one block in part.
+// Blocks of kLane pixels: of `pixels` that are not whole blocks the last block overlaps the one before, and fewer than
+// kLane are one block in part.
 template <typename T>
 SEPCONV_INLINE Floats load_block(const T* p, int64_t pixels) {
   return pixels >= kLane ? load(p) : load_first(p, static_cast<int>(pixels));

@@ -1,8 +1,8 @@
 // The doors of the CPU kernels: raw memory in, raw memory out. No torch header is seen by a kernel.
 //
-// Every function takes tensors of one dtype whose strides (in elements) stand in the ConvShape. Half types accumulate in
-// float. Nothing here allocates a copy of a whole tensor; scratch memory is a few tiles a thread. Results do not depend on
-// the number of threads.
+// Every function takes tensors of one dtype whose strides (in elements) stand in the ConvShape. Half types accumulate
+// in float. Nothing here allocates a copy of a whole tensor; scratch memory is a few tiles a thread. Results do not
+// depend on the number of threads.
 #pragma once
 
 #include <string>
@@ -20,7 +20,8 @@ void planes_forward(const ConvShape&, DType, const void* x, const void* w, const
 void planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void planes_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// depthwise_nhwc.cpp: depthwise of multiplier 1 on channels_last images (x and y are Layout::nhwc); the weight has any strides.
+// depthwise_nhwc.cpp: depthwise of multiplier 1 on channels_last images (x and y are Layout::nhwc); the weight has any
+// strides.
 void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
@@ -30,12 +31,13 @@ void blocked_forward(const ConvShape&, DType, const void* x, const void* w, cons
 void blocked_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void blocked_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// small_planes.cpp: 3x3 depthwise of multiplier 1 on small dense planes, for what small_planes_take() of plan.cpp names.
+// small_planes.cpp: 3x3 depthwise of multiplier 1 on small dense planes, for what small_planes_take() of plan.cpp
+// names.
 void small_planes_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void small_planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 
-// pointwise.cpp: 1x1, one group, stride 1, for few pixels: x and y both Layout::nhwc or both nchw, or images of one pixel
-// whose channels are dense; w dense along its input channels.
+// pointwise.cpp: 1x1, one group, stride 1, for few pixels: x and y both Layout::nhwc or both nchw, or images of one
+// pixel whose channels are dense; w dense along its input channels.
 void pointwise_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void pointwise_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
@@ -43,15 +45,15 @@ void pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const vo
 // spatial_separable.cpp: a column and a row filter over every channel; y is Layout::nchw or nhwc, x has any strides.
 void spatial_separable_forward(const ConvShape&, DType, const void* x, const SpatialFilters&, void* y);
 
-// borders.cpp: what depends on the padding where that is not zeros, after one of the kernels above has done the rest. Any
-// groups, any strides. Forward and grad_input overwrite the frame of their result; grad_weight (float32 and float64 only) adds
-// to it.
+// borders.cpp: what depends on the padding where that is not zeros, after one of the kernels above has done the rest.
+// Any groups, any strides. Forward and grad_input overwrite the frame of their result; grad_weight (float32 and float64
+// only) adds to it.
 void borders_forward(const ConvShape&, PaddingMode, DType, const void* x, const void* w, const Epilogue&, void* y);
 void borders_grad_input(const ConvShape&, PaddingMode, DType, const void* grad_y, const void* w, void* grad_x);
 void borders_grad_weight(const ConvShape&, PaddingMode, DType, const void* grad_y, const void* x, void* grad_w);
 
-// separable.cpp: depthwise and pointwise in one pass, any strides of the tensors that come in; y and the intermediate are
-// dense, nchw or nhwc, and either of them may be absent.
+// separable.cpp: depthwise and pointwise in one pass, any strides of the tensors that come in; y and the intermediate
+// are dense, nchw or nhwc, and either of them may be absent.
 void separable_forward(const SeparableShape&, DType, const SeparableMemory&);
 
 // isa.cpp: the instruction sets that this binary holds kernels for, worst first, and the one in use: the best that the

@@ -41,8 +41,8 @@ bool has_dense_planes(int64_t rows, int64_t columns, const Strides& s) {
   return (columns == 1 || s.w == 1) && (rows == 1 || s.h == columns);
 }
 
-// What the blocked kernels can do. They turn blocks of 16 channels (with AVX-512, less else) into tiles: of few channels, or of
-// just more than a block, most lanes would be empty.
+// What the blocked kernels can do. They turn blocks of 16 channels (with AVX-512, less else) into tiles: of few
+// channels, or of just more than a block, most lanes would be empty.
 bool blocked_can(Map map, const ConvShape& s, DType dtype) {
   if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64 || is_channels_last(s)) return false;
   if (!has_dense_planes(s.H, s.W, s.x) || !has_dense_planes(s.P, s.Q, s.y)) return false;
@@ -59,9 +59,9 @@ bool blocked_can(Map map, const ConvShape& s, DType dtype) {
   return !dilated && counted && (s.R == s.S || s.R == 1) && vectors <= most;
 }
 
-// Up to which planes they are the best here: until vectors along rows are well filled, and planes so large that 16 of them
-// lie far apart. That takes longer with a stride, as nothing has to be taken apart here, in half types, which are widened once
-// here, and in grad_weight, where no lanes have to be added up here. All measured (benchmarks/NOTES.md).
+// Up to which planes they are the best here: until vectors along rows are well filled, and planes so large that 16 of
+// them lie far apart. That takes longer with a stride, as nothing has to be taken apart here, in half types, which are
+// widened once here, and in grad_weight, where no lanes have to be added up here. All measured (benchmarks/NOTES.md).
 bool blocked_is_best(Map map, const ConvShape& s, DType dtype) {
   if (!blocked_can(map, s, dtype)) return false;
   const int64_t taps = s.R * s.S, pixels = std::max(s.H * s.W, s.P * s.Q);
@@ -77,8 +77,8 @@ constexpr int64_t kCallProducts = 128 * 1024;
 
 bool is_tiny(const ConvShape& s) { return s.output_elements() * s.channels_per_group() * s.R * s.S <= kCallProducts; }
 
-// Depthwise, contiguous images: oneDNN multiplies faster where there is much to multiply; and where the blocked kernels are
-// not taken, what its reordering costs it is little on tiny planes, where vectors along rows are mostly padding.
+// Depthwise, contiguous images: oneDNN multiplies faster where there is much to multiply; and where the blocked kernels
+// are not taken, what its reordering costs it is little on tiny planes, where vectors along rows are mostly padding.
 const char* onednn_is_faster_nchw(Map map, const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 || s.K != s.C) return nullptr;
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
@@ -148,7 +148,8 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
 
 // Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. Measured
 // (benchmarks/NOTES.md): with one thread torch's convolution takes MKL's product, which runs at half of oneDNN's speed
-// where the processor is not Intel's; with more it takes oneDNN itself, while MKL in some virtual machines stays with one.
+// where the processor is not Intel's; with more it takes oneDNN itself, while MKL in some virtual machines stays with
+// one.
 Plan torchs_product(Map map, const ConvShape& s, DType dtype, int threads) {
   const bool channels_last = input_layout(s) == Layout::nhwc, deep = std::min(s.C, s.K) >= 64 && s.H * s.W <= 28 * 28;
   if (dtype == DType::float32 && threads == 1 && map != Map::grad_weight && (channels_last || deep)) {

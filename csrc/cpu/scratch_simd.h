@@ -1,5 +1,5 @@
-// Scratch memory. Like simd.h, read once for each instruction set by the files that need it, in their second half: hence no
-// include guard and no include.
+// Scratch memory. Like simd.h, read once for each instruction set by the files that need it, in their second half:
+// hence no include guard and no include.
 
 inline constexpr int kLane = kLanes<float>;
 

@@ -1,11 +1,11 @@
-// Depthwise 3x3 convolution (multiplier 1) of small dense planes: forward, and at stride 1 the gradient by the input. plan.cpp
-// says of which.
+// Depthwise 3x3 convolution (multiplier 1) of small dense planes: forward, and at stride 1 the gradient by the input.
+// plan.cpp says of which.
 //
-// Loop-to-data map. A task is a range of planes (n, c). Some planes at a time are copied, zero-padded, into scratch memory
-// that stays in L1 and whose zeros are written once a task; a strided convolution's input is split there into its row and
-// column phases, so that every tap is a plain shift. They are copied before any is computed, as a load that overlaps two
-// recent stores would wait for them. Nothing is masked or compared on the way in: `correlate` holds kRows rows x 1 vector of
-// sums in registers and takes an input vector once for all kernel rows.
+// Loop-to-data map. A task is a range of planes (n, c). Some planes at a time are copied, zero-padded, into scratch
+// memory that stays in L1 and whose zeros are written once a task; a strided convolution's input is split there into
+// its row and column phases, so that every tap is a plain shift. They are copied before any is computed, as a load that
+// overlaps two recent stores would wait for them. Nothing is masked or compared on the way in: `correlate` holds kRows
+// rows x 1 vector of sums in registers and takes an input vector once for all kernel rows.
 //
 // The gradient by the input is the same correlation of grad_y with the filter turned round.
 #ifndef SEPCONV_KERNELS

@@ -1,5 +1,5 @@
-// A square of numbers, turned in registers. Like simd.h, read once for each instruction set by the files that need it, in
-// their second half: hence no include guard and no include.
+// A square of numbers, turned in registers. Like simd.h, read once for each instruction set by the files that need it,
+// in their second half: hence no include guard and no include.
 
 // Exchanges the lanes of a that have bit kStep set with those of b that have not.
 template <typename A, int kStep, int... kLane>

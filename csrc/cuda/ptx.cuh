@@ -13,8 +13,8 @@
 
 namespace sepconv::cuda {
 
-// The architecture that this pass of the compiler is for: 900 for 9.0, 0 for the host. For what follows from the compiler's
-// own needs there, as how many registers it is given.
+// The architecture that this pass of the compiler is for: 900 for 9.0, 0 for the host. For what follows from the
+// compiler's own needs there, as how many registers it is given.
 #ifdef __CUDA_ARCH__
 inline constexpr int kArch = __CUDA_ARCH__;
 #else
