@@ -12,8 +12,8 @@ namespace sepconv::cpu {
 
 // Along one axis, out positions first, first + out_step, ...: `count` of them. Number t reads the in positions in_first
 // + t * in_step + i * tap_step for i in [0, taps), by the filter's taps index + i * index_step. As in planes.h, a
-// forward map has one such class, and the gradient by the input of a strided one has one for each remainder; but a strided
-// input has no phases here.
+// forward map has one such class, and the gradient by the input of a strided one has one for each remainder; but a
+// strided input has no phases here.
 struct Reach {
   int64_t first, count, out_step;
   int64_t in_first, in_step;
