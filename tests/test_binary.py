@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels, read from the binary itself: no GPU is needed.
 
 No kernel keeps registers or arrays in local memory (but one number of one, see keeps_one_number); the kernels that live
-on memory move wide vectors; those for tensor cores use them. cuobjdump reads it: it comes with the CUDA toolkit, and with
-triton, which a CUDA torch brings.
+on memory move wide vectors; those for tensor cores use them. cuobjdump reads it: it comes with the CUDA toolkit, and
+with triton, which a CUDA torch brings.
 """
 
 from __future__ import annotations
