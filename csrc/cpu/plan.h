@@ -1,12 +1,15 @@
 // Which CPU kernel runs a call, and why: a pure function of the call. No torch, no processor queries.
 #pragma once
 
+#include "../activation.h"
 #include "../conv_shape.h"
+#include "../padding_mode.h"
 #include "../separable_shape.h"
 
 namespace sepconv::cpu {
 
-// aten is torch's own choice of a convolution; onednn its oneDNN convolution, called by name.
+// aten is torch's own choice of a convolution; onednn its oneDNN convolution, called by name. matmul is ATen's matrix
+// product on views, which bindings.cpp makes.
 enum class Kernel : int {
   planes,
   small_planes,
@@ -24,7 +27,9 @@ struct Plan {
   Kernel kernel;
   const char* name;    // as counted and explained
   const char* reason;  // a literal
+  bool is_aten() const { return kernel == Kernel::aten; }
   bool is_torchs() const { return kernel == Kernel::aten || kernel == Kernel::onednn; }
+  bool is_composite() const { return kernel == Kernel::composite; }
 };
 
 // With `strict`, ATen is taken for nothing: every shape has a kernel here. `threads`: torch's, which its own choice of a
@@ -33,5 +38,15 @@ Plan plan(Map, const ConvShape&, DType, bool strict, int threads);
 
 // The fourth op: its fused kernel, or the composite of two calls that have plans of their own. `strict` forces the kernel.
 Plan plan_separable(const SeparableShape&, DType, bool strict);
+
+// run.cpp: runs the kernel that the plan names. The operands are (x, w), (grad_y, w) or (grad_y, x) for the three maps;
+// the epilogue counts for the forward map only. Kernels that are not ours (matmul, torch's) throw std::logic_error.
+void run(const Plan&, Map, const ConvShape&, DType, const void* first, const void* second, const Epilogue&, void* out);
+// The same for plan_separable; Kernel::composite is not run here.
+void run_separable(const Plan&, const SeparableShape&, DType, const SeparableMemory&);
+
+// What depends on the padding, after run(), or instead of it where that is all (border_extent() of padding_mode.h).
+void run_borders(Map, const ConvShape&, PaddingMode, DType, const void* first, const void* second, const Epilogue&,
+                 void* out);
 
 }  // namespace sepconv::cpu

@@ -44,6 +44,9 @@ struct Plan {
   const char* reason = "";    // a literal
   Tile tile;
   int64_t workspace_bytes = 0;  // 16-byte aligned scratch memory that the launch needs
+  bool is_aten() const { return kernel == Kernel::aten; }
+  bool is_torchs() const { return is_aten(); }
+  bool is_composite() const { return kernel == Kernel::composite; }
 };
 
 // `alignment`: bytes, a power of two that divides the address of every tensor of the call (16 is as good as more).

@@ -1,0 +1,331 @@
+// The way of a call from the dispatcher to the kernel, written once for every device:
+//
+//   check      tensors and arguments become a ConvShape (checks.h)
+//   trim       the place where taps that never meet the image may leave the shape
+//   plan       the device says which kernel runs, and why (its plan.h)
+//   by ATen    where the plan says so, torch's own convolution (aten_route.h), brought to the promised strides
+//   copy       the place where an operand may be exchanged for the dense copy that a plan asks for
+//   allocate   the result, with the strides that the check promised
+//   run        the kernel, through the device's door
+//   borders    what depends on the padding where that is not zeros
+//
+// A device is a policy: a struct of types and static functions. Each bindings.cpp defines one and registers it:
+//
+//   Guard                        makes the device of a tensor the current one while it lives
+//   kBorders                     the name of the border kernel, as counted
+//   kKeepsIntermediate           whether the fused separable kernel can write what lies between its stages
+//   plan(Call)                   the plan of one of the three maps: name, reason, is_aten(), is_torchs()
+//   aten(plan, Call)             the call of torch's that the plan names
+//   prepared(out)                the result's memory, just before it is written as a whole
+//   run(plan, Call, out)         the kernel that the plan names
+//   run_borders(Call, out)       the border kernel
+//   plan_separable, run_separable, spatial_kernel, run_spatial: the same for the fused ops
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "aten_route.h"
+#include "checks.h"
+#include "runtime.h"
+#include "separable.h"
+#include "spatial_passes.h"
+
+namespace sepconv {
+
+// One call of one of the three maps, checked. It refers to the op's arguments, and lives no longer than they do.
+struct Call {
+  using Operand = c10::MaybeOwned<at::Tensor>;
+
+  Map map;
+  Operand first, second;  // (x, w), (grad_y, w) or (grad_y, x)
+  ConvArgs args;
+  ConvShape shape;
+  at::IntArrayRef size, stride;    // grad_input and grad_weight: what the result should look like
+  std::optional<at::Tensor> bias;  // forward: dense
+  Activation activation = Activation::identity;
+
+  DType dtype() const { return dtype_of(*first); }
+  const void* first_data() const { return first->const_data_ptr(); }
+  const void* second_data() const { return second->const_data_ptr(); }
+  Epilogue epilogue() const { return {bias ? bias->const_data_ptr() : nullptr, activation}; }
+
+  // Uninitialised memory for the result.
+  at::Tensor empty_result() const {
+    switch (map) {
+      case Map::forward: return empty_output(shape, *first);
+      case Map::grad_input: return empty_grad_input(shape, *first);
+      case Map::grad_weight: return empty_grad_weight(shape, *first);
+    }
+    return {};
+  }
+  const Strides& promised() const { return map == Map::forward ? shape.y : map == Map::grad_input ? shape.x : shape.w; }
+};
+
+inline Call forward_call(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const ConvArgs& args, Activation activation) {
+  const auto dense = [](const std::optional<at::Tensor>& t) {
+    return t && t->defined() ? std::make_optional(t->contiguous()) : std::nullopt;
+  };
+  return {Map::forward,
+          Call::Operand::borrowed(input),
+          Call::Operand::borrowed(weight),
+          args,
+          check_forward(input, weight, bias, args),
+          {},
+          {},
+          dense(bias),
+          activation};
+}
+
+inline Call grad_input_call(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef size,
+                            at::IntArrayRef stride, const ConvArgs& args) {
+  return {Map::grad_input,
+          Call::Operand::borrowed(grad_output),
+          Call::Operand::borrowed(weight),
+          args,
+          check_grad_input(grad_output, weight, size, stride, args),
+          size,
+          stride,
+          std::nullopt};
+}
+
+inline Call grad_weight_call(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef size,
+                             at::IntArrayRef stride, const ConvArgs& args) {
+  return {Map::grad_weight,
+          Call::Operand::borrowed(grad_output),
+          Call::Operand::borrowed(input),
+          args,
+          check_grad_weight(grad_output, input, size, stride, args),
+          size,
+          stride,
+          std::nullopt};
+}
+
+// The call by torch's own convolution, on the tensors as they came.
+inline at::Tensor by_aten(const Call& c) {
+  const auto stride = aten::sym(c.args.stride), padding = aten::sym(c.args.padding),
+             dilation = aten::sym(c.args.dilation), size = aten::sym(c.size), strides = aten::sym(c.stride);
+  const int64_t groups = c.args.groups;
+  const PaddingMode mode = c.args.padding_mode;
+  switch (c.map) {
+    case Map::forward:
+      return aten::conv2d(*c.first, *c.second, c.bias, stride, padding, dilation, groups, c.activation, mode);
+    case Map::grad_input:
+      return aten::conv2d_grad_input(*c.first, *c.second, size, strides, stride, padding, dilation, groups, mode);
+    case Map::grad_weight:
+      return aten::conv2d_grad_weight(*c.first, *c.second, size, strides, stride, padding, dilation, groups, mode);
+  }
+  return {};
+}
+
+// ATen's result with the strides that the check promised.
+inline at::Tensor as_promised(const Call& call, const at::Tensor& computed) {
+  return with_strides(call.promised(), computed, [&] { return call.empty_result(); });
+}
+
+// The result of a call that has nothing to compute, for which no plan is made.
+inline std::optional<at::Tensor> without_work(const Call& c) {
+  const bool written_nowhere = c.map != Map::forward && c.shape.input_elements() == 0;
+  if (c.shape.output_elements() != 0 && !written_nowhere) return std::nullopt;
+  at::Tensor result = c.empty_result();
+  return c.map == Map::grad_weight ? result.zero_() : result;
+}
+
+template <typename Device>
+at::Tensor convolve(const Call& call);
+
+// Everything that follows the plan.
+template <typename Device, typename Plan>
+at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
+  if (plan.is_torchs()) {
+    count_aten(plan.reason);
+    return as_promised(call, Device::aten(plan, call));
+  }
+  const PaddingMode mode = call.args.padding_mode;
+  const BorderExtent border = border_extent(call.map, call.shape, mode);
+  if (border != BorderExtent::none && call.map == Map::grad_weight && call.first->element_size() == 2) {
+    // What two kernels add to a half type would be rounded twice: here alone the input is padded by a copy.
+    const at::Tensor padded = aten::pad(*call.second, aten::sym(call.args.padding), mode);
+    const std::array<int64_t, 2> none{0, 0};
+    const ConvArgs args{call.args.stride, none, call.args.dilation, call.args.groups};
+    return convolve<Device>(grad_weight_call(*call.first, padded, call.size, call.stride, args));
+  }
+  const at::Tensor out = Device::prepared(call.empty_result());
+  if (border != BorderExtent::all) {
+    count_kernel(plan.name);
+    Device::run(plan, call, out);
+  }
+  if (border != BorderExtent::none) {
+    count_kernel(Device::kBorders);
+    Device::run_borders(call, out);
+  }
+  return out;
+}
+
+// A checked call.
+template <typename Device>
+at::Tensor convolve(const Call& call) {
+  const typename Device::Guard guard(*call.first);
+  if (const auto result = without_work(call)) return *result;
+  return convolve_as_planned<Device>(call, Device::plan(call));
+}
+
+template <typename Device>
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                  std::string_view activation_name, std::string_view padding_mode) {
+  const Activation activation = parse_activation(activation_name);
+  const PaddingMode mode = parse_padding_mode(padding_mode);
+  if (!has_kernel_dtype(input)) {  // seen here in inference mode only, which passes autograd's own test by
+    count_aten("no kernel for this dtype");
+    return aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups,
+                        activation, mode);
+  }
+  return convolve<Device>(forward_call(input, weight, bias, {stride, padding, dilation, groups, mode}, activation));
+}
+
+template <typename Device>
+at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size,
+                             at::IntArrayRef input_stride, at::IntArrayRef stride, at::IntArrayRef padding,
+                             at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode) {
+  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
+  return convolve<Device>(grad_input_call(grad_output, weight, input_size, input_stride, args));
+}
+
+template <typename Device>
+at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size,
+                              at::IntArrayRef weight_stride, at::IntArrayRef stride, at::IntArrayRef padding,
+                              at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode) {
+  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
+  return convolve<Device>(grad_weight_call(grad_output, input, weight_size, weight_stride, args));
+}
+
+// One call of ATen's where the plans send both maps there: it brings grad_output into oneDNN's layout once.
+template <typename Device>
+std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& weight, at::IntArrayRef stride,
+                                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                                     std::string_view padding_mode) {
+  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
+  const Call by_input = grad_input_call(grad_output, weight, input.sizes(), input.strides(), args),
+             by_weight = grad_weight_call(grad_output, input, weight.sizes(), weight.strides(), args);
+  const typename Device::Guard guard(grad_output);
+  if (const auto grad_input = without_work(by_input)) return {*grad_input, convolve<Device>(by_weight)};
+  const auto input_plan = Device::plan(by_input), weight_plan = Device::plan(by_weight);
+  const bool symmetric_zeros = args.padding_mode == PaddingMode::zeros && padding.size() == 2;
+  if (symmetric_zeros && input_plan.is_aten() && weight_plan.is_aten()) {
+    count_aten(input_plan.reason), count_aten(weight_plan.reason);
+    const auto [grad_input, grad_weight] = aten::conv2d_both_grads(grad_output, input, weight, aten::sym(stride),
+                                                                   aten::sym(padding), aten::sym(dilation), groups);
+    return {as_promised(by_input, grad_input), as_promised(by_weight, grad_weight)};
+  }
+  at::Tensor grad_input = convolve_as_planned<Device>(by_input, input_plan);
+  return {std::move(grad_input), convolve_as_planned<Device>(by_weight, weight_plan)};
+}
+
+// (output, intermediate) by the fused kernel of a plan, each empty where it is not wanted.
+template <typename Device, typename Plan>
+std::tuple<at::Tensor, at::Tensor> separable_fused(const Plan& plan, const SeparableShape& shape,
+                                                   const separable::Call& call, bool output, bool intermediate) {
+  const auto dense = [](const std::optional<at::Tensor>& t) {
+    return t && t->defined() ? t->contiguous() : at::Tensor();
+  };
+  const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
+  const at::Tensor none = at::empty({0}, call.input.options());
+  const at::Tensor y = output ? Device::prepared(empty_output(shape.pointwise, call.input)) : none;
+  const at::Tensor h = intermediate ? Device::prepared(empty_output(shape.depthwise, call.input)) : none;
+  const at::Tensor depthwise_bias = dense(call.depthwise_bias), pointwise_bias = dense(call.pointwise_bias);
+  if (shape.depthwise.N == 0) return {y, h};
+  count_kernel(plan.name);
+  Device::run_separable(plan, shape, dtype_of(call.input),
+                        {call.input.const_data_ptr(),
+                         call.depthwise_weight.const_data_ptr(),
+                         {data(depthwise_bias), call.depthwise_activation},
+                         call.pointwise_weight.const_data_ptr(),
+                         {data(pointwise_bias), call.pointwise_activation},
+                         output ? y.mutable_data_ptr() : nullptr,
+                         intermediate ? h.mutable_data_ptr() : nullptr});
+  return {y, h};
+}
+
+template <typename Device>
+at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
+                            const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
+                            const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
+                            at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view depthwise_activation,
+                            std::string_view pointwise_activation, bool /*save_intermediate*/) {
+  const separable::Call call =
+      separable::call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding,
+                         dilation, depthwise_activation, pointwise_activation);
+  if (!has_kernel_dtype(input)) {  // in inference mode only, as in conv2d
+    count_aten("no kernel for this dtype");
+    return aten::separable_conv2d(call);
+  }
+  const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                               pointwise_bias, stride, padding, dilation);
+  const typename Device::Guard guard(input);
+  const auto plan = Device::plan_separable(shape, input);
+  if (plan.is_composite()) return separable::composite(call);
+  return std::get<0>(separable_fused<Device>(plan, shape, call, /*output=*/true, /*intermediate=*/false));
+}
+
+template <typename Device>
+std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
+    const at::Tensor& input, const at::Tensor& depthwise_weight, const std::optional<at::Tensor>& depthwise_bias,
+    const at::Tensor& pointwise_weight, const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view depthwise_activation,
+    std::string_view pointwise_activation, bool output, bool intermediate) {
+  const separable::Call call =
+      separable::call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding,
+                         dilation, depthwise_activation, pointwise_activation);
+  const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                               pointwise_bias, stride, padding, dilation);
+  const typename Device::Guard guard(input);
+  // Kept or computed again, the intermediate has the same bits. So a kernel that cannot write it does not make the output
+  // either. Nor does one that keeps it before the activation, rounded to a half type: without it nothing is rounded there.
+  const bool rounded = input.element_size() == 2 && !derivative_from_output(call.depthwise_activation);
+  if (!Device::kKeepsIntermediate || rounded) return separable::composite_training(call, output, intermediate);
+  const auto plan = Device::plan_separable(shape, input);
+  if (plan.is_composite()) return separable::composite_training(call, output, intermediate);
+  return separable_fused<Device>(plan, shape, call, output, intermediate);
+}
+
+// One kernel where the device has one for these filters, else two depthwise convolutions.
+template <typename Device>
+at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
+                                    at::IntArrayRef padding) {
+  if (!has_kernel_dtype(input)) {  // in inference mode only, as in conv2d
+    count_aten("no kernel for this dtype");
+    return aten::spatial_separable_conv2d(input, column, row, aten::sym(padding));
+  }
+  const ConvShape shape = check_spatial_separable(input, column, row, padding);
+  const typename Device::Guard guard(input);
+  const DType dtype = dtype_of(input);
+  const char* kernel = Device::spatial_kernel(shape, dtype);
+  if (kernel == nullptr) return SpatialPasses(shape.C, column, row, aten::sym(padding)).run(input);
+  const at::Tensor output = Device::prepared(empty_output(shape, input));
+  if (output.numel() == 0) return output;
+  count_kernel(kernel);
+  const SpatialTensors filters(column, row);
+  Device::run_spatial(shape, dtype, input.const_data_ptr(), filters.raw(), output.mutable_data_ptr());
+  return output;
+}
+
+// The whole op table for one dispatch key.
+template <typename Device>
+void register_ops(torch::Library& m) {
+  m.impl("conv2d", conv2d<Device>);
+  m.impl("conv2d_grad_input", conv2d_grad_input<Device>);
+  m.impl("conv2d_grad_weight", conv2d_grad_weight<Device>);
+  m.impl("conv2d_both_grads", conv2d_both_grads<Device>);
+  m.impl("separable_conv2d", separable_conv2d<Device>);
+  m.impl("separable_conv2d_training", separable_conv2d_training<Device>);
+  m.impl("spatial_separable_conv2d", spatial_separable_conv2d<Device>);
+}
+
+}  // namespace sepconv

@@ -1,0 +1,78 @@
+// From a plan to the door that it names.
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace sepconv::cpu {
+namespace {
+
+// A plan that names a kernel without such a map is a fault of plan.cpp: nothing is computed.
+[[noreturn]] void no_door(const Plan& p, const char* map) {
+  throw std::logic_error(std::string("the CPU kernel ") + p.name + " has no door for " + map);
+}
+
+void run_forward(const Plan& p, const ConvShape& shape, DType dtype, const void* x, const void* w,
+                 const Epilogue& epilogue, void* y) {
+  switch (p.kernel) {
+    case Kernel::planes: return planes_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::small_planes: return small_planes_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::blocked: return blocked_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::depthwise_nhwc: return depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::pointwise: return pointwise_forward(shape, dtype, x, w, epilogue, y);
+    default: no_door(p, "forward");
+  }
+}
+
+void run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
+                    void* grad_x) {
+  switch (p.kernel) {
+    case Kernel::planes: return planes_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::small_planes: return small_planes_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::blocked: return blocked_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::depthwise_nhwc: return depthwise_nhwc_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::pointwise: return pointwise_grad_input(shape, dtype, grad_y, w, grad_x);
+    default: no_door(p, "grad_input");
+  }
+}
+
+void run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, const void* grad_y, const void* x,
+                     void* grad_w) {
+  switch (p.kernel) {
+    case Kernel::planes: return planes_grad_weight(shape, dtype, grad_y, x, grad_w);
+    case Kernel::blocked: return blocked_grad_weight(shape, dtype, grad_y, x, grad_w);
+    case Kernel::depthwise_nhwc: return depthwise_nhwc_grad_weight(shape, dtype, grad_y, x, grad_w);
+    case Kernel::pointwise: return pointwise_grad_weight(shape, dtype, grad_y, x, grad_w);
+    default: no_door(p, "grad_weight");
+  }
+}
+
+}  // namespace
+
+void run(const Plan& p, Map map, const ConvShape& shape, DType dtype, const void* first, const void* second,
+         const Epilogue& epilogue, void* out) {
+  switch (map) {
+    case Map::forward: return run_forward(p, shape, dtype, first, second, epilogue, out);
+    case Map::grad_input: return run_grad_input(p, shape, dtype, first, second, out);
+    case Map::grad_weight: return run_grad_weight(p, shape, dtype, first, second, out);
+  }
+}
+
+void run_separable(const Plan& p, const SeparableShape& shape, DType dtype, const SeparableMemory& memory) {
+  switch (p.kernel) {
+    case Kernel::separable: return separable_forward(shape, dtype, memory);
+    default: no_door(p, "separable_conv2d");
+  }
+}
+
+void run_borders(Map map, const ConvShape& shape, PaddingMode mode, DType dtype, const void* first, const void* second,
+                 const Epilogue& epilogue, void* out) {
+  switch (map) {
+    case Map::forward: return borders_forward(shape, mode, dtype, first, second, epilogue, out);
+    case Map::grad_input: return borders_grad_input(shape, mode, dtype, first, second, out);
+    case Map::grad_weight: return borders_grad_weight(shape, mode, dtype, first, second, out);
+  }
+}
+
+}  // namespace sepconv::cpu
