@@ -38,7 +38,7 @@ inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
 // Output pixels, about, whose products are added one by one there: few, so that the sum is as exact as oneDNN's, and more
-// where it is a sum of many short ones anyway (benchmarks/NOTES.md).
+// where it is a sum of many short ones anyway (benchmarks/notes).
 inline int64_t short_sum(const ConvShape& k) { return k.N * k.P * k.Q <= 4096 ? 64 : 256; }
 
 // The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
@@ -78,7 +78,7 @@ struct Kernel {
   int64_t rows_of(int64_t left) const { return std::min<int64_t>(left == 4 ? 2 : left, longer.max_rows); }
 
  private:
-  // Measured (benchmarks/NOTES.md). At stride 1 the sums weigh more, and rows are streamed only where tiles suffer, whose
+  // Measured (benchmarks/notes). At stride 1 the sums weigh more, and rows are streamed only where tiles suffer, whose
   // pixels share cache sets or lie about a memory page apart; of a 3x3 kernel only where they come from memory, too.
   static bool streams(const ConvShape& k, bool far) {
     if (k.R > k.H || k.stride_h != k.stride_w) return false;

@@ -61,7 +61,7 @@ bool blocked_can(Map map, const ConvShape& s, DType dtype) {
 
 // Up to which planes they are the best here: until vectors along rows are well filled, and planes so large that 16 of
 // them lie far apart. That takes longer with a stride, as nothing has to be taken apart here, in half types, which are
-// widened once here, and in grad_weight, where no lanes have to be added up here. All measured (benchmarks/NOTES.md).
+// widened once here, and in grad_weight, where no lanes have to be added up here. All measured (benchmarks/notes).
 bool blocked_is_best(Map map, const ConvShape& s, DType dtype) {
   if (!blocked_can(map, s, dtype)) return false;
   const int64_t taps = s.R * s.S, pixels = std::max(s.H * s.W, s.P * s.Q);
@@ -112,7 +112,7 @@ const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dt
 }
 
 // Why oneDNN, which is behind ATen, is the faster one for this call; null where it is not. Every rule here was measured
-// (benchmarks/NOTES.md), in float32 and, where it says so, in bfloat16: the only types that oneDNN has kernels for
+// (benchmarks/notes), in float32 and, where it says so, in bfloat16: the only types that oneDNN has kernels for
 // here. In float64 and float16 ATen has slow loops, and the kernels of this package win by factors.
 const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
@@ -126,7 +126,7 @@ const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
   return channels_last ? onednn_is_faster_channels_last(map, s, dtype) : onednn_is_faster_nchw(map, s, dtype);
 }
 
-// Why the fourth op is made of two calls; null where the fused kernel was measured faster (benchmarks/NOTES.md). In
+// Why the fourth op is made of two calls; null where the fused kernel was measured faster (benchmarks/notes). In
 // float64 and float16 ATen's loops are slow, and the fused kernel wins by factors.
 const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& pointwise, DType dtype) {
   if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
@@ -147,7 +147,7 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
 }
 
 // Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. Measured
-// (benchmarks/NOTES.md): with one thread torch's convolution takes MKL's product, which runs at half of oneDNN's speed
+// (benchmarks/notes): with one thread torch's convolution takes MKL's product, which runs at half of oneDNN's speed
 // where the processor is not Intel's; with more it takes oneDNN itself, while MKL in some virtual machines stays with
 // one.
 Plan torchs_product(Map map, const ConvShape& s, DType dtype, int threads) {

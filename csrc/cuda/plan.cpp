@@ -77,7 +77,7 @@ Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& devi
   const bool mma = is_half(dtype) && device.compute_capability >= 80;
   const int64_t widest = mma ? 256 : dtype == DType::float64 ? 64 : 128;
   const int64_t tiles = ceil_div(p.K, widest);
-  if (!strict) {  // predicted, not measured: benchmarks/NOTES.md
+  if (!strict) {  // predicted, not measured: benchmarks/notes
     if (tiles > 1) return composite("more output channels than a block holds: the depthwise stage would be repeated");
     if (ceil_div(d.N * d.P * d.Q, 64) < device.multiprocessors) return composite("too few pixels to fill the GPU");
   }

@@ -1,5 +1,5 @@
 // The plan of depthwise_nhwc_tma.cu: where rows that the copy engine brings are predicted to be faster than rows that threads
-// load ahead themselves (benchmarks/NOTES.md has the figures). That is where registers are the matter, 5x5 and 7x7: next
+// load ahead themselves (benchmarks/notes has the figures). That is where registers are the matter, 5x5 and 7x7: next
 // to the sums there is room for one row ahead and for 8 to 12 warps a multiprocessor, and without the row for 12 to 16.
 // At 3x3, two rows ahead of 16 warps are enough, and memory is all that both kernels wait for.
 #include <limits>
