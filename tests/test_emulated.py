@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from cases import BY_NAME, CASES, SMALL, Case
+from sepconv_ext import reference
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import emulate
@@ -33,7 +34,7 @@ RACE_SEEDS = max(1, SEEDS // 8)
 MAPS = ("forward", "grad_input", "grad_weight")
 DTYPES = ("float32", "float16", "float64", "bfloat16")
 LAYOUTS = ("contiguous", "channels_last")
-ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "sigmoid", "tanh")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 @dataclass(frozen=True)

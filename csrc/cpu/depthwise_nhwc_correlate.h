@@ -54,19 +54,18 @@ SEPCONV_INLINE void activate_each(A* values, int count) {
   for (int i = 0; i < count; i += kLanes<A>) store(values + i, activate_lanes<A>(kActivation, load(values + i)));
 }
 
+// Code of its own for each activation, chosen once for all values.
+template <typename A, int... kIndex>
+SEPCONV_INLINE void activate_each_by_name(Activation activation, A* values, int count,
+                                          std::integer_sequence<int, kIndex...>) {
+  ((static_cast<int>(activation) == kIndex ? activate_each<static_cast<Activation>(kIndex)>(values, count) : void()),
+   ...);
+}
+
 template <typename A>
 __attribute__((noinline)) void activate_array(Activation activation, A* values, int count) {
-  switch (activation) {
-    case Activation::identity: return;
-    case Activation::relu: return activate_each<Activation::relu>(values, count);
-    case Activation::relu6: return activate_each<Activation::relu6>(values, count);
-    case Activation::leaky_relu: return activate_each<Activation::leaky_relu>(values, count);
-    case Activation::gelu: return activate_each<Activation::gelu>(values, count);
-    case Activation::silu: return activate_each<Activation::silu>(values, count);
-    case Activation::hardswish: return activate_each<Activation::hardswish>(values, count);
-    case Activation::sigmoid: return activate_each<Activation::sigmoid>(values, count);
-    case Activation::tanh: return activate_each<Activation::tanh>(values, count);
-  }
+  if (activation == Activation::identity) return;
+  activate_each_by_name(activation, values, count, std::make_integer_sequence<int, kActivationCount>{});
 }
 
 // kTaps taps of one kernel row, for kQ sums. x is at the column of tap 0 of sum 0; only its columns [from, to) exist.
