@@ -24,9 +24,10 @@ PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) \
 INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-emulator test-mutations bench train-digits lint format clean
+.PHONY: help build test test-emulator test-mutations bench train-digits docs docs-data lint format clean
 help:
-	@echo "make test | bench | train-digits | test-emulator | test-mutations | build | lint | format | clean"
+	@echo "make test | bench | train-digits | test-emulator | test-mutations | build"
+	@echo "make docs | docs-data | lint | format | clean"
 	@echo "make gpu (= gpu-build gpu-test gpu-sanitize gpu-bench): on a machine with a GPU, with its own python3"
 
 $(VENV)/bin/python:
@@ -39,6 +40,10 @@ $(INSTALLED): pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
 	$(PIP) $(call extra,lint)
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(PIP) $(call extra,docs)
 	@touch $@
 
 # Always asked: ninja knows what is up to date, and the one _C of the tree may be another environment's.
@@ -60,6 +65,15 @@ bench: build
 
 train-digits: build
 	$(PY) examples/train_digits.py $(ARGS)
+
+# The site, in build/site. A warning fails it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+# What the pages show of the plan and of the records.
+docs-data: build
+	$(PY) -m docs.what_runs_where
+	$(PY) -m docs.plots
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

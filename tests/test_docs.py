@@ -1,37 +1,112 @@
-"""Every Python example of README.md runs as it stands."""
+"""README.md and docs/: every example runs as it stands, links lead somewhere, and the tables are the plan's own.
+
+The front page stays one that can be read in two minutes, and no table has a cell that fills a screen.
+"""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"^### (.+?)$|^## (.+?)$|^```python\n(.*?)^```", README, re.M | re.S)
+import sepconv_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "benchmarks" / "notes").glob("*.md"),
+    ]
+)
+WHAT_RUNS_WHERE = ROOT / "docs" / "what-runs-where.md"
+_BLOCK = re.compile(r"^#+ (.+?)$|^```python\n(.*?)^```", re.M | re.S)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def _examples() -> list[tuple[str, str]]:
-    """(heading, all of the examples under it: a later one may go on from an earlier one)."""
+    """(page and heading, all of the examples under it: a later one may go on from an earlier one)."""
     found: dict[str, str] = {}
-    heading = ""
-    for third, second, code in EXAMPLES:
-        heading = third or second or heading
-        if code:
-            found[heading] = found.get(heading, "") + code
+    for page in PAGES:
+        heading = ""
+        for title, code in _BLOCK.findall(page.read_text()):
+            heading = title or heading
+            if code:
+                name = f"{name_of(page)}: {heading}"
+                found[name] = found.get(name, "") + code
     return list(found.items())
 
 
-@pytest.mark.parametrize(("heading", "code"), _examples(), ids=[heading for heading, _ in _examples()])
-def test_example(heading: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "code"), _examples(), ids=[name for name, _ in _examples()])
+def test_example(name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("torchvision", "matplotlib"):
         if re.search(rf"import .*{package}", code) or (package == "matplotlib" and ".plot(" in code):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    exec(compile(code, f"README.md: {heading}", "exec"), {"__name__": "example"})
+    exec(compile(code, name, "exec"), {"__name__": "example"})
 
 
 def test_there_are_examples() -> None:
-    assert len(_examples()) >= 7
+    assert len(_examples()) >= 11
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^()\s]+)\)", text)]
+    missing = [t for t in targets if t and "://" not in t and not (page.parent / t).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_and_cells_have_a_width(page: Path) -> None:
+    """Prose and code within 120 columns; a cell of a table within 160 characters."""
+    lines = page.read_text().splitlines()
+    long = [line for line in lines if len(line) > 120 and not line.lstrip().startswith("|")]
+    long += [cell for line in lines if line.lstrip().startswith("|") for cell in line.split("|") if len(cell) > 160]
+    assert not long
+
+
+def test_the_front_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def _generated(name: str) -> tuple[str, str]:
+    """The part of the page as it stands, and as the plan has it."""
+    script = runpy.run_path(str(ROOT / "docs" / "what_runs_where.py"))
+    return script["parts_of"](WHAT_RUNS_WHERE.read_text())[name], script[f"{name}_part"]()
+
+
+AGAIN = "the plan has changed: run `python -m docs.what_runs_where`, and commit the page"
+
+
+def test_what_runs_where_on_a_cpu() -> None:
+    stands, asked = _generated("cpu")
+    assert stands == asked, AGAIN
+
+
+@pytest.mark.skipif(not sepconv_ext.has_cuda(), reason="the GPU's plan is part of builds with CUDA kernels only")
+def test_what_runs_where_on_a_gpu() -> None:
+    stands, asked = _generated("cuda")
+    assert stands == asked, AGAIN
+
+
+def test_asking_the_plan_changes_no_setting() -> None:
+    before = torch.get_num_threads(), sepconv_ext._C.strict()
+    _generated("cpu")
+    assert (torch.get_num_threads(), sepconv_ext._C.strict()) == before
+
+
+def test_a_cell_names_the_runs() -> None:
+    cell = runpy.run_path(str(ROOT / "docs" / "what_runs_where.py"))["cell"]
+    sizes = [(7, 7), (14, 14), (28, 28), (56, 56)]
+    assert cell([(size, "a") for size in sizes]) == "a"
+    assert cell(list(zip(sizes, "abbc", strict=True))) == "a to 7, b 14 to 28, c from 56"
+    assert cell(list(zip(sizes, "abcc", strict=True))) == "a to 7, b 14, c from 28"
