@@ -36,5 +36,5 @@ def kernel_counts() -> dict[str, int]:
 
 
 def reset_kernel_counts() -> None:
-    """Sets every count of :func:`kernel_counts` to zero."""
+    """Sets every count of `kernel_counts` to zero."""
     _C.reset_kernel_counts()

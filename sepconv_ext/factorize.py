@@ -53,8 +53,8 @@ def separate(kernel: Tensor, rank: int = 1) -> Separated:
         value evenly, and the largest entry of each column filter (the first, of equals) is positive.
 
     Raises:
-        ValueError: the kernel has fewer than 2 dimensions, or the rank is out of range. TypeError: it is not real
-        floating point.
+        ValueError: the kernel has fewer than 2 dimensions, or the rank is out of range.
+        TypeError: it is not real floating point.
 
     The decomposition is done in float64 on the kernel's device. Source: C. Eckart and G. Young, "The approximation of
     one matrix by another of lower rank", Psychometrika 1, 1936.
@@ -82,7 +82,8 @@ def is_separable(kernel: Tensor, tolerance: float | None = None) -> bool:
             the kernel's dtype explains, max(R, S) * eps.
 
     Raises:
-        ValueError: the kernel has fewer than 2 dimensions. TypeError: it is not real floating point.
+        ValueError: the kernel has fewer than 2 dimensions.
+        TypeError: it is not real floating point.
     """
     _check_kernel(kernel)
     if tolerance is None:
@@ -108,8 +109,8 @@ def separable_from_conv(conv: nn.Conv2d, multiplier: int = 1) -> SeparatedConv:
         pointwise stage; the relative error of the weight; and that error for every multiplier.
 
     Raises:
-        TypeError: not an nn.Conv2d of real weights. ValueError: the convolution has groups, or the multiplier is out of
-        range.
+        TypeError: not an nn.Conv2d of real weights.
+        ValueError: the convolution has groups, or the multiplier is out of range.
 
     Source: Guo et al., "Network Decoupling: From Regular to Depthwise Separable Convolutions", 2018 (arXiv 1808.05517).
     """
@@ -165,9 +166,9 @@ def merge(separable: nn.Module) -> nn.Conv2d:
         A torch.nn.Conv2d on the same device, in the same dtype and training mode, with the pointwise stage's groups.
 
     Raises:
-        TypeError: not such a pair, or its weights are complex. ValueError: the pair equals no single convolution (an
-            activation or a norm, padding of the second stage, groups that do not divide the channels); the message says
-            which.
+        TypeError: not such a pair, or its weights are complex.
+        ValueError: the pair equals no single convolution (an activation or a norm, padding of the second stage,
+            groups that do not divide the channels); the message says which.
     """
     depthwise, pointwise = _stages(separable)
     _check_real("depthwise.weight", depthwise.weight)

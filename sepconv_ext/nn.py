@@ -42,8 +42,11 @@ class Conv1d(nn.Conv1d):
             output sees a later input.
         padding_mode: torch.nn.Conv1d's; with "causal" padding, what stands at the left.
 
-    Raises ValueError for an unknown padding or padding_mode. Input [N, C, L] or [C, L]; output [N, K, Q] or [K, Q]; in
-    the memory order [N, Q, K] where the input lies as [N, L, C]. The state_dict is torch.nn.Conv1d's.
+    Raises:
+        ValueError: an unknown padding or padding_mode.
+
+    Input [N, C, L] or [C, L]; output [N, K, Q] or [K, Q], in the memory order [N, Q, K] where the input lies as
+    [N, L, C]. The state_dict is torch.nn.Conv1d's.
     """
 
     def __init__(
@@ -112,10 +115,10 @@ class DepthwiseConv2d(_FusedConv2d):
         channels: C of the input; the output has C * multiplier channels.
         kernel_size, stride, padding, dilation, bias, padding_mode, device, dtype: as for torch.nn.Conv2d.
         multiplier: filters a channel. Default: 1.
-        activation: "identity" (default), "relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "sigmoid" or
-            "tanh".
+        activation: a name that `functional.depthwise_conv2d` lists. Default: "identity".
 
-    Raises ValueError for an unknown activation and for a multiplier that is not positive.
+    Raises:
+        ValueError: an unknown activation, or a multiplier that is not positive.
 
     The weight is [C * multiplier, 1, R, S]: the state_dict of torch.nn.Conv2d(C, C * multiplier, ..., groups=C) loads.
     """
@@ -165,7 +168,8 @@ class PointwiseConv2d(_FusedConv2d):
         bias, device, dtype: as for torch.nn.Conv2d.
         activation: as for DepthwiseConv2d. Default: "identity".
 
-    Raises ValueError for an unknown activation.
+    Raises:
+        ValueError: an unknown activation.
 
     The weight is [K, C, 1, 1]: the state_dict of torch.nn.Conv2d(C, K, 1) loads.
     """
