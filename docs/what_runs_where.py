@@ -40,7 +40,6 @@ class Layer:
     dilation: int = 1
     groups: int = 96
     planes: tuple[tuple[int, int], ...] = PLANES
-    threads: int = THREADS
 
     def call(self, N: int, plane: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format) -> dict:
         """The arguments of `explain`. Memory that nobody writes to costs nothing."""
@@ -74,7 +73,6 @@ LAYERS = (
     Layer("3x3, dense", groups=1),
     Layer("1x1, 96 to 24", K=24, groups=1, kernel=(1, 1), planes=((1, 1), *PLANES)),
 )
-ONE_THREAD = Layer("1x1, 96 to 24, one thread", K=24, groups=1, kernel=(1, 1), planes=((1, 1), *PLANES), threads=1)
 PAIRS = (
     Layer("3x3, then 96 to 24", K=24),
     Layer("3x3, then 96 to 192", K=192),
@@ -126,9 +124,7 @@ def by_layout(title: str, layers: tuple[Layer, ...], N: int, dtypes: tuple[torch
             for layer in layers:
                 cells = []
                 for map in MAPS:
-                    answers = [
-                        (plane, ask(map, layer.threads, layer.call(N, plane, dtype, layout))) for plane in layer.planes
-                    ]
+                    answers = [(plane, ask(map, layer.call(N, plane, dtype, layout))) for plane in layer.planes]
                     cells.append(cell(answers))
                 lines.append((layer.name, *cells))
             text = table(" | ".join(["layer", *MAPS.values()]), lines)
@@ -163,6 +159,7 @@ def as_users_run() -> Iterator[None]:
     """Not strict, and with the number of threads that the page names; afterwards as before."""
     threads, strict = torch.get_num_threads(), sepconv_ext._C.strict()
     sepconv_ext._C.set_strict(False)
+    torch.set_num_threads(THREADS)
     try:
         yield
     finally:
@@ -171,16 +168,15 @@ def as_users_run() -> Iterator[None]:
 
 
 def cpu_part() -> str:
-    def ask(map: str, threads: int, call: dict) -> str:
-        torch.set_num_threads(threads)
+    def ask(map: str, call: dict) -> str:
         return short(sepconv_ext.explain(**call, map=map).kernel)
 
     with as_users_run():
-        return "\n\n".join([*by_layout("CPU", (*LAYERS, ONE_THREAD), 8, DTYPES, ask), cpu_pairs()])
+        return "\n\n".join([*by_layout("CPU", LAYERS, 8, DTYPES, ask), cpu_pairs()])
 
 
 def cuda_part() -> str:
-    def ask(map: str, threads: int, call: dict) -> str:
+    def ask(map: str, call: dict) -> str:
         return short(sepconv_ext._C.explain(map, **call, cuda_device=GPU).kernel)
 
     with as_users_run():
