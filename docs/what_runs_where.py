@@ -1,7 +1,7 @@
 """Writes docs/what-runs-where.md by asking the plan, over a grid of calls: `python -m docs.what_runs_where`.
 
-A cell tells which kernel runs on planes of which size. Nothing is computed: the tensors are never touched. A build
-without CUDA kernels writes the CPU part anew and leaves the CUDA part as it stands.
+A cell tells which kernel runs on planes of which size. Nothing is computed. The CPU's plan is asked through
+`sepconv_ext.explain`. The GPU's is csrc/cuda/plan*.cpp compiled by g++, as the tests have it; it needs no GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,8 @@ MAPS = {"forward": "forward", "grad_input": "gradient by the input", "grad_weigh
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLANES = ((7, 7), (14, 14), (28, 28), (56, 56), (112, 112))
-THREADS = 2
-# An H100: the number of multiprocessors, and 90 for compute capability 9.0.
-GPU = (132, 90)
+CPU_BATCH, THREADS = 8, 2
+GPU_BATCH, H100 = 32, {"multiprocessors": 132, "sm": 90}
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,22 @@ class Layer:
     groups: int = 96
     planes: tuple[tuple[int, int], ...] = PLANES
 
-    def call(self, N: int, plane: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format) -> dict:
-        """The arguments of `explain`. Memory that nobody writes to costs nothing."""
-        input = torch.empty(N, self.C, *plane, dtype=dtype, memory_format=layout)
-        weight = torch.empty(self.K, self.C // self.groups, *self.kernel, dtype=dtype)
-        padding = [self.dilation * (k - 1) // 2 for k in self.kernel]
-        pair = [1 if k == 1 and max(self.kernel) > 1 else self.stride for k in self.kernel]
-        dilation = [self.dilation, self.dilation]
-        return dict(
-            input=input, weight=weight, bias=None, stride=pair, padding=padding, dilation=dilation, groups=self.groups
-        )
+    @property
+    def padding(self) -> tuple[int, int]:
+        return tuple(self.dilation * (k - 1) // 2 for k in self.kernel)
+
+
+@dataclass(frozen=True)
+class Call:
+    layer: Layer
+    plane: tuple[int, int]
+    dtype: torch.dtype
+    layout: str
+    map: str = "forward"
+
+
+# The kernel's name for each call.
+Ask = Callable[[Sequence[Call]], list[str]]
 
 
 LAYERS = (
@@ -81,12 +87,11 @@ PAIRS = (
     Layer("7x7, then 96 to 192", K=192, kernel=(7, 7)),
 )
 
-Answer = Callable[..., str]
-
 
 def short(kernel: str) -> str:
-    name = kernel.removeprefix("cpu_")
-    return "ATen" if name == "aten" else f"`{name}`"
+    if kernel in ("aten", "composite"):
+        return {"aten": "ATen", "composite": "two calls"}[kernel]
+    return f"`{kernel.removeprefix('cpu_').removeprefix('cuda_')}`"
 
 
 def cell(answers: list[tuple[tuple[int, int], str]]) -> str:
@@ -114,44 +119,42 @@ def table(head: str, lines: list[tuple[str, ...]]) -> str:
     return "\n".join([f"| {head} |", "|" + " --- |" * columns, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def by_layout(title: str, layers: tuple[Layer, ...], N: int, dtypes: tuple[torch.dtype, ...], ask: Answer) -> list[str]:
+def by_layout(device: str, ask: Ask) -> list[str]:
     """One table for each layout and each dtype; dtypes with the same table share it."""
     parts = []
-    for layout_name, layout in LAYOUTS.items():
+    for layout in LAYOUTS:
         tables: dict[str, list[str]] = {}
-        for dtype in dtypes:
+        for dtype in DTYPES:
+            calls = [
+                Call(layer, plane, dtype, layout, map) for layer in LAYERS for map in MAPS for plane in layer.planes
+            ]
+            answers = iter(zip(calls, ask(calls), strict=True))
             lines = []
-            for layer in layers:
-                cells = []
-                for map in MAPS:
-                    answers = [(plane, ask(map, layer.call(N, plane, dtype, layout))) for plane in layer.planes]
-                    cells.append(cell(answers))
-                lines.append((layer.name, *cells))
+            for layer in LAYERS:
+                size = len(layer.planes)
+                cells = [[(c.plane, kernel) for c, kernel in itertools.islice(answers, size)] for _ in MAPS]
+                lines.append((layer.name, *map(cell, cells)))
             text = table(" | ".join(["layer", *MAPS.values()]), lines)
-            tables.setdefault(text, []).append(str(dtype).removeprefix("torch."))
-        parts += [f"### {title}, {layout_name}, {' and '.join(names)}\n\n{text}" for text, names in tables.items()]
+            tables.setdefault(text, []).append(dtype_name(dtype))
+        parts += [f"### {device}, {layout}, {' and '.join(names)}\n\n{text}" for text, names in tables.items()]
     return parts
 
 
-def cpu_pairs() -> str:
-    """The fourth op, by layout and dtype; "two calls" have plans of their own."""
+def pairs(device: str, ask: Ask) -> str:
+    """The depthwise and the 1x1 convolution in one; two calls have plans of their own."""
     lines = []
-    for layout_name, layout in LAYOUTS.items():
-        for layer in PAIRS:
-            cells = []
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                answers = []
-                for plane in layer.planes:
-                    call = Layer("", kernel=layer.kernel, stride=layer.stride).call(8, plane, dtype, layout)
-                    pointwise = torch.empty(layer.K, layer.C, 1, 1, dtype=dtype)
-                    answer = explain_separable(
-                        call["input"], call["weight"], pointwise, stride=call["stride"], padding=call["padding"]
-                    )
-                    answers.append((plane, "two calls" if answer.kernel == "composite" else short(answer.kernel)))
-                cells.append(cell(answers))
-            lines.append((layer.name, layout_name, *cells))
-    head = "pair | layout | float32 | bfloat16 | float16, float64"
-    return f"### CPU, depthwise and 1x1 in one\n\n{table(head, lines)}"
+    for layout, layer in itertools.product(LAYOUTS, PAIRS):
+        calls = [Call(layer, plane, dtype, layout) for dtype in DTYPES for plane in layer.planes]
+        answers = iter(zip(calls, ask(calls), strict=True))
+        size = len(layer.planes)
+        cells = [[(c.plane, kernel) for c, kernel in itertools.islice(answers, size)] for _ in DTYPES]
+        lines.append((layer.name, layout, *map(cell, cells)))
+    head = " | ".join(["pair", "layout", *map(dtype_name, DTYPES)])
+    return f"### {device}, depthwise and 1x1 in one\n\n{table(head, lines)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
@@ -167,20 +170,75 @@ def as_users_run() -> Iterator[None]:
         sepconv_ext._C.set_strict(strict)
 
 
+def cpu_tensors(call: Call) -> dict:
+    """The arguments that both ways to ask share. Memory that nobody writes to costs nothing."""
+    layer = call.layer
+    input = torch.empty(CPU_BATCH, layer.C, *call.plane, dtype=call.dtype, memory_format=LAYOUTS[call.layout])
+    geometry = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
+    return dict(input=input, **geometry)
+
+
+def ask_cpu(calls: Sequence[Call]) -> list[str]:
+    answers = []
+    for call in calls:
+        layer = call.layer
+        weight = torch.empty(layer.K, layer.C // layer.groups, *layer.kernel, dtype=call.dtype)
+        plan = sepconv_ext.explain(weight=weight, groups=layer.groups, map=call.map, **cpu_tensors(call))
+        answers.append(short(plan.kernel))
+    return answers
+
+
+def ask_cpu_pairs(calls: Sequence[Call]) -> list[str]:
+    answers = []
+    for call in calls:
+        depthwise = torch.empty(call.layer.C, 1, *call.layer.kernel, dtype=call.dtype)
+        pointwise = torch.empty(call.layer.K, call.layer.C, 1, 1, dtype=call.dtype)
+        plan = explain_separable(depthwise_weight=depthwise, pointwise_weight=pointwise, **cpu_tensors(call))
+        answers.append(short(plan.kernel))
+    return answers
+
+
+def gpu_case(call: Call) -> dict:
+    """The call as tests/emulator takes it; of a pair, its depthwise part."""
+    layer = call.layer
+    (H, W), (R, S), (top, left) = call.plane, layer.kernel, layer.padding
+    shape = dict(N=GPU_BATCH, C=layer.C, H=H, W=W, K=layer.K, R=R, S=S, groups=layer.groups)
+    geometry = dict(stride=f"{layer.stride},{layer.stride}", dilation=f"{layer.dilation},{layer.dilation}")
+    layout = "contiguous" if call.layout == "NCHW" else call.layout
+    settings = dict(strict=0, map=call.map, dtype=dtype_name(call.dtype), layout=layout)
+    return settings | shape | geometry | dict(padding=f"{top},{top},{left},{left}") | H100
+
+
+def gpu_pair(call: Call) -> dict:
+    return gpu_case(call) | dict(op="separable", K=call.layer.C, outputs=call.layer.K)
+
+
+def emulator():
+    """tests/emulator/emulate.py, which compiles the plan."""
+    folder = str(PAGE.parent.parent / "tests" / "emulator")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import emulate
+
+    return emulate
+
+
+def ask_gpu(calls: Sequence[Call], case: Callable[[Call], dict] = gpu_case) -> list[str]:
+    lines = [[f"{key}={value}" for key, value in case(call).items()] for call in calls]
+    return [short(kernel) for kernel in emulator().planned_kernels(lines)]
+
+
+def ask_gpu_pairs(calls: Sequence[Call]) -> list[str]:
+    return ask_gpu(calls, gpu_pair)
+
+
 def cpu_part() -> str:
-    def ask(map: str, call: dict) -> str:
-        return short(sepconv_ext.explain(**call, map=map).kernel)
-
     with as_users_run():
-        return "\n\n".join([*by_layout("CPU", LAYERS, 8, DTYPES, ask), cpu_pairs()])
+        return "\n\n".join([*by_layout("CPU", ask_cpu), pairs("CPU", ask_cpu_pairs)])
 
 
-def cuda_part() -> str:
-    def ask(map: str, call: dict) -> str:
-        return short(sepconv_ext._C.explain(map, **call, cuda_device=GPU).kernel)
-
-    with as_users_run():
-        return "\n\n".join(by_layout("GPU", LAYERS, 32, DTYPES, ask))
+def gpu_part() -> str:
+    return "\n\n".join([*by_layout("GPU", ask_gpu), pairs("GPU", ask_gpu_pairs)])
 
 
 def parts_of(text: str) -> dict[str, str]:
@@ -195,10 +253,10 @@ def replaced(text: str, name: str, part: str) -> str:
 
 def main() -> None:
     text = replaced(PAGE.read_text(), "cpu", cpu_part())
-    if sepconv_ext.has_cuda():
-        text = replaced(text, "cuda", cuda_part())
+    if reason := emulator().why_not():
+        print(f"The GPU tables stay as they are: {reason}")
     else:
-        print("This build has no CUDA kernels: the GPU tables stay as they are.")
+        text = replaced(text, "gpu", gpu_part())
     PAGE.write_text(text)
 
 

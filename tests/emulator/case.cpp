@@ -105,7 +105,7 @@ static sepconv::cuda::Device make_device(const Arguments& a) {
 sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& pointwise, const Arguments& a) {
   using namespace sepconv::cuda;
   const Device device = make_device(a);
-  Plan p = plan_separable({depthwise.shape, pointwise.shape}, depthwise.dtype, device, true);
+  Plan p = plan_separable({depthwise.shape, pointwise.shape}, depthwise.dtype, device, a.number("strict", 1) != 0);
   p.tile.lanes = static_cast<int>(a.number("lanes", p.tile.lanes));
   return p;
 }
@@ -116,7 +116,7 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   const Device device = make_device(a);
   const int64_t unit = c.offset * static_cast<int64_t>(dtype_bytes(c.dtype));
   const int64_t alignment = unit ? std::min<int64_t>(unit & -unit, 16) : 16;
-  Plan p = plan(c.map, c.shape, c.dtype, device, alignment, true);
+  Plan p = plan(c.map, c.shape, c.dtype, device, alignment, a.number("strict", 1) != 0);
   const std::string kernel = a.text("kernel", "auto");
   if (kernel != "auto") {
     static constexpr const char* kKernels[] = {"depthwise_nhwc",
