@@ -91,6 +91,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
   return {std::get<0>(grads), std::get<1>(grads)};
 }
 
+// The strides in which ATen is asked for the gradient of a weight: channels_last if the weight is, else contiguous. For
+// a permuted weight of float64 or float16 torch 2.14.1 raises "grad_weight must be contiguous": one of its functions
+// ignores the strides of dimensions of size 1, another does not.
+std::vector<SymInt> grad_weight_strides(SymIntArrayRef size, SymIntArrayRef stride) {
+  const SymInt &C = size[1], R = size[2], S = size[3];
+  const std::vector<SymInt> contiguous{C * R * S, R * S, S, 1}, channels_last{R * S * C, 1, S * C, C};
+  return SymIntArrayRef(stride) == SymIntArrayRef(channels_last) ? channels_last : contiguous;
+}
+
 // (left, right, top, bottom), as torch's padding functions take it.
 std::array<SymInt, 4> sides_of(SymIntArrayRef padding) {
   const bool four = padding.size() == 4;
@@ -211,7 +220,7 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymInt
                               dilation, groups);
   }
   const Padding sides(padding);
-  const Tensor weight = layout_only(weight_size, weight_stride, grad_output);
+  const Tensor weight = layout_only(weight_size, grad_weight_strides(weight_size, weight_stride), grad_output);
   return std::get<1>(
       backward(grad_output, sides.apply(input), weight, stride, sides.shared, dilation, groups, false, true));
 }
@@ -227,7 +236,10 @@ Tensor onednn_product(const Tensor& image, const Tensor& weight, const std::opti
 std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                                              const SymInt& groups) {
-  return backward(grad_output, input, weight, stride, padding, dilation, groups, true, true);
+  const auto strides = grad_weight_strides(weight.sym_sizes(), weight.sym_strides());
+  const bool permuted = weight.sym_strides() != SymIntArrayRef(strides);
+  return backward(grad_output, input, permuted ? weight.contiguous() : weight, stride, padding, dilation, groups, true,
+                  true);
 }
 
 Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const Tensor& row, SymIntArrayRef padding) {

@@ -117,9 +117,17 @@ struct Cpu {
   static Plan plan(const Call& c) { return cpu::plan(c.map, c.shape, c.dtype(), strict(), num_threads()); }
 
   static Tensor aten(const Plan& plan, const Call& c) {
-    if (plan.kernel != Kernel::onednn) return by_aten(c);
+    if (plan.kernel == Kernel::aten) return by_aten(c);
+    if (plan.kernel == Kernel::aten_float32) return in_float32(c);
     if (c.map == Map::grad_input) return aten::onednn_product(*c.first, matmul::turned(*c.second), std::nullopt);
     return aten::activate_in_place(aten::onednn_product(*c.first, *c.second, c.bias), c.activation);
+  }
+
+  // A gradient of half types by torch's call for float32, rounded once.
+  static Tensor in_float32(const Call& c) {
+    const auto widened = [](const Tensor& t) { return Call::Operand::owned(t.to(at::kFloat)); };
+    const Call wide{c.map, widened(*c.first), widened(*c.second), c.args, c.shape, c.size, c.stride, std::nullopt};
+    return by_aten(wide).to(c.first->scalar_type());
   }
 
   static Tensor prepared(const Tensor& out) {

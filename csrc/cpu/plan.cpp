@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "torch_faults.h"
+
 namespace sepconv::cpu {
 namespace {
 
@@ -13,6 +15,7 @@ constexpr Plan pointwise(const char* reason) { return {Kernel::pointwise, "cpu_p
 constexpr Plan matmul(const char* reason) { return {Kernel::matmul, "cpu_matmul", reason}; }
 constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason}; }
 constexpr Plan onednn(const char* reason) { return {Kernel::onednn, "aten", reason}; }
+constexpr Plan aten_float32(const char* reason) { return {Kernel::aten_float32, "aten", reason}; }
 
 // A matrix product over whole images needs both of them dense, and in the same order.
 bool is_matrix_product(const ConvShape& s) {
@@ -72,10 +75,14 @@ bool blocked_is_best(Map map, const ConvShape& s, DType dtype) {
   return pixels <= (taps <= 7 * 7 ? 16 * 16 : 28 * 28);
 }
 
-// Multiply-adds that a kernel here does in the time that a call of oneDNN costs before it computes anything.
-constexpr int64_t kCallProducts = 128 * 1024;
+// Multiply-adds that a kernel here does in the time that a call of oneDNN costs before it computes anything, and in the
+// time that it takes to go from one plane to the next.
+constexpr int64_t kCallProducts = 128 * 1024, kPlaneProducts = 256;
 
-bool is_tiny(const ConvShape& s) { return s.output_elements() * s.channels_per_group() * s.R * s.S <= kCallProducts; }
+bool is_tiny(const ConvShape& s) {
+  const int64_t products = s.output_elements() * s.channels_per_group() * s.R * s.S;
+  return products + s.N * s.K * kPlaneProducts <= kCallProducts;
+}
 
 // Depthwise, contiguous images: oneDNN multiplies faster where there is much to multiply; and where the blocked kernels
 // are not taken, what its reordering costs it is little on tiny planes, where vectors along rows are mostly padding.
@@ -111,6 +118,19 @@ const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dt
   return nullptr;
 }
 
+// Channels of a group up to which vectors along rows beat oneDNN's products on large planes. A 1x1 leaves little to
+// compute for what it loads, and a strided one loads pixels that it does not use.
+int64_t most_channels_of_planes(Map map, const ConvShape& s) {
+  const bool strided = s.stride_h > 1 || s.stride_w > 1, one_tap = s.R == 1 && s.S == 1;
+  if (!strided) return one_tap ? 4 : 8;
+  switch (map) {
+    case Map::forward: return one_tap ? 0 : 8;
+    case Map::grad_input: return one_tap ? 8 : 16;
+    case Map::grad_weight: return 4;
+  }
+  return 0;
+}
+
 // Why oneDNN, which is behind ATen, is the faster one for this call; null where it is not. Every rule here was measured
 // (benchmarks/notes), in float32 and, where it says so, in bfloat16: the only types that oneDNN has kernels for
 // here. In float64 and float16 ATen has slow loops, and the kernels of this package win by factors.
@@ -118,9 +138,8 @@ const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
   const bool channels_last = output_layout(s) == Layout::nhwc;
   if (!s.is_depthwise()) {
-    const bool strided = s.stride_h > 1 || s.stride_w > 1, large_planes = s.P * s.Q >= 28 * 28;
-    const int64_t most = !strided ? 8 : map == Map::grad_input ? 16 : map == Map::grad_weight ? 4 : 8;
-    if (!channels_last && large_planes && s.channels_per_group() <= most) return nullptr;
+    if (!channels_last && s.P * s.Q >= 28 * 28 && s.channels_per_group() <= most_channels_of_planes(map, s))
+      return nullptr;
     return "groups of several channels: oneDNN's products are faster, but of few channels on large contiguous planes";
   }
   return channels_last ? onednn_is_faster_channels_last(map, s, dtype) : onednn_is_faster_nchw(map, s, dtype);
@@ -146,16 +165,19 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
   return nullptr;
 }
 
-// Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. Measured
-// (benchmarks/notes): with one thread torch's convolution takes MKL's product, which runs at half of oneDNN's speed
-// where the processor is not Intel's; with more it takes oneDNN itself, while MKL in some virtual machines stays with
-// one.
+// From these sizes on oneDNN by name is faster than MKL's product, which torch's convolution takes with one thread, on
+// channels_last images, which it need not reorder: 1.03 to 1.7 times with AVX2, 2 times with AVX-512 on a processor
+// where MKL runs at half of its speed (benchmarks/notes). Below, oneDNN's call costs up to three times the product.
+constexpr int64_t kOnednnProducts = 16'000'000, kOnednnPixels = 2048;
+
+// Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. With several
+// threads torch's convolution takes oneDNN itself, while MKL in some virtual machines stays with one.
 Plan torchs_product(Map map, const ConvShape& s, DType dtype, int threads) {
-  const bool channels_last = input_layout(s) == Layout::nhwc, deep = std::min(s.C, s.K) >= 64 && s.H * s.W <= 28 * 28;
-  if (dtype == DType::float32 && threads == 1 && map != Map::grad_weight && (channels_last || deep)) {
-    const bool turned_pays = s.N * s.H * s.W >= 256;  // grad_input copies the weight, turned
-    if (map == Map::forward || turned_pays)
-      return onednn("1x1: oneDNN by name, as torch with one thread would take MKL");
+  const bool channels_last = input_layout(s) == Layout::nhwc;
+  const int64_t pixels = s.N * s.H * s.W, products = pixels * s.C * s.K;
+  if (dtype == DType::float32 && threads == 1 && map != Map::grad_weight && channels_last && pixels >= kOnednnPixels &&
+      products >= kOnednnProducts) {
+    return onednn("1x1: oneDNN by name, as torch with one thread would take MKL");
   }
   if (map == Map::forward) return aten("1x1: oneDNN's product is as fast, and adds the bias on its way");
   if (map == Map::grad_weight && !channels_last)
@@ -175,17 +197,33 @@ bool small_planes_take(Map map, const ConvShape& s, DType dtype) {
   return has_dense_planes(s.H, s.W, s.x) && has_dense_planes(s.P, s.Q, s.y);
 }
 
+// Why torch's own call would be the faster one, if it is sound; null where it would not.
+const char* torch_is_faster(Map map, const ConvShape& s, DType dtype) {
+  if (is_tiny(s)) return nullptr;
+  if (s.groups == 1 && s.C > 1) return "a dense convolution: oneDNN's matrix kernels are faster";
+  return onednn_is_faster(map, s, dtype);
+}
+
+// A half type's weight gradient that torch may get wrong, and gets right in float32.
+bool is_sound_in_float32(Map map, const ConvShape& s, DType dtype) {
+  const bool half = dtype == DType::float16 || dtype == DType::bfloat16;
+  return half && map == Map::grad_weight && !s.is_depthwise() && torch_fault(map, s, DType::float32) == nullptr;
+}
+
 }  // namespace
 
 Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
   if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
+  const bool torch_may = !strict && torch_fault(map, s, dtype) == nullptr;
   if (is_matrix_product(s)) {
-    if (const Plan torchs = torchs_product(map, s, dtype, threads); !strict && torchs.reason != nullptr) return torchs;
+    if (const Plan torchs = torchs_product(map, s, dtype, threads); torch_may && torchs.reason != nullptr)
+      return torchs;
     return matmul("1x1, one group, stride 1: a matrix product over pixels");
   }
-  if (!strict && !is_tiny(s)) {
-    if (s.groups == 1 && s.C > 1) return aten("a dense convolution: oneDNN's matrix kernels are faster");
-    if (const char* reason = onednn_is_faster(map, s, dtype)) return aten(reason);
+  if (torch_may) {
+    if (const char* reason = torch_is_faster(map, s, dtype)) return aten(reason);
+  } else if (!strict && is_sound_in_float32(map, s, dtype) && torch_is_faster(map, s, DType::float32)) {
+    return aten_float32("torch 2.14.1 returns NaN at random in half types: its float32 call, rounded");
   }
   if (s.is_depthwise() && s.K == s.C && is_channels_last(s)) {
     return depthwise_nhwc("depthwise on channels_last images: vectors of channels");

@@ -8,8 +8,8 @@
 
 namespace sepconv::cpu {
 
-// aten is torch's own choice of a convolution; onednn its oneDNN convolution, called by name. matmul is ATen's matrix
-// product on views, which bindings.cpp makes.
+// aten is torch's own choice of a convolution; aten_float32 the same on tensors of half types made float32; onednn its
+// oneDNN convolution, called by name. matmul is ATen's matrix product on views, which bindings.cpp makes.
 enum class Kernel : int {
   planes,
   small_planes,
@@ -18,6 +18,7 @@ enum class Kernel : int {
   pointwise,
   matmul,
   aten,
+  aten_float32,
   onednn,
   separable,
   composite
@@ -28,7 +29,7 @@ struct Plan {
   const char* name;    // as counted and explained
   const char* reason;  // a literal
   bool is_aten() const { return kernel == Kernel::aten; }
-  bool is_torchs() const { return kernel == Kernel::aten || kernel == Kernel::onednn; }
+  bool is_torchs() const { return is_aten() || kernel == Kernel::aten_float32 || kernel == Kernel::onednn; }
   bool is_composite() const { return kernel == Kernel::composite; }
 };
 

@@ -1,0 +1,64 @@
+// Each fault names its kind, wider than the calls that were seen to fail, and the cause where that is known. One leaves
+// the list when its test in tests/test_torch_faults.py passes with torch's own call.
+//
+// One fault is not of a shape and is kept out by aten_route.cpp: "grad_weight must be contiguous", which torch 2.14.1
+// raises for a permuted weight of float64 and float16. There the gradient is asked for in a layout that torch has.
+#include "torch_faults.h"
+
+namespace sepconv::cpu {
+namespace {
+
+bool is_half(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
+
+// oneDNN copies every stride-th pixel of channels_last images into a workspace. Its step there is a block of 8 or 16
+// channels, also where the image has fewer: the last pixels are written past the workspace's end (oneDNN issue 6035).
+// Seen as a corrupted heap, wrong values, and threads that wait for ever. An image of planes is safe in itself, but is
+// read as channels_last where the weight is.
+bool strided_1x1_of_few_channels(Map map, const ConvShape& s, DType dtype) {
+  const bool strided = s.stride_h > 1 || s.stride_w > 1;
+  return map == Map::grad_weight && dtype != DType::float64 && s.R == 1 && s.S == 1 && strided &&
+         s.channels_per_group() < 16;
+}
+
+// Seen in bfloat16 on processors with AVX-512: dense, and of few channels in channels_last, at random; groups with a
+// dilation gave garbage. Its kernels multiply pairs of pixels, and the odd one out with memory that nobody has set.
+bool weight_gradient_of_half_types(Map map, const ConvShape&, DType dtype) {
+  return map == Map::grad_weight && is_half(dtype);
+}
+
+// Seen in bfloat16 on processors with its instructions: 2 channels of 31x31 and 8 channels of 1x15, in every order but
+// NCHW. 32 channels are two of the vectors that those kernels work in.
+bool depthwise_of_half_types_and_few_channels(Map, const ConvShape& s, DType dtype) {
+  return is_half(dtype) && s.is_depthwise() && s.C < 32;
+}
+
+// oneDNN's dense kernels for AVX-512 read outside of an image of one pixel whose strides say both NCHW and
+// channels_last, where the padding is wide (pytorch issue 195394). Reported by others; not seen with AVX2.
+bool dense_on_one_pixel(Map, const ConvShape& s, DType) {
+  return s.groups == 1 && s.H == 1 && s.W == 1 && (s.R > 1 || s.S > 1);
+}
+
+struct Fault {
+  bool (*hits)(Map, const ConvShape&, DType);
+  const char* what;
+};
+
+constexpr Fault kFaults[] = {
+    {strided_1x1_of_few_channels,
+     "torch 2.14.1 writes past its memory: the weight gradient of a strided 1x1 of few channels"},
+    {weight_gradient_of_half_types, "torch 2.14.1 returns NaN at random: weight gradients of half types"},
+    {depthwise_of_half_types_and_few_channels,
+     "torch 2.14.1 may never return: depthwise of half types and few channels last"},
+    {dense_on_one_pixel, "torch 2.14.1 may read outside of the image: dense kernels on images of one pixel"},
+};
+
+}  // namespace
+
+const char* torch_fault(Map map, const ConvShape& shape, DType dtype) {
+  for (const Fault& fault : kFaults) {
+    if (fault.hits(map, shape, dtype)) return fault.what;
+  }
+  return nullptr;
+}
+
+}  // namespace sepconv::cpu
