@@ -67,7 +67,7 @@ def conv2d(
     dilation: IntOrPair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv2d`, by this package's kernels: the same arguments, result, layout and errors.
+    """`torch.nn.functional.conv2d` by this package's kernels: the same arguments, result, layout and errors.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.
@@ -83,8 +83,8 @@ def conv2d(
         channels_last where the input or the weight is.
 
     Raises:
-        What ``torch.nn.functional.conv2d`` raises: TypeError for arguments of a wrong type, RuntimeError for sizes,
-        dtypes and devices that do not fit.
+        TypeError: arguments of a wrong type, as in `torch.nn.functional.conv2d`.
+        RuntimeError: sizes, dtypes and devices that do not fit, as there.
     """
     if isinstance(padding, str) or torch.compiler.is_compiling():
         return _conv2d(input, weight, bias, stride, padding, dilation, groups, "identity")
@@ -139,7 +139,7 @@ def conv1d(
     dilation: IntOrSingle = 1,
     groups: int = 1,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv1d`, by this package's kernels: the same arguments, result and errors.
+    """`torch.nn.functional.conv1d`, by this package's kernels: the same arguments, result and errors.
 
     The sequence is convolved as an image of one row, which costs views and no copy. A sequence ``[N, C, L]`` that lies
     in memory as ``[N, L, C]`` (``x.transpose(1, 2)`` of a contiguous ``[N, L, C]``) is computed as it lies, by the
@@ -160,8 +160,8 @@ def conv1d(
         ``Q = (L - 1) // stride + 1`` for ``'causal'``.
 
     Raises:
-        What ``torch.nn.functional.conv1d`` raises: TypeError for arguments of a wrong type, RuntimeError for sizes,
-        dtypes and devices that do not fit.
+        TypeError: arguments of a wrong type, as in `torch.nn.functional.conv1d`.
+        RuntimeError: sizes, dtypes and devices that do not fit, as there.
     """
     if isinstance(padding, str) or torch.compiler.is_compiling():
         return _conv1d(input, weight, bias, stride, padding, dilation, groups)
@@ -179,7 +179,7 @@ def padded_conv1d(
     *,
     padding_mode: str = "zeros",
 ) -> Tensor:
-    """:func:`conv1d` with something else than zeros at the ends, as :func:`padded_conv2d` has it around an image."""
+    """`conv1d` with something else than zeros at the ends, as `padded_conv2d` has it around an image."""
     return _conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode)
 
 
@@ -194,24 +194,24 @@ def padded_conv2d(
     *,
     padding_mode: str = "zeros",
 ) -> Tensor:
-    """:func:`conv2d` with something else than zeros around the image, without a padded copy of it.
+    """`conv2d` with something else than zeros around the image, without a padded copy of it.
 
     ``F.conv2d(F.pad(input, ..., mode), weight, bias, stride, 0, dilation, groups)`` in one call: what does not see the
     padding is computed as with zeros, the rest by reading the pixels that the mode puts outside. Two calls still make a
-    padded copy: the gradient by the weight in half types, and what goes to torch's own convolution (:func:`explain`).
+    padded copy: the gradient by the weight in half types, and what goes to torch's own convolution (`explain`).
 
     Args:
-        input ... groups: as in :func:`conv2d`.
+        input ... groups: as in `conv2d`.
         padding_mode: ``zeros`` (default), ``reflect`` (the image mirrored at its outermost pixels; padding less than
             its size), ``replicate`` (the outermost pixels continued) or ``circular`` (the opposite side; padding at
             most the size).
 
     Returns:
-        ``[N, K, P, Q]``, as :func:`conv2d`.
+        ``[N, K, P, Q]``, as `conv2d`.
 
     Raises:
-        ValueError: an unknown padding_mode. RuntimeError: as :func:`conv2d`, and for padding that the mode forbids, as
-        ``F.pad``.
+        ValueError: an unknown padding_mode.
+        RuntimeError: as `conv2d`, and for padding that the mode forbids, as ``F.pad``.
     """
     return _conv2d(input, weight, bias, stride, padding, dilation, groups, "identity", padding_mode)
 
@@ -232,16 +232,17 @@ def depthwise_conv2d(
         input: ``[N, C, H, W]`` or ``[C, H, W]``.
         weight: ``[C * multiplier, 1, R, S]``; output channel ``c * multiplier + m`` is filter m of input channel c.
         bias: ``[C * multiplier]`` or None.
-        stride, padding, dilation: as in :func:`conv2d`.
+        stride, padding, dilation: as in `conv2d`.
         activation: ``identity``, ``relu``, ``relu6``, ``leaky_relu`` (slope 0.01), ``gelu`` (exact), ``silu``,
             ``hardswish``, ``sigmoid`` or ``tanh``. Default ``identity``.
-        padding_mode: as in :func:`padded_conv2d`. Default ``zeros``.
+        padding_mode: as in `padded_conv2d`. Default ``zeros``.
 
     Returns:
         ``[N, C * multiplier, P, Q]``.
 
     Raises:
-        ValueError: an unknown activation or padding_mode. RuntimeError: as :func:`padded_conv2d`.
+        ValueError: an unknown activation or padding_mode.
+        RuntimeError: as `padded_conv2d`.
     """
     return _conv2d(input, weight, bias, stride, padding, dilation, input.shape[-3], activation, padding_mode)
 
@@ -255,13 +256,14 @@ def pointwise_conv2d(
         input: ``[N, C, H, W]`` or ``[C, H, W]``.
         weight: ``[K, C, 1, 1]``.
         bias: ``[K]`` or None.
-        activation: as in :func:`depthwise_conv2d`. Default ``identity``.
+        activation: as in `depthwise_conv2d`. Default ``identity``.
 
     Returns:
         ``[N, K, H, W]``.
 
     Raises:
-        ValueError: an unknown activation. RuntimeError: as :func:`conv2d`, and for a kernel that is not 1x1.
+        ValueError: an unknown activation.
+        RuntimeError: as `conv2d`, and for a kernel that is not 1x1.
     """
     if tuple(weight.shape[2:]) != (1, 1):
         raise RuntimeError(f"weight must be [K, C, 1, 1], but has size {list(weight.shape)}")
@@ -284,7 +286,7 @@ def separable_conv2d(
     """A depthwise convolution and the 1x1 convolution of its output, each with bias and activation, as one call.
 
     The depthwise-separable convolution of L. Sifre's thesis (2014), as MobileNet (arXiv 1704.04861) and Xception (arXiv
-    1610.02357) use it. Equal to :func:`pointwise_conv2d` of :func:`depthwise_conv2d`, but a fused kernel, where there
+    1610.02357) use it. Equal to `pointwise_conv2d` of `depthwise_conv2d`, but a fused kernel, where there
     is one for the call, never writes what lies between them to memory.
 
     Args:
@@ -293,16 +295,17 @@ def separable_conv2d(
         pointwise_weight: ``[K, C * multiplier, 1, 1]``.
         depthwise_bias: ``[C * multiplier]`` or None. Default None.
         pointwise_bias: ``[K]`` or None. Default None.
-        stride, padding, dilation: of the depthwise stage, as in :func:`conv2d`.
-        depthwise_activation, pointwise_activation: as in :func:`depthwise_conv2d`. Default ``identity``.
+        stride, padding, dilation: of the depthwise stage, as in `conv2d`.
+        depthwise_activation, pointwise_activation: as in `depthwise_conv2d`. Default ``identity``.
         save_intermediate: where gradients are wanted, keep the ``[N, C * multiplier, P, Q]`` values between the stages
             for the backward pass, which else computes them again: memory for time, the same results. Default False.
 
     Returns:
-        ``[N, K, P, Q]``, P and Q as in :func:`conv2d`; in channels_last where the input or a weight is.
+        ``[N, K, P, Q]``, P and Q as in `conv2d`; in channels_last where the input or a weight is.
 
     Raises:
-        ValueError: an unknown activation. RuntimeError: sizes, dtypes and devices that do not fit.
+        ValueError: an unknown activation.
+        RuntimeError: sizes, dtypes and devices that do not fit.
     """
     if input.dim() == 3:
         batch, arguments = input.unsqueeze(0), (depthwise_bias, pointwise_bias, stride, padding, dilation)
@@ -331,7 +334,7 @@ def spatial_separable_conv2d(input: Tensor, column: Tensor, row: Tensor, padding
     ``y[n, c, p, q] = sum over r, s of column[c, r] * row[c, s] * x[n, c, p + r - top, q + s - left]``: R + S products
     a pixel instead of R * S, in one pass through memory: what lies between the two filters stays in the cache, in the
     type that sums are kept in. Gaussian, box and Sobel filters are such products;
-    :func:`sepconv_ext.factorize.separate` finds the pair, or the best sum of pairs, of any filter.
+    `sepconv_ext.factorize.separate` finds the pair, or the best sum of pairs, of any filter.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.
@@ -368,10 +371,10 @@ def explain(
     """Which kernel a call takes and why; nothing is run.
 
     Args:
-        input ... groups: the call, as in :func:`conv2d`.
+        input ... groups: the call, as in `conv2d`.
         activation: has no influence on the choice today. Default ``identity``.
         map: ``forward``, ``grad_input`` or ``grad_weight``. Default ``forward``.
-        padding_mode: as in :func:`padded_conv2d`. Default ``zeros``.
+        padding_mode: as in `padded_conv2d`. Default ``zeros``.
 
     Returns:
         An object with ``kernel``, ``reason``, ``aten`` (True where torch's own convolution makes the call), ``tile``
@@ -393,13 +396,13 @@ def explain_separable(
     padding: IntOrPair | str = 0,
     dilation: IntOrPair = 1,
 ) -> _C.Explanation:
-    """How :func:`separable_conv2d` makes a call, and why: by a fused kernel, or as two calls; nothing is run.
+    """How `separable_conv2d` makes a call, and why: by a fused kernel, or as two calls; nothing is run.
 
     Args:
-        input ... dilation: the call, as in :func:`separable_conv2d`.
+        input ... dilation: the call, as in `separable_conv2d`.
 
     Returns:
-        As :func:`explain`; ``kernel`` is ``composite`` where two calls of :func:`conv2d` are made, each with its plan.
+        As `explain`; ``kernel`` is ``composite`` where two calls of `conv2d` are made, each with its plan.
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, depthwise_weight.shape, stride, dilation)
