@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as benchmark
-from benchmarks import console, layer_runs, layers, machine, models, pairs, peers, record, report, timing
+from benchmarks import console, layer_runs, layers, machine, models, pairs, peers, plots, record, report, timing
 from benchmarks.layers import Layer, floor
 
 README = Path(benchmark.__file__).with_name("README.md").read_text()
@@ -226,9 +226,16 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
         assert line["peak_bytes"]["sepconv"] >= held["sepconv"]
     assert all(line["converted"] == 2 for line in written["models"])
     files = {path.name for path in tmp_path.iterdir()}
-    always, plots = {"record.json", "summary.md"}, {"speedup.png", "floor.png", "models.png"}
-    assert always <= files <= always | plots
+    always, drawn = {"record.json", "summary.md"}, {"speedup.png", "floor.png", "models.png"}
+    assert always <= files <= always | drawn
     assert benchmark.main(["--read", str(tmp_path)]) == 0
+
+
+def test_a_plot_says_where_it_is_from():
+    written = {"started": "2026-11-22 19:30:59 UTC"}
+    written["machine"] = {"device": "AMD EPYC", "device_type": "cpu", "cores": 2, "versions": {"torch": "2.14.1"}}
+    rows = [{"dtype": "float32", "threads": threads} for threads in (1, 1, 2)]
+    assert plots.origin(written, rows) == "AMD EPYC, 2 cores; 2026-11-22; torch 2.14.1; float32; threads: 1 and 2"
 
 
 def _network():
