@@ -1,4 +1,5 @@
-// Depthwise convolution (multiplier 1) of dense planes: forward and gradient by the input. plan.cpp says of which.
+// Depthwise convolution (multiplier 1) of planes whose columns are dense: forward and gradient by the input. plan.cpp says
+// of which. Images, planes and rows may lie apart in any way.
 //
 // Loop-to-data map. A task is a range of units: one vector of channels of one image n, the images of the same channels
 // one after another, as they share the filter. A unit's planes are turned into a tile (blocked.h) while those of the
@@ -98,7 +99,7 @@ struct Blocked {
   T* out;
   Activation activation;
   Strides in_strides, out_strides;
-  int64_t in_rows, in_pixels, out_columns, out_pixels;
+  int64_t in_rows, in_columns, out_rows, out_columns;
   std::vector<Reach> rows, columns;
   int64_t before;  // columns of the tile before the first pixel
   Tile tile;
@@ -121,6 +122,8 @@ struct Blocked {
   }
 
   void operator()(int64_t task) const {
+    const PlaneRuns in_runs(in_rows, in_columns, in_strides.h), out_runs(out_rows, out_columns, out_strides.h);
+    const int64_t out_pixels = out_rows * out_columns;
     const Scratch memory((tile.size() + out_pixels + s.R * s.S + 1) * kLane);
     float* const image = memory.data();
     float* const result = image + tile.size() * kLane;
@@ -131,13 +134,13 @@ struct Blocked {
       const int64_t n = unit % s.N, c = unit / s.N * kLane;
       const int lanes = lanes_at(c);
       if (n == 0 || unit == begin) load_filter(filter, addend, c, lanes);
-      turn_in(image, plane(n, c), in_strides.c, lanes, tile.places.data(), in_pixels);
+      turn_planes_in(image, plane(n, c), in_strides.c, lanes, tile.places.data(), in_runs);
       if (unit + 1 < end) {
         const int64_t next = (unit + 1) / s.N * kLane;
-        fetch_planes(plane((unit + 1) % s.N, next), in_strides.c, lanes_at(next), in_pixels);
+        fetch_planes(plane((unit + 1) % s.N, next), in_strides.c, lanes_at(next), in_runs);
       }
       compute(image, filter, addend, result);
-      turn_out(out + n * out_strides.n + c * out_strides.c, out_strides.c, lanes, result, out_pixels);
+      turn_planes_out(out + n * out_strides.n + c * out_strides.c, out_strides.c, lanes, result, out_runs);
     }
   }
 
@@ -205,9 +208,9 @@ inline void forward(const ConvShape& s, DType dtype, const void* x, const void* 
                         s.x,
                         s.y,
                         s.H,
-                        s.H * s.W,
+                        s.W,
+                        s.P,
                         s.Q,
-                        s.P * s.Q,
                         rows,
                         columns,
                         columns_before(columns),
@@ -233,9 +236,9 @@ inline void grad_input(const ConvShape& s, DType dtype, const void* grad_y, cons
                         s.y,
                         s.x,
                         s.P,
-                        s.P * s.Q,
+                        s.Q,
+                        s.H,
                         s.W,
-                        s.H * s.W,
                         rows,
                         columns,
                         columns_before(columns),

@@ -1,4 +1,5 @@
-// Depthwise convolution (multiplier 1) of dense planes: gradient by the weight. plan.cpp says of which.
+// Depthwise convolution (multiplier 1) of planes whose columns are dense: gradient by the weight. plan.cpp says of which.
+// Images, planes and rows may lie apart in any way.
 //
 // Loop-to-data map. A unit is one vector of channels of some strips of images n, a strip being as many rows of grad_y
 // as have their tiles (blocked.h) in the second-level cache. Strip by strip the planes of x and grad_y are turned into
@@ -127,8 +128,8 @@ struct Strip {
     h = std::clamp<int64_t>(begin, 0, k.H);
     count = std::clamp<int64_t>(end, h, k.H) - h;
     before = std::max<int64_t>(0, std::min(h, end) - begin), after = end - begin - before - count;
-    x = images + n * k.x.n + c * k.x.c + h * k.W;
-    grad_y = grads + n * k.y.n + c * k.y.c + p * k.Q;
+    x = images + n * k.x.n + c * k.x.c + h * k.x.h;
+    grad_y = grads + n * k.y.n + c * k.y.c + p * k.y.h;
   }
 };
 
@@ -176,12 +177,12 @@ struct BlockedGradWeight {
           std::fill_n(image, strip.before * a.row, 0.0f);
           std::fill_n(image + (strip.before + strip.count) * a.row, strip.after * a.row, 0.0f);
         }
-        turn_in(image + strip.before * a.row, strip.x, s.x.c, strip.lanes, tile.places.data(), strip.count * s.W);
-        turn_in(grads, strip.grad_y, s.y.c, strip.lanes, grad_tile.places.data(), strip.rows * s.Q);
+        turn_planes_in(image + strip.before * a.row, strip.x, s.x.c, strip.lanes, tile.places.data(), x_runs(strip));
+        turn_planes_in(grads, strip.grad_y, s.y.c, strip.lanes, grad_tile.places.data(), grad_runs(strip));
         if (i + 1 < last) {
           const Strip<T> next = strip_at(c, i + 1);
-          fetch_planes(next.x, s.x.c, next.lanes, next.count * s.W);
-          fetch_planes(next.grad_y, s.y.c, next.lanes, next.rows * s.Q);
+          fetch_planes(next.x, s.x.c, next.lanes, x_runs(next));
+          fetch_planes(next.grad_y, s.y.c, next.lanes, grad_runs(next));
         }
         add_products(a);
         add_and_clear(unit_sums, strip_sums, count);
@@ -206,6 +207,8 @@ struct BlockedGradWeight {
   }
 
  private:
+  PlaneRuns x_runs(const Strip<T>& strip) const { return {strip.count, s.W, s.x.h}; }
+  PlaneRuns grad_runs(const Strip<T>& strip) const { return {strip.rows, s.Q, s.y.h}; }
   Strip<T> strip_at(int64_t c, int64_t i) const {
     return Strip<T>(s, cut, c, i / cut.strips, i % cut.strips, x, grad_y);
   }

@@ -60,12 +60,39 @@ SEPCONV_INLINE void turn_out(T* to, int64_t row_step, int lanes, const float* ti
   }
 }
 
+// Planes as they lie in memory: runs of dense pixels, which are whole planes where no gaps lie between their rows.
+struct PlaneRuns {
+  int64_t count, pixels, step;  // step: from one run to the next
+
+  PlaneRuns(int64_t rows, int64_t columns, int64_t row_step) : count(rows), pixels(columns), step(row_step) {
+    if (rows == 1 || row_step == columns) pixels *= rows, count = 1;
+  }
+};
+
+// Planes `plane_step` apart into a tile and back; places as above, in the order of the pixels.
+template <typename T>
+SEPCONV_INLINE void turn_planes_in(float* tile, const T* from, int64_t plane_step, int lanes, const int32_t* places,
+                                   const PlaneRuns& runs) {
+  for (int64_t i = 0; i < runs.count; ++i, from += runs.step, places += runs.pixels) {
+    turn_in(tile, from, plane_step, lanes, places, runs.pixels);
+  }
+}
+template <typename T>
+SEPCONV_INLINE void turn_planes_out(T* to, int64_t plane_step, int lanes, const float* tile, const PlaneRuns& runs) {
+  for (int64_t i = 0; i < runs.count; ++i, to += runs.step, tile += runs.pixels * kLane) {
+    turn_out(to, plane_step, lanes, tile, runs.pixels);
+  }
+}
+
 // The planes of the next unit, fetched into the first-level cache.
 template <typename T>
-SEPCONV_INLINE void fetch_planes(const T* from, int64_t row_step, int lanes, int64_t pixels) {
-  if (row_step == pixels) pixels *= lanes, lanes = 1;
+SEPCONV_INLINE void fetch_planes(const T* from, int64_t plane_step, int lanes, const PlaneRuns& runs) {
+  int64_t pixels = runs.pixels;
+  if (runs.count == 1 && plane_step == pixels) pixels *= lanes, lanes = 1;
   for (int i = 0; i < lanes; ++i) {
-    const char* at = reinterpret_cast<const char*>(from + i * row_step);
-    for (const char* const end = at + pixels * sizeof(T); at < end; at += 64) __builtin_prefetch(at);
+    for (int64_t run = 0; run < runs.count; ++run) {
+      const char* at = reinterpret_cast<const char*>(from + i * plane_step + run * runs.step);
+      for (const char* const end = at + pixels * sizeof(T); at < end; at += 64) __builtin_prefetch(at);
+    }
   }
 }

@@ -1,4 +1,5 @@
-// Depthwise convolution (multiplier 1) of channels_last images: forward and gradient by the input.
+// Depthwise convolution (multiplier 1) of images whose channels are dense: forward and gradient by the input. Images, rows
+// and pixels may lie apart in any way: slices of channels, crops, expanded gradients.
 //
 // Loop-to-data map. A vector holds neighbouring channels of one pixel. A task is a strip of output rows of one image;
 // inside it the loops go: a group of kRowGroup output rows, block of neighbouring output columns, chunk of channels
@@ -45,13 +46,14 @@ inline int64_t strips_per_image(int64_t images, int64_t rows) {
 template <typename T>
 struct ForwardTask {
   Correlation<T> image0;
-  Kernel<T> kernel;
+  const Kernel<T>& kernel;
+  const ConvShape& shape;
   int64_t strips;
   void operator()(int64_t task) const {
     const int64_t n = task / strips, strip = task % strips;
     Correlation<T> k = image0;
-    k.x += n * k.H * k.W * k.C;
-    k.y += n * k.P * k.Q * k.C;
+    k.x += n * shape.x.n;
+    k.y += n * shape.y.n;
     correlate(k, kernel, k.P * strip / strips, k.P * (strip + 1) / strips);
   }
 };
@@ -63,7 +65,7 @@ void forward_typed(const ConvShape& shape, const T* x, const T* w, const Epilogu
   std::vector<A> packed;
   const Correlation<T> k = forward_correlation(shape, x, w, epilogue, kernel.groups, packed, y);
   const int64_t strips = strips_per_image(shape.N, shape.P);
-  parallel(shape.N * strips, ForwardTask<T>{k, kernel, strips});
+  parallel(shape.N * strips, ForwardTask<T>{k, kernel, shape, strips});
 }
 
 // Phase f of one dimension of grad_x: pixels f, f + stride, ... They see the taps `last`, `last` - step, ... (`count`
@@ -98,8 +100,8 @@ struct GradInputTask {
     for (int64_t h = h0; h < h1; h += group) {
       for (size_t phase = 0; phase < phases.size(); ++phase) {
         Correlation<T> k = phases[phase];
-        k.x += n * shape.P * shape.Q * shape.C;
-        k.y += n * shape.H * shape.W * shape.C;
+        k.x += n * shape.y.n;
+        k.y += n * shape.x.n;
         // Rows i of the phase: those with h <= i * stride_h + f < the group's end.
         const int64_t f = static_cast<int64_t>(phase) / shape.stride_w;
         const int64_t end = std::min(h + group, h1);
@@ -124,10 +126,11 @@ void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* gr
     for (int64_t fw = 0; fw < shape.stride_w; ++fw) {
       const Phase v(fw, shape.W, shape.S, shape.stride_w, shape.pad_w, shape.dilation_w);
       Correlation<T> k;
-      k.x = grad_y, k.y = grad_x + (fh * shape.W + fw) * C, k.w = next, k.bias = zeros.data();
+      k.x = grad_y, k.y = grad_x + fh * shape.x.h + fw * shape.x.w, k.w = next, k.bias = zeros.data();
       k.C = C, k.H = shape.P, k.W = shape.Q, k.P = h.size, k.Q = v.size;
       k.R = v.count > 0 ? h.count : 0, k.S = v.count;  // without taps, all zeros
-      k.y_row = shape.stride_h * shape.W * C, k.y_pixel = shape.stride_w * C;
+      k.x_row = shape.y.h, k.x_pixel = shape.y.w;
+      k.y_row = shape.stride_h * shape.x.h, k.y_pixel = shape.stride_w * shape.x.w;
       k.pad_h = h.pad, k.pad_w = v.pad, k.dilation_h = h.dilation, k.dilation_w = v.dilation;
       phases.push_back(k);
       const Kernel<T>& kernel = kernels.emplace_back(C, k.R == 0 ? 0 : k.S, 1, k.dilation_w);

@@ -12,7 +12,8 @@ inline constexpr int64_t kL1Bytes = 32 * 1024;  // of input that a block keeps i
 //   y[p, q] = activation(bias + sum over r, s of
 //                        w[r, s] * x[p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w])
 //
-// for all channels. Pixels of y may lie apart (y_row, y_pixel, in elements); the pads may be negative.
+// for all channels. Rows and pixels lie apart as the strides say (x_row, x_pixel, y_row, y_pixel, in elements), and those
+// of x may also be one and the same (0); the pads may be negative.
 template <typename T>
 struct Correlation {
   using A = accumulate_t<T>;
@@ -22,7 +23,7 @@ struct Correlation {
   const A* bias;  // [channel groups, group]
   Activation activation = Activation::identity;
   int64_t C, H, W, P, Q, R, S;
-  int64_t y_row, y_pixel;
+  int64_t x_row, x_pixel, y_row, y_pixel;
   int64_t stride_h = 1, stride_w = 1, pad_h, pad_w, dilation_h = 1, dilation_w = 1;
 };
 
@@ -117,7 +118,7 @@ void block(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
   using A = accumulate_t<T>;
   constexpr int L = kLanes<A>, kWidth = kV * L;
   const int64_t C = k.C, R = k.R, S = k.S;
-  const int64_t x_pixel = C, x_row = k.dilation_h * k.W * C, y_pixel = k.y_pixel, w_row = S * kWidth;
+  const int64_t x_pixel = k.x_pixel, x_row = k.dilation_h * k.x_row, y_pixel = k.y_pixel, w_row = S * kWidth;
   const int64_t column = b.q * k.stride_w - k.pad_w + b.s0, from = -column, to = k.W - column;
   const Activation activation = k.activation;
   const bool clamped = activation == Activation::relu || activation == Activation::relu6;
@@ -130,9 +131,10 @@ void block(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
     const int64_t row = p * k.stride_h - k.pad_h;  // of kernel row 0
     const int64_t first = row >= 0 ? 0 : (-row + k.dilation_h - 1) / k.dilation_h;
     const int64_t end = std::min(R, row < k.H ? (k.H - row + k.dilation_h - 1) / k.dilation_h : 0);
-    const T* x_first = k.x + ((row + first * k.dilation_h) * k.W + column) * C;
+    const T* x_first = k.x + (row + first * k.dilation_h) * k.x_row + column * x_pixel;
     T* y_first = k.y + p * k.y_row + b.q * y_pixel;
-    const T* x_ahead = k.x + ((row + (R - 1) * k.dilation_h) * k.W + column) * C + b.x_ahead;  // a row new to this p
+    // In a row new to this p.
+    const T* x_ahead = k.x + (row + (R - 1) * k.dilation_h) * k.x_row + column * x_pixel + b.x_ahead;
     const T* y_ahead = y_first + b.y_ahead;
     const A* w_first = k.w + ((v0 * R + first) * S + b.s0) * kWidth;
     const A* bias = k.bias + v0 * kWidth;
@@ -216,7 +218,7 @@ void block_generic(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
           for (int q = 0; q < kQ; ++q) {
             const int64_t column = (b.q + q) * k.stride_w - k.pad_w + s * k.dilation_w;
             if (q < b.count && column >= 0 && column < k.W) {
-              sums[q] += tap * load_first(k.x + (row * k.W + column) * k.C + c, lanes);
+              sums[q] += tap * load_first(k.x + row * k.x_row + column * k.x_pixel + c, lanes);
             }
           }
         }
@@ -311,7 +313,7 @@ void correlate(const Correlation<T>& k, const Kernel<T>& kernel, int64_t p0, int
         if (b.v1 < groups) {
           b.x_ahead = b.y_ahead = (b.v1 - b.v0) * width;
         } else if (left > columns) {
-          b.x_ahead = (columns * k.stride_w + k.S - 1) * k.C - b.v0 * width;
+          b.x_ahead = (columns * k.stride_w + k.S - 1) * k.x_pixel - b.v0 * width;
           b.y_ahead = columns * k.y_pixel - b.v0 * width;
         } else {
           b.y_ahead = 0;
@@ -369,7 +371,7 @@ Correlation<T> forward_correlation(const ConvShape& shape, const T* x, const T* 
   Correlation<T> k;
   k.x = x, k.y = y, k.w = packed.data(), k.bias = bias, k.activation = epilogue.activation;
   k.C = shape.C, k.H = shape.H, k.W = shape.W, k.P = shape.P, k.Q = shape.Q, k.R = shape.R, k.S = shape.S;
-  k.y_row = shape.Q * shape.C, k.y_pixel = shape.C;
+  k.x_row = shape.x.h, k.x_pixel = shape.x.w, k.y_row = shape.y.h, k.y_pixel = shape.y.w;
   k.stride_h = shape.stride_h, k.stride_w = shape.stride_w, k.pad_h = shape.pad_h, k.pad_w = shape.pad_w;
   k.dilation_h = shape.dilation_h, k.dilation_w = shape.dilation_w;
   return k;

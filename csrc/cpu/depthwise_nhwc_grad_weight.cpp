@@ -1,4 +1,5 @@
-// Depthwise convolution (multiplier 1) of channels_last images: gradient by the weight.
+// Depthwise convolution (multiplier 1) of images whose channels are dense: gradient by the weight. Images, rows and pixels
+// may lie apart in any way: slices of channels, crops, expanded gradients.
 //
 //   grad_w[c, r, s] = sum over n, p, q of
 //       grad_y[n, p, q, c] * x[n, p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w, c]
@@ -269,7 +270,7 @@ struct SumTask {
       const int64_t row = h + k.pad_h, r0 = std::max(row - bottom, row % k.stride_h);
       const int64_t last = std::min(k.R - 1, row - top);
       if (r0 > last) continue;
-      kernel.stream(k, {x + (n * k.H + h) * k.W * k.C, grad_y + (n * k.P + (row - r0) / k.stride_h) * k.Q * k.C,
+      kernel.stream(k, {x + n * k.x.n + h * k.x.h, grad_y + n * k.y.n + (row - r0) / k.stride_h * k.y.h,
                         recent + r0 * k.S * kLanes<A>, (last - r0) / k.stride_h + 1, v0, v1, kernel.ahead});
     }
   }
@@ -279,14 +280,15 @@ struct SumTask {
     for (int64_t q = 0; q < k.Q; q += kColumns) {
       for (int64_t v = v0; v < v1; ++v) {
         const int64_t c = first_channel<A>(k, v);
-        Block<T> b{x + n * k.H * k.W * k.C + c, grad_y + n * k.P * k.Q * k.C + c, sums + v * k.R * k.S * kLanes<A>};
+        Block<T> b{x + n * k.x.n + c, grad_y + n * k.y.n + c, sums + v * k.R * k.S * kLanes<A>};
         b.p0 = p, b.p1 = end, b.q = q;
         b.count = static_cast<int>(std::min<int64_t>(kColumns, k.Q - q));
         // Next come the next vector of the same pixels, or the first vector of the next ones.
         const bool last = v + 1 == v1;
         if (kernel.ahead && (!last || q + kColumns < k.Q)) {
-          b.grad_y_ahead = first_channel<A>(k, last ? v0 : v + 1) - c + (last ? kColumns * k.C : 0);
-          b.x_ahead = b.grad_y_ahead + (last ? kColumns * (k.stride_w - 1) * k.C : 0);
+          const int64_t channels = first_channel<A>(k, last ? v0 : v + 1) - c;
+          b.grad_y_ahead = channels + (last ? kColumns * k.y.w : 0);
+          b.x_ahead = channels + (last ? kColumns * k.stride_w * k.x.w : 0);
         }
         if (kernel.once) {
           add_once(b);
@@ -334,7 +336,7 @@ struct SumTask {
 
   // A tile by block or block_generic, in runs of output rows that see the same kernel rows.
   void add_runs(Block<T>& b) const {
-    const int64_t end = b.p1, x_ahead = b.x_ahead, newest = (k.R - 1) * k.dilation_h * k.W * k.C;
+    const int64_t end = b.p1, x_ahead = b.x_ahead, newest = (k.R - 1) * k.dilation_h * k.x.h;
     for (int64_t p = b.p0; p < end; p = b.p1) {
       const int64_t first = first_row(p), last = end_row(p);
       b.p0 = p, b.p1 = p + 1;
@@ -350,7 +352,7 @@ struct SumTask {
       int64_t rows;
       for (b.r0 = first; b.r0 < last; b.r0 += rows) {
         rows = kernel.rows_of(last - b.r0);
-        b.x_ahead = x_ahead == 0 ? 0 : x_ahead + newest - b.r0 * k.dilation_h * k.W * k.C;
+        b.x_ahead = x_ahead == 0 ? 0 : x_ahead + newest - b.r0 * k.dilation_h * k.x.h;
         add_passes(b, rows);
       }
     }

@@ -17,8 +17,8 @@ int64_t first_channel(const ConvShape& k, int64_t v) {
 // kernel rows from r0 on and taps from s0 on, as many as the function is made for.
 template <typename T>
 struct Block {
-  const T* x;             // [H, W, C] of the image, at the vector's first channel
-  const T* grad_y;        // [P, Q, C], likewise
+  const T* x;             // the image, at the vector's first channel; rows and pixels apart as the shape's strides say
+  const T* grad_y;        // likewise
   accumulate_t<T>* sums;  // [R, S, kLanes]
   int64_t p0 = 0, p1 = 0, q = 0, r0 = 0, s0 = 0;
   int count = 0;
@@ -29,16 +29,16 @@ struct Block {
 
 // The vector's last number: where vectors straddle cache lines, the first one is in the line that is at hand.
 template <typename T, int kCount>
-SEPCONV_INLINE void fetch(const T* pixel, int64_t C) {
+SEPCONV_INLINE void fetch(const T* pixel, int64_t step) {
   pixel += kLanes<accumulate_t<T>> - 1;
 #pragma GCC unroll 32
-  for (int i = 0; i < kCount; ++i, pixel += C) __builtin_prefetch(pixel);
+  for (int i = 0; i < kCount; ++i, pixel += step) __builtin_prefetch(pixel);
 }
 
 template <typename T>
-SEPCONV_INLINE void load_grads(Vector<accumulate_t<T>> (&grads)[kColumns], const T* pixel, int64_t C, int count) {
+SEPCONV_INLINE void load_grads(Vector<accumulate_t<T>> (&grads)[kColumns], const T* pixel, int64_t step, int count) {
 #pragma GCC unroll 8
-  for (int q = 0; q < kColumns; ++q, pixel += C) grads[q] = q < count ? load(pixel) : Vector<accumulate_t<T>>{};
+  for (int q = 0; q < kColumns; ++q, pixel += step) grads[q] = q < count ? load(pixel) : Vector<accumulate_t<T>>{};
 }
 
 template <typename A, int kRows, int kTaps>
@@ -59,16 +59,16 @@ template <typename T, int kTaps, int kStride, int kRows>
 void block(const ConvShape& k, const Block<T>& b) {
   using A = accumulate_t<T>;
   constexpr int kWidth = (kColumns - 1) * kStride + kTaps;
-  const int64_t C = k.C, x_row = k.dilation_h * k.W * C, x_step = k.stride_h * k.W * C, y_row = k.Q * C;
+  const int64_t x_pixel = k.x.w, x_row = k.dilation_h * k.x.h, x_step = k.stride_h * k.x.h;
   const int64_t column = b.q * kStride - k.pad_w + b.s0;  // of tap 0 of output column 0
   const int count = b.count;
   const int64_t from = -column, to = std::min<int64_t>(k.W - column, (count - 1) * kStride + kTaps);
-  const T* x_first = b.x + ((b.p0 * k.stride_h - k.pad_h + b.r0 * k.dilation_h) * k.W + column) * C;
-  const T* g = b.grad_y + (b.p0 * k.Q + b.q) * C;
+  const T* x_first = b.x + (b.p0 * k.stride_h - k.pad_h + b.r0 * k.dilation_h) * k.x.h + column * x_pixel;
+  const T* g = b.grad_y + b.p0 * k.y.h + b.q * k.y.w;
   Vector<A> sums[kRows][kTaps] = {};
   for (int64_t p = b.p0; p < b.p1; ++p) {
     Vector<A> grads[kColumns];
-    load_grads(grads, g, C, count);
+    load_grads(grads, g, k.y.w, count);
     const T* x = x_first;
 #pragma GCC unroll 32
     for (int j = 0; j < kWidth; ++j) {
@@ -84,15 +84,15 @@ void block(const ConvShape& k, const Block<T>& b) {
           }
         }
       }
-      x += C;
+      x += x_pixel;
     }
     if (b.x_ahead != 0 && (p + b.call) % b.calls == 0) {
-      fetch<T, kWidth>(x_first + b.x_ahead, C);
-      if (kStride == 2) fetch<T, kWidth>(x_first + b.x_ahead - k.W * C, C);
-      fetch<T, kColumns>(g + b.grad_y_ahead, C);
+      fetch<T, kWidth>(x_first + b.x_ahead, x_pixel);
+      if (kStride == 2) fetch<T, kWidth>(x_first + b.x_ahead - k.x.h, x_pixel);
+      fetch<T, kColumns>(g + b.grad_y_ahead, k.y.w);
     }
     x_first += x_step;
-    g += y_row;
+    g += k.y.h;
   }
   add_sums<A>(b.sums + (b.r0 * k.S + b.s0) * kLanes<A>, k.S * kLanes<A>, sums);
 }
@@ -105,12 +105,12 @@ struct Once {
   static constexpr int kWidth = kColumns - 1 + kTaps;
   const ConvShape& k;
   const Block<T>& b;
-  const int64_t C = k.C, rows = b.p1 - b.p0, column = b.q - k.pad_w + b.s0;
+  const int64_t x_pixel = k.x.w, rows = b.p1 - b.p0, column = b.q - k.pad_w + b.s0;
   const int64_t from = -column, to = std::min<int64_t>(k.W - column, b.count - 1 + kTaps);
   int64_t row = b.p0 - k.pad_h + b.r0, step = 0;  // the input row, and its number
   const int64_t end = std::min(row + rows + kRows - 1, k.H);
-  const T* x = b.x + (row * k.W + column) * C;
-  const T* g = b.grad_y + (b.p0 * k.Q + b.q) * C;
+  const T* x = b.x + row * k.x.h + column * x_pixel;
+  const T* g = b.grad_y + b.p0 * k.y.h + b.q * k.y.w;
   Vector<A> sums[kRows][kTaps] = {};
   Vector<A> grads[kRows][kColumns] = {};
 
@@ -119,7 +119,7 @@ struct Once {
   SEPCONV_INLINE void add() {
     const T* pixel = x;
 #pragma GCC unroll 32
-    for (int j = 0; j < kWidth; ++j, pixel += C) {
+    for (int j = 0; j < kWidth; ++j, pixel += x_pixel) {
       if (j < from || j >= to) continue;
       const Vector<A> value = load(pixel);
 #pragma GCC unroll 4
@@ -134,10 +134,10 @@ struct Once {
   template <int kNewest>
   SEPCONV_INLINE bool next() {
     if (b.x_ahead != 0 && (step + b.call) % b.calls == 0) {
-      fetch<T, kWidth>(x + b.x_ahead, C);
-      if (step < rows) fetch<T, kColumns>(g + b.grad_y_ahead, C);
+      fetch<T, kWidth>(x + b.x_ahead, x_pixel);
+      if (step < rows) fetch<T, kColumns>(g + b.grad_y_ahead, k.y.w);
     }
-    if (step < rows) load_grads(grads[kNewest], g, C, b.count);
+    if (step < rows) load_grads(grads[kNewest], g, k.y.w, b.count);
     if (row >= 0) {
       if (step >= kRows - 1 && step < rows) {
         add<kNewest, 0, kRows>();
@@ -151,7 +151,7 @@ struct Once {
         }
       }
     }
-    x += k.W * C, g += k.Q * C, ++step;
+    x += k.x.h, g += k.y.h, ++step;
     return ++row < end;
   }
   SEPCONV_INLINE void run() {
@@ -180,8 +180,8 @@ void block_generic(const ConvShape& k, const Block<T>& b) {
         for (int64_t q = b.q; q < b.q + b.count; ++q) {
           const int64_t column = q * k.stride_w - k.pad_w + s * k.dilation_w;
           if (column < 0 || column >= k.W) continue;
-          sum +=
-              load_first(b.grad_y + (p * k.Q + q) * k.C, lanes) * load_first(b.x + (row * k.W + column) * k.C, lanes);
+          sum += load_first(b.grad_y + p * k.y.h + q * k.y.w, lanes) *
+                 load_first(b.x + row * k.x.h + column * k.x.w, lanes);
         }
       }
       A* to = b.sums + (r * k.S + s) * L;

@@ -23,8 +23,8 @@ struct StreamedRow {
 
 // `from` and `end`: the part of the tile's pixels that the image has.
 template <typename T, int kTaps, int kStride, int kRows>
-SEPCONV_INLINE void stream_tile(const T* x, const T* grad_y, int64_t y_row, int64_t C, accumulate_t<T>* to,
-                                int64_t from, int64_t end, int count) {
+SEPCONV_INLINE void stream_tile(const ConvShape& k, const T* x, const T* grad_y, accumulate_t<T>* to, int64_t from,
+                                int64_t end, int count) {
   using A = accumulate_t<T>;
   constexpr int kWidth = (kColumns - 1) * kStride + kTaps;
   constexpr int64_t kSumRow = kStride * kTaps * kLanes<A>;
@@ -34,14 +34,14 @@ SEPCONV_INLINE void stream_tile(const T* x, const T* grad_y, int64_t y_row, int6
   Vector<A> grads[kRows][kColumns];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    load_grads(grads[r], grad_y - r * y_row, C, count);
+    load_grads(grads[r], grad_y - r * k.y.h, k.y.w, count);
 #pragma GCC unroll 8
     for (int s = 0; s < kTaps && !kAddLast; ++s) sums[r][s] = load(to + r * kSumRow + s * kLanes<A>);
   }
 #pragma GCC unroll 32
   for (int j = 0; j < kWidth; ++j) {
     if (j < from || j >= end) continue;
-    const Vector<A> value = load(x + j * C);
+    const Vector<A> value = load(x + j * k.x.w);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -68,7 +68,6 @@ template <typename T, int kTaps, int kStride>
 void stream_row(const ConvShape& k, const StreamedRow<T>& b) {
   using A = accumulate_t<T>;
   constexpr int kMaxRows = std::clamp(31 / (kTaps + kColumns), 1, 3);
-  const int64_t C = k.C, y_row = k.Q * C;
   const int64_t tiles_ahead = std::max<int64_t>((kVectorsAhead + (b.v1 - b.v0) / 2) / (b.v1 - b.v0), 1);
   const int64_t later = (tiles_ahead - 1) * kColumns;  // output columns between the next tile and the one to fetch
   for (int64_t q = 0; q < k.Q; q += kColumns) {
@@ -77,23 +76,23 @@ void stream_row(const ConvShape& k, const StreamedRow<T>& b) {
     const int64_t from = -column, end = std::min<int64_t>(k.W - column, (count - 1) * kStride + kTaps);
     for (int64_t v = b.v0; v < b.v1; ++v) {
       const int64_t c = first_channel<A>(k, v);
-      const T* x = b.x + column * C + c;
-      const T* grad_y = b.grad_y + q * C + c;
+      const T* x = b.x + column * k.x.w + c;
+      const T* grad_y = b.grad_y + q * k.y.w + c;
       if (b.ahead) {
-        fetch<T, kColumns * kStride>(x + ((count - 1 + later) * kStride + kTaps) * C, C);
-        fetch<T, kColumns>(grad_y + (count + later) * C, C);
+        fetch<T, kColumns * kStride>(x + ((count - 1 + later) * kStride + kTaps) * k.x.w, k.x.w);
+        fetch<T, kColumns>(grad_y + (count + later) * k.y.w, k.y.w);
       }
       A* sums = b.sums + (v - b.v0) * k.R * kTaps * kLanes<A>;
       for (int64_t left = b.rows; left > 0;) {
         if (kMaxRows == 3 && left >= 3) {
-          stream_tile<T, kTaps, kStride, kMaxRows>(x, grad_y, y_row, C, sums, from, end, count);
+          stream_tile<T, kTaps, kStride, kMaxRows>(k, x, grad_y, sums, from, end, count);
         } else if (left >= 2) {
-          stream_tile<T, kTaps, kStride, 2>(x, grad_y, y_row, C, sums, from, end, count);
+          stream_tile<T, kTaps, kStride, 2>(k, x, grad_y, sums, from, end, count);
         } else {
-          stream_tile<T, kTaps, kStride, 1>(x, grad_y, y_row, C, sums, from, end, count);
+          stream_tile<T, kTaps, kStride, 1>(k, x, grad_y, sums, from, end, count);
         }
         const int64_t rows = std::min<int64_t>(left, kMaxRows);
-        grad_y -= rows * y_row, sums += rows * kStride * kTaps * kLanes<A>, left -= rows;
+        grad_y -= rows * k.y.h, sums += rows * kStride * kTaps * kLanes<A>, left -= rows;
       }
     }
   }

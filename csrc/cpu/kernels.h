@@ -20,19 +20,19 @@ void planes_forward(const ConvShape&, DType, const void* x, const void* w, const
 void planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void planes_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// depthwise_nhwc.cpp: depthwise of multiplier 1 on channels_last images (x and y are Layout::nhwc); the weight has any
-// strides.
+// depthwise_nhwc*.cpp: depthwise of multiplier 1 on images whose channels are dense; images, rows and pixels lie apart in
+// any way, and the weight has any strides.
 void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// blocked*.cpp: depthwise of multiplier 1 on dense planes, for what blocked_can() of plan.cpp names.
+// blocked*.cpp: depthwise of multiplier 1, dense columns, any other strides: for what blocked_can() of plan.cpp names.
 void blocked_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void blocked_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void blocked_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// small_planes.cpp: 3x3 depthwise of multiplier 1 on small dense planes, for what small_planes_take() of plan.cpp
-// names.
+// small_planes.cpp: 3x3 depthwise of multiplier 1 on small planes, dense columns, any other strides: for what
+// small_planes_take() of plan.cpp names.
 void small_planes_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void small_planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 
@@ -42,7 +42,7 @@ void pointwise_forward(const ConvShape&, DType, const void* x, const void* w, co
 void pointwise_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void pointwise_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// spatial_separable.cpp: a column and a row filter over every channel; y is Layout::nchw or nhwc, x has any strides.
+// spatial_separable.cpp: two filters over every channel; y is Layout::nchw (x: dense columns) or nhwc (dense channels).
 void spatial_separable_forward(const ConvShape&, DType, const void* x, const SpatialFilters&, void* y);
 
 // borders.cpp: what depends on the padding where that is not zeros, after one of the kernels above has done the rest.

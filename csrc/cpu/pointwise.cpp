@@ -171,7 +171,9 @@ struct WeightedRows {
 };
 
 // One row a plane (NCHW) or one row a pixel (channels_last, and every image of one pixel)?
-inline bool rows_are_planes(const ConvShape& s) { return s.H * s.W > 1 && input_layout(s) == Layout::nchw; }
+inline bool rows_are_planes(const ConvShape& s) {
+  return s.H * s.W > 1 && input_layout(s) == Layout::nchw && output_layout(s) == Layout::nchw;
+}
 
 // The rows of a channels_last batch: as many as there are pixels, so far apart.
 inline int64_t pixels(const ConvShape& s) { return s.N * s.H * s.W; }

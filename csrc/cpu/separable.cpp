@@ -103,7 +103,7 @@ struct Separable {
         p(shape.pointwise),
         memory(m),
         tiling(d, sizeof(A)),
-        by_pixel(d.K == d.C && d.x.c == 1 && input_layout(d) == Layout::nhwc && output_layout(p) == Layout::nhwc),
+        by_pixel(d.K == d.C && d.C > 1 && d.x.c == 1 && output_layout(p) == Layout::nhwc),
         lanes_are_outputs(output_layout(p) == Layout::nhwc),
         activate_late(m.intermediate != nullptr && !derivative_from_output(m.depthwise.activation)),
         kernel(d.C, d.S, d.stride_w, d.dilation_w),

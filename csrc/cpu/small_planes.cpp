@@ -1,5 +1,5 @@
-// Depthwise 3x3 convolution (multiplier 1) of small dense planes: forward, and at stride 1 the gradient by the input.
-// plan.cpp says of which.
+// Depthwise 3x3 convolution (multiplier 1) of small planes whose columns are dense: forward, and at stride 1 the gradient
+// by the input. plan.cpp says of which. Images, planes and rows may lie apart in any way.
 //
 // Loop-to-data map. A task is a range of planes (n, c). Some planes at a time are copied, zero-padded, into scratch
 // memory that stays in L1 and whose zeros are written once a task; a strided convolution's input is split there into
@@ -82,13 +82,13 @@ SEPCONV_INLINE void copy_overlapping(float* to, const float* from, int64_t count
 }
 
 template <typename T>
-SEPCONV_INLINE void copy_in(float* scratch, const T* image, const Frame& f) {
+SEPCONV_INLINE void copy_in(float* scratch, const T* image, int64_t image_row, const Frame& f) {
   if (f.stride == 1) {
     float* to = scratch + f.top * f.row_step + f.left;
     if constexpr (std::is_same_v<T, float> && SEPCONV_ISA_LEVEL < 2) {
-      for (int64_t h = 0; h < f.rows; ++h) copy_overlapping(to + h * f.row_step, image + h * f.columns, f.columns);
+      for (int64_t h = 0; h < f.rows; ++h) copy_overlapping(to + h * f.row_step, image + h * image_row, f.columns);
     } else {
-      copy_rows(to, f.row_step, image, f.columns, f.rows, f.columns);
+      copy_rows(to, f.row_step, image, image_row, f.rows, f.columns);
     }
     return;
   }
@@ -96,7 +96,7 @@ SEPCONV_INLINE void copy_in(float* scratch, const T* image, const Frame& f) {
   float* const odd = (f.left + 1) % 2 * f.pitch + (f.left + 1) / 2 + scratch;
   for (int64_t h = 0; h < std::min<int64_t>(2, f.rows); ++h) {
     const int64_t row = (f.top + h) % 2 * f.row_phase + (f.top + h) / 2 * f.row_step;
-    split_rows(even + row, odd + row, f.row_step, image + h * f.columns, 2 * f.columns, (f.rows - h + 1) / 2,
+    split_rows(even + row, odd + row, f.row_step, image + h * image_row, 2 * image_row, (f.rows - h + 1) / 2,
                (f.columns + 1) / 2, f.columns / 2);
   }
 }
@@ -198,14 +198,15 @@ struct SmallPlanes {
       const int64_t count = std::min(batch, end - unit);
       int64_t from_n = n, from_c = c;
       for (int64_t i = 0; i < count; ++i) {
-        copy_in(scratch + i * frame.size, in + from_n * in_strides.n + from_c * in_strides.c, frame);
+        copy_in(scratch + i * frame.size, in + from_n * in_strides.n + from_c * in_strides.c, in_strides.h, frame);
         if (++from_c == s.C) from_c = 0, ++from_n;
       }
       for (int64_t i = 0; i < count; ++i) {
         T* const image = out + n * out_strides.n + c * out_strides.c;
         Ahead next_in, next_out;
         if (far) {
-          next_in = {in + from_n * in_strides.n + from_c * in_strides.c, frame.rows * frame.columns, calls};
+          next_in = {in + from_n * in_strides.n + from_c * in_strides.c,
+                     (frame.rows - 1) * in_strides.h + frame.columns, calls};
           next_out = {image + out_strides.c, out_strides.c, calls};
           if (from_n < s.N - 1 || from_c < s.C - 1) {
             if (++from_c == s.C) from_c = 0, ++from_n;
@@ -228,14 +229,14 @@ struct SmallPlanes {
     a.rows = static_cast<int>(block);
     for (int64_t done = 0; done < out_rows; done += kRows) {
       const int64_t row = std::min(done, out_rows - block);  // the last block may overlap the one before
-      T* const to = image + row * out_columns;
+      T* const to = image + row * out_strides.h;
       bool direct = false;
       float* sums = tile;
       if constexpr (std::is_same_v<T, float>) {
         direct = SEPCONV_ISA_LEVEL == 2 && activation == Activation::identity;
         if (direct) sums = to;
       }
-      a.out_row = direct ? out_columns : tile_pitch;
+      a.out_row = direct ? out_strides.h : tile_pitch;
       for (int64_t q = 0; q < out_columns; q += kLane) {
         a.in = scratch + row * frame.row_step + q;
         a.out = sums + q;
@@ -249,7 +250,7 @@ struct SmallPlanes {
   }
 
   void copy_out(T* to, const float* tile, int64_t tile_pitch, int64_t rows) const {
-    for (int64_t i = 0; i < rows; ++i, to += out_columns, tile += tile_pitch) {
+    for (int64_t i = 0; i < rows; ++i, to += out_strides.h, tile += tile_pitch) {
       if constexpr (std::is_same_v<T, float> && SEPCONV_ISA_LEVEL < 2) {
         if (activation == Activation::identity) {
           copy_overlapping(to, tile, out_columns);

@@ -208,8 +208,7 @@ struct SpatialJob {
         lanes_are_channels(output_layout(s) != Layout::nchw),
         column(filters.column, s.R, filters.column_channel, s.C, lanes_are_channels),
         row(filters.row, s.S, filters.row_channel, s.C, lanes_are_channels) {
-    const auto lies = [](int64_t size, int64_t stride, int64_t expected) { return size == 1 || stride == expected; };
-    dense = lanes_are_channels ? lies(s.C, s.x.c, 1) && lies(s.W, s.x.w, s.C) : lies(s.W, s.x.w, 1);
+    dense = !lanes_are_channels || s.W == 1 || s.x.w == s.C;
     slabs = lanes_are_channels ? s.N : s.N * s.C;
     step = lanes_are_channels ? s.C : 1;
     line = s.Q * step;
@@ -240,10 +239,16 @@ struct SpatialScratch {
         gathered(job.dense ? 0 : rows.size() * job.halo_tile()) {}
 };
 
+// Elements [first, first + count) of a line whose pixels lie apart.
 template <typename T>
 void gather_line(const SpatialJob<T>& job, const T* from, int64_t first, int64_t count, T* to) {
-  const Strides& stride = job.shape.x;
-  for (int64_t i = first; i < first + count; ++i) *to++ = from[i / job.step * stride.w + i % job.step * stride.c];
+  const int64_t end = first + count;
+  while (first < end) {
+    const int64_t pixel = first / job.step, begin = first - pixel * job.step,
+                  left = std::min(job.step - begin, end - first);
+    std::copy_n(from + pixel * job.shape.x.w + begin, left, to);
+    to += left, first += left;
+  }
 }
 
 // kRows rows of a unit, from output row p on: elements [begin, begin + count) of their lines.
