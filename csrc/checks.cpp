@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 
+#include "operand_layout.h"
+
 namespace sepconv {
 namespace {
 
@@ -17,12 +19,8 @@ Strides strides_of(const Tensor& t) {
   return {s[0], s[1], s[2], s[3]};
 }
 
-// Strides as torch gives them to a fresh tensor: a dimension of size 0 counts as 1.
-Strides dense_strides(int64_t channels, int64_t rows, int64_t columns, bool channels_last) {
-  const auto at_least_one = [](int64_t n) { return n > 1 ? n : 1; };
-  const int64_t c = at_least_one(channels), h = at_least_one(rows), w = at_least_one(columns);
-  return channels_last ? Strides{h * w * c, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
-}
+// The layout of a fresh image.
+Layout fresh_layout(bool channels_last) { return channels_last ? Layout::nhwc : Layout::nchw; }
 
 bool suggests_channels_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
 
@@ -44,7 +42,7 @@ bool is_dense(IntArrayRef size, IntArrayRef stride) {
 // The strides asked for if a tensor of this size with them has neither gaps nor overlaps; else the nearest dense ones.
 Strides dense_strides_like(IntArrayRef size, IntArrayRef stride) {
   if (is_dense(size, stride)) return {stride[0], stride[1], stride[2], stride[3]};
-  return dense_strides(size[1], size[2], size[3], c10::is_channels_last_strides_2d(size, stride));
+  return dense_strides(size[1], size[2], size[3], fresh_layout(c10::is_channels_last_strides_2d(size, stride)));
 }
 
 Tensor empty(std::array<int64_t, 4> size, const Strides& s, const Tensor& like) {
@@ -167,7 +165,8 @@ ConvShape check_forward(const Tensor& input, const Tensor& weight, const std::op
   check_bias("bias", bias, input, shape.K, "weight");
   shape.x = strides_of(input);
   shape.w = strides_of(weight);
-  shape.y = dense_strides(shape.K, shape.P, shape.Q, suggests_channels_last(input) || suggests_channels_last(weight));
+  shape.y = dense_strides(shape.K, shape.P, shape.Q,
+                          fresh_layout(suggests_channels_last(input) || suggests_channels_last(weight)));
   return shape;
 }
 
@@ -223,14 +222,15 @@ SeparableShape check_separable(const Tensor& input, const Tensor& depthwise_weig
   ConvShape &d = shape.depthwise, &p = shape.pointwise;
   d = check_geometry(input.sizes(), wd, {stride, padding, dilation, C}, "depthwise_weight");
   d.x = strides_of(input), d.w = strides_of(depthwise_weight);
-  d.y = dense_strides(d.K, d.P, d.Q, suggests_channels_last(input) || suggests_channels_last(depthwise_weight));
+  d.y = dense_strides(d.K, d.P, d.Q,
+                      fresh_layout(suggests_channels_last(input) || suggests_channels_last(depthwise_weight)));
   const std::array<int64_t, 4> size{d.N, d.K, d.P, d.Q}, strides{d.y.n, d.y.c, d.y.h, d.y.w};
   const std::array<int64_t, 2> one{1, 1}, zero{0, 0};
   p = check_geometry(size, wp, {one, zero, one, 1}, "pointwise_weight");
   p.x = d.y, p.w = strides_of(pointwise_weight);
   p.y = dense_strides(p.K, p.P, p.Q,
-                      c10::is_channels_last_strides_2d(IntArrayRef(size), IntArrayRef(strides)) ||
-                          suggests_channels_last(pointwise_weight));
+                      fresh_layout(c10::is_channels_last_strides_2d(IntArrayRef(size), IntArrayRef(strides)) ||
+                                   suggests_channels_last(pointwise_weight)));
   return shape;
 }
 
@@ -253,7 +253,7 @@ ConvShape check_spatial_separable(const Tensor& input, const Tensor& column, con
   ConvShape shape = check_geometry(input.sizes(), {C, 1, column.size(1), row.size(1)}, {{1, 1}, padding, {1, 1}, C},
                                    "column and row");
   shape.x = strides_of(input);
-  shape.y = dense_strides(C, shape.P, shape.Q, suggests_channels_last(input));
+  shape.y = dense_strides(C, shape.P, shape.Q, fresh_layout(suggests_channels_last(input)));
   return shape;
 }
 

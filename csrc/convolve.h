@@ -4,10 +4,11 @@
 //   trim       the place where taps that never meet the image may leave the shape
 //   plan       the device says which kernel runs, and why (its plan.h)
 //   by ATen    where the plan says so, torch's own convolution (aten_route.h), brought to the promised strides
-//   copy       the place where an operand may be exchanged for the dense copy that a plan asks for
+//   copy       what the plan's kernel does not take as it lies is exchanged for a dense copy (operand_layout.h)
 //   allocate   the result, with the strides that the check promised
 //   run        the kernel, through the device's door
 //   borders    what depends on the padding where that is not zeros
+//   copy       a result that the kernel could not write where the check promised it
 //
 // A device is a policy: a struct of types and static functions. Each bindings.cpp defines one and registers it:
 //
@@ -31,6 +32,7 @@
 
 #include "aten_route.h"
 #include "checks.h"
+#include "operand_layout.h"
 #include "runtime.h"
 #include "separable.h"
 #include "spatial_passes.h"
@@ -139,6 +141,46 @@ inline std::optional<at::Tensor> without_work(const Call& c) {
 template <typename Device>
 at::Tensor convolve(const Call& call);
 
+// The image, or a weight, in dense memory of that layout.
+inline at::Tensor dense_copy(const at::Tensor& t, Layout layout, bool all_images = true) {
+  if (!all_images && t.size(0) > 1 && t.stride(0) == 0) return dense_copy(t.narrow(0, 0, 1), layout).expand(t.sizes());
+  const Strides s = dense_strides(t.size(1), t.size(2), t.size(3), layout);
+  return at::empty_strided(t.sizes(), {s.n, s.c, s.h, s.w}, t.options()).copy_(t);
+}
+
+// The call as the kernel is to see it, with the copies that its plan asks for.
+inline Call with_copies(const Call& c, const Copies& copies) {
+  const auto operand = [&](const at::Tensor& t, bool copied, Layout layout, bool all_images) {
+    return copied ? Call::Operand::owned(dense_copy(t, layout, all_images)) : Call::Operand::borrowed(t);
+  };
+  const bool gradient_first = c.map != Map::forward, weight_second = c.map != Map::grad_weight;
+  return {c.map,
+          operand(*c.first, gradient_first ? copies.y : copies.x, copies.layout, copies.all_images),
+          weight_second ? operand(*c.second, copies.weight, Layout::nchw, true)
+                        : operand(*c.second, copies.x, copies.layout, copies.all_images),
+          c.args,
+          with_copies(c.shape, copies),
+          c.size,
+          c.stride,
+          c.bias,
+          c.activation};
+}
+
+// The kernels' part of a call.
+template <typename Device, typename Plan>
+at::Tensor run_kernels(const Call& call, const Plan& plan, BorderExtent border) {
+  const at::Tensor out = Device::prepared(call.empty_result());
+  if (border != BorderExtent::all) {
+    count_kernel(plan.name);
+    Device::run(plan, call, out);
+  }
+  if (border != BorderExtent::none) {
+    count_kernel(Device::kBorders);
+    Device::run_borders(call, out);
+  }
+  return out;
+}
+
 // Everything that follows the plan.
 template <typename Device, typename Plan>
 at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
@@ -155,16 +197,8 @@ at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
     const ConvArgs args{call.args.stride, none, call.args.dilation, call.args.groups};
     return convolve<Device>(grad_weight_call(*call.first, padded, call.size, call.stride, args));
   }
-  const at::Tensor out = Device::prepared(call.empty_result());
-  if (border != BorderExtent::all) {
-    count_kernel(plan.name);
-    Device::run(plan, call, out);
-  }
-  if (border != BorderExtent::none) {
-    count_kernel(Device::kBorders);
-    Device::run_borders(call, out);
-  }
-  return out;
+  if (!plan.copies.any()) return run_kernels<Device>(call, plan, border);
+  return as_promised(call, run_kernels<Device>(with_copies(call, plan.copies), plan, border));
 }
 
 // A checked call.
@@ -224,6 +258,11 @@ std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_outp
                                                                    aten::sym(padding), aten::sym(dilation), groups);
     return {as_promised(by_input, grad_input), as_promised(by_weight, grad_weight)};
   }
+  const Copies &first = input_plan.copies, &second = weight_plan.copies;
+  if (first.y && second.y && first.layout == second.layout) {  // both read one copy
+    const at::Tensor copy = dense_copy(grad_output, first.layout, first.all_images || second.all_images);
+    return conv2d_both_grads<Device>(copy, input, weight, stride, padding, dilation, groups, padding_mode);
+  }
   at::Tensor grad_input = convolve_as_planned<Device>(by_input, input_plan);
   return {std::move(grad_input), convolve_as_planned<Device>(by_weight, weight_plan)};
 }
@@ -242,8 +281,10 @@ std::tuple<at::Tensor, at::Tensor> separable_fused(const Plan& plan, const Separ
   const at::Tensor depthwise_bias = dense(call.depthwise_bias), pointwise_bias = dense(call.pointwise_bias);
   if (shape.depthwise.N == 0) return {y, h};
   count_kernel(plan.name);
-  Device::run_separable(plan, shape, dtype_of(call.input),
-                        {call.input.const_data_ptr(),
+  const at::Tensor x = plan.copies.x ? dense_copy(call.input, plan.copies.layout, false) : call.input;
+  const SeparableShape taken{with_copies(shape.depthwise, plan.copies), shape.pointwise};
+  Device::run_separable(plan, taken, dtype_of(call.input),
+                        {x.const_data_ptr(),
                          call.depthwise_weight.const_data_ptr(),
                          {data(depthwise_bias), call.depthwise_activation},
                          call.pointwise_weight.const_data_ptr(),
@@ -312,7 +353,9 @@ at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& c
   if (output.numel() == 0) return output;
   count_kernel(kernel);
   const SpatialTensors filters(column, row);
-  Device::run_spatial(shape, dtype, input.const_data_ptr(), filters.raw(), output.mutable_data_ptr());
+  const Copies copies = spatial_copies(shape);
+  const at::Tensor x = copies.x ? dense_copy(input, copies.layout, false) : input;
+  Device::run_spatial(with_copies(shape, copies), dtype, x.const_data_ptr(), filters.raw(), output.mutable_data_ptr());
   return output;
 }
 

@@ -170,17 +170,27 @@ Explanation with_borders(Explanation e, const char* borders, Map map, const Conv
   return e;
 }
 
-// The plan of the call that `map` would make for these tensors; nothing is run. The output (or its gradient) is taken to
-// have the layout that the forward call gives it.
+// The plan of the call that `map` would make for these tensors; nothing is run. Without a grad_output it is taken to have the
+// layout that the forward call gives the output.
 Explanation explain(const std::string& map_name, const at::Tensor& input, const at::Tensor& weight,
                     const std::optional<at::Tensor>& bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups, const DeviceFacts& cuda_device,
-                    const std::string& padding_mode) {
+                    const std::string& padding_mode, const std::optional<at::Tensor>& grad_output) {
   const Map map = parse_map(map_name);
   const PaddingMode mode = parse_padding_mode(padding_mode);
   const auto aten = [](const char* reason) { return Explanation{"aten", reason, true, "", 0}; };
   if (!has_kernel_dtype(input)) return aten("no kernel for this dtype");
-  const ConvShape shape = check_forward(input, weight, bias, {stride, padding, dilation, groups, mode});
+  const ConvArgs args{stride, padding, dilation, groups, mode};
+  ConvShape shape = check_forward(input, weight, bias, args);
+  if (map != Map::forward) {
+    const Strides usual = shape.y;
+    const at::Tensor g = grad_output ? *grad_output
+                                     : at::empty({1, 1, 1, 1}, input.options())
+                                           .expand({shape.N, shape.K, shape.P, shape.Q});  // for its size alone
+    shape = map == Map::grad_input ? check_grad_input(g, weight, input.sizes(), input.strides(), args)
+                                   : check_grad_weight(g, input, weight.sizes(), weight.strides(), args);
+    if (!grad_output) shape.y = usual;
+  }
   const DType dtype = dtype_of(input);
 #ifdef SEPCONV_WITH_CUDA
   if (cuda_device) {
@@ -245,7 +255,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       });
   m.def("explain", explain, py::arg("map"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none(),
-        py::arg("padding_mode") = "zeros");
+        py::arg("padding_mode") = "zeros", py::arg("grad_output") = py::none());
   m.def("explain_separable", explain_separable);
 }
 

@@ -367,6 +367,7 @@ def explain(
     activation: str = "identity",
     map: str = "forward",
     padding_mode: str = "zeros",
+    grad_output: Tensor | None = None,
 ) -> _C.Explanation:
     """Which kernel a call takes and why; nothing is run.
 
@@ -375,15 +376,19 @@ def explain(
         activation: has no influence on the choice today. Default ``identity``.
         map: ``forward``, ``grad_input`` or ``grad_weight``. Default ``forward``.
         padding_mode: as in `padded_conv2d`. Default ``zeros``.
+        grad_output: the gradient ``[N, K, P, Q]`` of the two gradient maps, for how it lies in memory. Default: as the
+            forward call's output would.
 
     Returns:
-        An object with ``kernel``, ``reason``, ``aten`` (True where torch's own convolution makes the call), ``tile``
-        and ``workspace_bytes``; its text is one line.
+        An object with ``kernel``, ``reason`` (and what is copied first), ``aten`` (True where torch's own convolution
+        makes the call), ``tile`` and ``workspace_bytes``; its text is one line.
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, weight.shape, stride, dilation)
     image = input.unsqueeze(0) if input.dim() == 3 else input
-    return _C.explain(map, image, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+    return _C.explain(
+        map, image, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode, grad_output=grad_output
+    )
 
 
 def explain_separable(

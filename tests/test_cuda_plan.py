@@ -324,7 +324,7 @@ def test_places_on_tensor_cores_fill_the_gpu(map: str, layer: tuple[int, int, in
 def test_what_shared_memory_leaves_to_others(map: str) -> None:
     for layer in (
         {"kernel": 3, "dtype": "float64"},
-        {"kernel": 3, "layout": "strided"},
+        {"kernel": 3, "layout": "cropped"},
         {"kernel": 3, "w_layout": "strided"},
         {"kernel": 3, "stride": 3},
         {"kernel": 3, "W": 9000},  # three rows of it and one of results are more than 96 KB
@@ -423,7 +423,7 @@ def test_grad_weight_copies_elements_where_pieces_do_not_fit() -> None:
         assert "vec" not in grad_weight(8, 16, 27, 3, layout=layout, K=32).tile
     assert "vec" not in grad_weight(8, 58, 28, 3).tile
     assert grad_weight(8, 58, 27, 3, layout="contiguous").tile["vec"] == 8  # planes of any size, from any byte on
-    assert grad_weight(8, 58, 28, 3, layout="strided").kernel == "cuda_depthwise_grad_weight_nchw"
+    assert grad_weight(8, 58, 28, 3, layout="cropped", sm=75).kernel == "cuda_depthwise_grad_weight_nchw"
 
 
 def test_what_one_pass_of_grad_weight_leaves_to_the_general_kernel() -> None:
@@ -486,7 +486,8 @@ def test_large_kernels_of_stride_1_stand_in_shared_memory(map: str, layout: str)
         for dtype in ("float32", "float64", "float16"):
             plan = large(*taps, map=map, layout=layout, dtype=dtype)
             few = taps == (4, 4) and layout == "channels_last"
-            tensor_cores = dtype == "float16" and (few or (layout == "contiguous" and min(taps) >= 7))
+            planes = layout != "channels_last"  # strided ones are copied
+            tensor_cores = dtype == "float16" and (few or (planes and min(taps) >= 7))
             name = "cuda_depthwise_toeplitz"
             if few:
                 name = f"cuda_depthwise{'_grad_weight' if map == 'grad_weight' else ''}_nhwc_mma"
@@ -528,3 +529,61 @@ def test_large_grad_weight_sums_in_one_order_on_every_gpu() -> None:
         for size in (7, 56):
             plans = [large(13, 13, map="grad_weight", N=N, size=size, multiprocessors=m) for m in (8, 80, H100)]
             assert plans[0].tile == plans[1].tile == plans[2].tile
+
+
+# --- tensors that are not dense ---
+
+MAPS = ("forward", "grad_input", "grad_weight")
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kernel", [3, 5, 7, 13])
+def test_dense_channels_and_columns_are_read_where_they_lie(map: str, dtype: str, kernel: int) -> None:
+    views = {"contiguous": ("sliced", "alternate"), "channels_last": ("sliced_last", "cropped_last")}
+    for layout, variants in views.items():
+        dense = depthwise(8, 96, 28, kernel, map=map, dtype=dtype, layout=layout)
+        for view in variants:
+            plan = depthwise(8, 96, 28, kernel, map=map, dtype=dtype, layout=view)
+            assert plan.kernel == dense.kernel and "copied" not in plan.reason, (layout, view)
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_operands_of_two_layouts_are_copied_into_one(map: str, dtype: str, kernel: int, stride: int) -> None:
+    """Which is the result's; grad_weight has the input's."""
+    x, y = ("layout", "y_layout") if map == "forward" else ("y_layout", "layout")
+    for wanted, others in (
+        ("channels_last", ("contiguous", "strided", "expanded")),
+        ("contiguous", ("channels_last", "strided", "expanded", "expanded_pixel")),
+    ):
+        dense = depthwise(8, 96, 28, kernel, stride, map=map, dtype=dtype, layout=wanted)
+        for other in others:
+            plan = depthwise(8, 96, 28, kernel, stride, map=map, dtype=dtype, **{x: other, y: wanted})
+            assert plan.kernel == dense.kernel and plan.tile == dense.tile, (wanted, other)
+            name = "NCHW" if wanted == "contiguous" else "channels_last"
+            operand = "input" if map == "forward" else "grad_output"
+            assert plan.reason == f"{dense.reason}; {operand} is copied to {name}"
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+def test_gaps_between_rows_are_copied_away_where_a_kernel_of_its_own_is_won(map: str) -> None:
+    for layer in ({"layout": "cropped"}, {"w_layout": "strided"}):
+        plan = planes(8, 96, 56, 3, 2, map=map, **layer)
+        assert plan.kernel == "cuda_depthwise_nchw"
+        assert ("made contiguous" if "w_layout" in layer else "is copied") in plan.reason
+        # No kernel is won here.
+        plan = planes(8, 96, 56, 3, 2, map=map, **layer, dtype="float64")
+        assert plan.kernel == "cuda_depthwise_direct" and "copied" not in plan.reason
+
+
+@pytest.mark.parametrize("map", MAPS)
+def test_products_and_groups_of_two_layouts(map: str) -> None:
+    case = {"map": map, "dtype": "float32", "N": 4, "C": 64, "H": 28, "W": 28, "K": 64}
+    for rest in ({}, {"R": 3, "S": 3, "groups": 16, "padding": "1,1,1,1"}):
+        for layout, other in (("contiguous", "channels_last"), ("channels_last", "contiguous")):
+            x, y = ("layout", "y_layout") if map == "forward" else ("y_layout", "layout")
+            plan = planned(**case, **rest, **{x: other, y: layout})
+            assert plan.kernel == planned(**case, **rest, layout=layout).kernel and "is copied to" in plan.reason

@@ -255,6 +255,15 @@ def _runs() -> Iterator[Run]:
         for map in MAPS:
             yield made(case, map, "strided")
             yield made(case, map, LAYOUTS[count % 2], offset=1)  # no tensor is aligned to a vector
+    # Tensors that are not dense, and two layouts in one call: as they lie, or as the copies that a plan asks of torch.
+    for name in ("depthwise_k3", "depthwise_k3_stride2", "depthwise_k5", "depthwise_k7_plane7"):
+        for map in MAPS:
+            for layout in ("cropped", "cropped_last", "sliced_last"):
+                yield made(BY_NAME[name], map, layout)
+            yield made(BY_NAME[name], map, LAYOUTS[count % 2], y_layout=LAYOUTS[1 - count % 2])
+    for name in ("grouped_resnext", "pointwise_awkward"):
+        for map in MAPS:
+            yield made(BY_NAME[name], map, "contiguous", y_layout="cropped_last")
     # Every dtype of every family, in both layouts.
     for name in ("depthwise_k3", "depthwise_k5_stride2", "grouped_resnext", "pointwise_aligned", "dense_k3"):
         for map in MAPS:

@@ -23,12 +23,12 @@ int num_threads() { return at::get_num_threads(); }
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype) {
   const Plan chosen = plan(map, shape, dtype, strict(), num_threads());
-  return {chosen.name, chosen.reason, chosen.is_torchs(), "", 0};
+  return {chosen.name, with_copies(chosen.reason, map, chosen.copies), chosen.is_torchs(), "", 0};
 }
 
 Explanation explain(const SeparableShape& shape, DType dtype) {
   const Plan chosen = plan_separable(shape, dtype, strict());
-  return {chosen.name, chosen.reason, false, "", 0};
+  return {chosen.name, with_copies(chosen.reason, Map::forward, chosen.copies), false, "", 0};
 }
 
 namespace {
@@ -39,7 +39,9 @@ using at::Tensor;
 namespace matmul {
 
 // Images of one pixel lie both ways: one product over the batch then beats one an image.
-bool by_planes(const ConvShape& s) { return input_layout(s) == Layout::nchw && s.H * s.W > 1; }
+bool by_planes(const ConvShape& s) {
+  return s.H * s.W > 1 && input_layout(s) == Layout::nchw && output_layout(s) == Layout::nchw;
+}
 
 Tensor pixels(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({-1, image.size(1)}); }
 Tensor planes(const Tensor& image) { return image.reshape({image.size(0), image.size(1), -1}); }

@@ -17,11 +17,11 @@ constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason};
 constexpr Plan onednn(const char* reason) { return {Kernel::onednn, "aten", reason}; }
 constexpr Plan aten_float32(const char* reason) { return {Kernel::aten_float32, "aten", reason}; }
 
-// A matrix product over whole images needs both of them dense, and in the same order.
+// Below, a call's images are dense, both in `layout` (see plan()).
+
+// A matrix product over whole images.
 bool is_matrix_product(const ConvShape& s) {
-  const Layout x = input_layout(s), y = output_layout(s);
-  return s.is_pointwise() && s.stride_h == 1 && s.stride_w == 1 && s.H == s.P && s.W == s.Q && x == y &&
-         x != Layout::strided;
+  return s.is_pointwise() && s.stride_h == 1 && s.stride_w == 1 && s.H == s.P && s.W == s.Q;
 }
 
 // Up to these sizes a product is faster in registers than through a matrix library: images of one pixel (where the
@@ -30,25 +30,15 @@ constexpr int64_t kFewPixels = 32;
 constexpr int64_t kFewProducts = 16 * 1024;
 
 bool is_small_product(const ConvShape& s) {
-  const auto dense = [](int64_t channels, int64_t stride) { return channels == 1 || stride == 1; };
-  if (!s.is_pointwise() || !dense(s.C, s.w.c)) return false;
-  if (s.H == 1 && s.W == 1) return s.P == 1 && s.Q == 1 && s.N <= kFewPixels && dense(s.C, s.x.c) && dense(s.K, s.y.c);
+  if (!s.is_pointwise() || (s.C > 1 && s.w.c != 1)) return false;
+  if (s.H == 1 && s.W == 1) return s.P == 1 && s.Q == 1 && s.N <= kFewPixels;
   return is_matrix_product(s) && s.input_elements() * s.K <= kFewProducts;
-}
-
-bool is_channels_last(const ConvShape& s) {
-  return s.x.c == 1 && s.y.c == 1 && input_layout(s) == Layout::nhwc && output_layout(s) == Layout::nhwc;
-}
-
-bool has_dense_planes(int64_t rows, int64_t columns, const Strides& s) {
-  return (columns == 1 || s.w == 1) && (rows == 1 || s.h == columns);
 }
 
 // What the blocked kernels can do. They turn blocks of 16 channels (with AVX-512, less else) into tiles: of few
 // channels, or of just more than a block, most lanes would be empty.
 bool blocked_can(Map map, const ConvShape& s, DType dtype) {
-  if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64 || is_channels_last(s)) return false;
-  if (!has_dense_planes(s.H, s.W, s.x) || !has_dense_planes(s.P, s.Q, s.y)) return false;
+  if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64) return false;
   if ((s.C + 15) / 16 * 16 * 3 > s.C * 4) return false;
   const bool strided = s.stride_h > 1 || s.stride_w > 1, dilated = s.dilation_h > 1 || s.dilation_w > 1;
   if (s.stride_h > 2 || s.stride_w > 2 || (strided && dilated)) return false;
@@ -134,9 +124,9 @@ int64_t most_channels_of_planes(Map map, const ConvShape& s) {
 // Why oneDNN, which is behind ATen, is the faster one for this call; null where it is not. Every rule here was measured
 // (benchmarks/notes), in float32 and, where it says so, in bfloat16: the only types that oneDNN has kernels for
 // here. In float64 and float16 ATen has slow loops, and the kernels of this package win by factors.
-const char* onednn_is_faster(Map map, const ConvShape& s, DType dtype) {
+const char* onednn_is_faster(Map map, const ConvShape& s, Layout layout, DType dtype) {
   if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
-  const bool channels_last = output_layout(s) == Layout::nhwc;
+  const bool channels_last = layout == Layout::nhwc;
   if (!s.is_depthwise()) {
     if (!channels_last && s.P * s.Q >= 28 * 28 && s.channels_per_group() <= most_channels_of_planes(map, s))
       return nullptr;
@@ -172,8 +162,8 @@ constexpr int64_t kOnednnProducts = 16'000'000, kOnednnPixels = 2048;
 
 // Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. With several
 // threads torch's convolution takes oneDNN itself, while MKL in some virtual machines stays with one.
-Plan torchs_product(Map map, const ConvShape& s, DType dtype, int threads) {
-  const bool channels_last = input_layout(s) == Layout::nhwc;
+Plan torchs_product(Map map, const ConvShape& s, Layout layout, DType dtype, int threads) {
+  const bool channels_last = layout == Layout::nhwc;
   const int64_t pixels = s.N * s.H * s.W, products = pixels * s.C * s.K;
   if (dtype == DType::float32 && threads == 1 && map != Map::grad_weight && channels_last && pixels >= kOnednnPixels &&
       products >= kOnednnProducts) {
@@ -193,15 +183,14 @@ bool small_planes_take(Map map, const ConvShape& s, DType dtype) {
   if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64 || map == Map::grad_weight) return false;
   if (s.R != 3 || s.S != 3 || s.stride_h != s.stride_w || s.dilation_h != 1 || s.dilation_w != 1) return false;
   if (map == Map::forward ? s.stride_h > 2 : s.stride_h > 1 || s.pad_h > 2 || s.pad_w > 2) return false;
-  if (std::max({s.H, s.W, s.P, s.Q, s.pad_h, s.pad_w}) > kSmallPlane) return false;
-  return has_dense_planes(s.H, s.W, s.x) && has_dense_planes(s.P, s.Q, s.y);
+  return std::max({s.H, s.W, s.P, s.Q, s.pad_h, s.pad_w}) <= kSmallPlane;
 }
 
 // Why torch's own call would be the faster one, if it is sound; null where it would not.
-const char* torch_is_faster(Map map, const ConvShape& s, DType dtype) {
+const char* torch_is_faster(Map map, const ConvShape& s, Layout layout, DType dtype) {
   if (is_tiny(s)) return nullptr;
   if (s.groups == 1 && s.C > 1) return "a dense convolution: oneDNN's matrix kernels are faster";
-  return onednn_is_faster(map, s, dtype);
+  return onednn_is_faster(map, s, layout, dtype);
 }
 
 // A half type's weight gradient that torch may get wrong, and gets right in float32.
@@ -210,29 +199,58 @@ bool is_sound_in_float32(Map map, const ConvShape& s, DType dtype) {
   return half && map == Map::grad_weight && !s.is_depthwise() && torch_fault(map, s, DType::float32) == nullptr;
 }
 
-}  // namespace
-
-Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
+Plan plan_dense(Map map, const ConvShape& s, Layout layout, DType dtype, bool strict, int threads) {
   if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
   const bool torch_may = !strict && torch_fault(map, s, dtype) == nullptr;
   if (is_matrix_product(s)) {
-    if (const Plan torchs = torchs_product(map, s, dtype, threads); torch_may && torchs.reason != nullptr)
+    if (const Plan torchs = torchs_product(map, s, layout, dtype, threads); torch_may && torchs.reason != nullptr)
       return torchs;
     return matmul("1x1, one group, stride 1: a matrix product over pixels");
   }
   if (torch_may) {
-    if (const char* reason = torch_is_faster(map, s, dtype)) return aten(reason);
-  } else if (!strict && is_sound_in_float32(map, s, dtype) && torch_is_faster(map, s, DType::float32)) {
+    if (const char* reason = torch_is_faster(map, s, layout, dtype)) return aten(reason);
+  } else if (!strict && is_sound_in_float32(map, s, dtype) && torch_is_faster(map, s, layout, DType::float32)) {
     return aten_float32("torch 2.14.1 returns NaN at random in half types: its float32 call, rounded");
   }
-  if (s.is_depthwise() && s.K == s.C && is_channels_last(s)) {
+  if (s.is_depthwise() && s.K == s.C && layout == Layout::nhwc) {
     return depthwise_nhwc("depthwise on channels_last images: vectors of channels");
   }
-  if (blocked_is_best(map, s, dtype)) return blocked("depthwise: planes turned into blocks of channels, in cache");
-  if (small_planes_take(map, s, dtype))
+  if (layout == Layout::nchw && blocked_is_best(map, s, dtype)) {
+    return blocked("depthwise: planes turned into blocks of channels, in cache");
+  }
+  if (layout == Layout::nchw && small_planes_take(map, s, dtype)) {
     return small_planes("3x3 depthwise on small planes: copied, padded, into cache");
+  }
   if (s.is_depthwise()) return planes("depthwise: vectors of pixels");
   return planes("groups of several channels: vectors of pixels");
+}
+
+// The kernel reads or writes this image where it is.
+bool takes(Kernel kernel, Layout layout, const ImageShape& image) {
+  switch (kernel) {
+    case Kernel::planes:
+    case Kernel::small_planes:
+    case Kernel::blocked:
+    case Kernel::depthwise_nhwc: return is_dense_along(layout, image);
+    case Kernel::pointwise:
+      return image.rows * image.columns == 1 ? is_dense_along(Layout::nhwc, image) : is_dense(layout, image);
+    case Kernel::aten:
+    case Kernel::aten_float32:
+    case Kernel::onednn: return true;  // torch copies
+    default: return is_dense(layout, image);
+  }
+}
+
+}  // namespace
+
+Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
+  const Layout layout = call_layout(map, s);
+  Plan chosen = plan_dense(map, with_copies(s, {layout, true, true, false, true}), layout, dtype, strict, threads);
+  chosen.copies.layout = layout;
+  chosen.copies.x = !takes(chosen.kernel, layout, input_image(s));
+  chosen.copies.y = !takes(chosen.kernel, layout, output_image(s));
+  chosen.copies.all_images = chosen.kernel == Kernel::pointwise || chosen.kernel == Kernel::matmul;
+  return chosen;
 }
 
 Plan plan_separable(const SeparableShape& s, DType dtype, bool strict) {
@@ -240,7 +258,7 @@ Plan plan_separable(const SeparableShape& s, DType dtype, bool strict) {
   if (!strict) {
     if (const char* reason = two_calls_are_faster(d, p, dtype)) return {Kernel::composite, "composite", reason};
   }
-  return {Kernel::separable, "cpu_separable", "the intermediate stays in cache"};
+  return {Kernel::separable, "cpu_separable", "the intermediate stays in cache", separable_copies(d, output_layout(p))};
 }
 
 }  // namespace sepconv::cpu

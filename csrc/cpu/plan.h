@@ -3,6 +3,7 @@
 
 #include "../activation.h"
 #include "../conv_shape.h"
+#include "../operand_layout.h"
 #include "../padding_mode.h"
 #include "../separable_shape.h"
 
@@ -28,6 +29,7 @@ struct Plan {
   Kernel kernel;
   const char* name;    // as counted and explained
   const char* reason;  // a literal
+  Copies copies = {};  // what the kernel does not take as it lies: run() gets the shape with_copies()
   bool is_aten() const { return kernel == Kernel::aten; }
   bool is_torchs() const { return is_aten() || kernel == Kernel::aten_float32 || kernel == Kernel::onednn; }
   bool is_composite() const { return kernel == Kernel::composite; }

@@ -115,15 +115,15 @@ struct Cuda {
 }  // namespace
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int device) {
-  return explain(plan(map, shape, dtype, device_facts(device), kBestAlignment, strict()));
+  return explain(map, plan(map, shape, dtype, device_facts(device), kBestAlignment, strict()));
 }
 
 Explanation explain(const SeparableShape& shape, DType dtype, int device) {
-  return explain(plan_separable(shape, dtype, device_facts(device), strict()));
+  return explain(Map::forward, plan_separable(shape, dtype, device_facts(device), strict()));
 }
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int multiprocessors, int compute_capability) {
-  return explain(plan(map, shape, dtype, {multiprocessors, compute_capability}, kBestAlignment, strict()));
+  return explain(map, plan(map, shape, dtype, {multiprocessors, compute_capability}, kBestAlignment, strict()));
 }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) { register_ops<Cuda>(m); }

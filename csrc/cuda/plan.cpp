@@ -47,11 +47,14 @@ Plan plan_grouped(Map map, const ConvShape& s, DType dtype, const char* reason) 
   return p;
 }
 
-Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
+namespace {
+
+// The best kernel for tensors where they are.
+Plan plan_in_place(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
   if (s.N == 0) {  // nothing is launched, and the question is answered for one image
     ConvShape one = s;
     one.N = 1;
-    return plan(map, one, dtype, device, alignment, strict);
+    return plan_in_place(map, one, dtype, device, alignment, strict);
   }
   if (pointwise_can_run(map, s)) return pointwise(map, s, dtype, device);
   if (s.is_depthwise()) return plan_depthwise(map, s, dtype, device, alignment);
@@ -64,6 +67,34 @@ Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_
         "measured)");
   }
   return plan_grouped(map, s, dtype, s.groups == 1 ? "one group" : "groups of several channels");
+}
+
+bool is_general(const Plan& p) {
+  return p.kernel == Kernel::depthwise_direct || p.kernel == Kernel::depthwise_grad_weight;
+}
+
+}  // namespace
+
+// Neighbouring threads take neighbouring channels or columns, so where neither are dense a copy comes first. With gaps
+// between rows, or between filters, a copy is made where it gives the call a kernel of its own in the place of a general
+// one (predicted, not measured: a copy is a read and a write, and the general kernels read every element once a tap).
+Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
+  const Layout layout = call_layout(map, s);
+  const ImageShape x = input_image(s), y = output_image(s);
+  const auto with = [&](const Copies& copies) {
+    Plan p = plan_in_place(map, with_copies(s, copies), dtype, device, alignment, strict);
+    if (p.kernel != Kernel::aten) p.copies = copies;  // torch copies for itself
+    return p;
+  };
+  Copies scattered{layout, !is_dense_along(layout, x), !is_dense_along(layout, y)};
+  scattered.all_images = true;
+  const Plan chosen = with(scattered);
+  if (layout != Layout::nchw || !is_general(chosen)) return chosen;
+  Copies gaps = scattered;
+  gaps.x |= !has_dense_rows(x), gaps.y |= !has_dense_rows(y);
+  gaps.weight = map != Map::grad_weight && !has_dense_filters(s);
+  const Plan dense = with(gaps);
+  return is_general(dense) ? chosen : dense;
 }
 
 Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& device, bool strict) {
@@ -89,10 +120,11 @@ Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& devi
               {},
               0};
   chosen.tile.lanes = static_cast<int>(columns);
+  chosen.copies = separable_copies(d, output_layout(p));
   return chosen;
 }
 
-Explanation explain(const Plan& p) {
+Explanation explain(Map map, const Plan& p) {
   std::string tile;
   const auto add = [&tile](const char* name, int value) {
     tile += (tile.empty() ? "" : ", ") + std::string(name) + " " + std::to_string(value);
@@ -105,7 +137,7 @@ Explanation explain(const Plan& p) {
   if (t.keep != 1) add("keep", t.keep);
   if (t.parts != 1) add("parts", t.parts);
   if (t.wide) tile += tile.empty() ? "64-bit indices" : ", 64-bit indices";
-  return {p.name, p.reason, p.kernel == Kernel::aten, tile, p.workspace_bytes};
+  return {p.name, with_copies(p.reason, map, p.copies), p.kernel == Kernel::aten, tile, p.workspace_bytes};
 }
 
 }  // namespace sepconv::cuda

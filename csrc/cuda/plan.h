@@ -5,6 +5,7 @@
 
 #include "../conv_shape.h"
 #include "../explain.h"
+#include "../operand_layout.h"
 #include "launch.h"
 
 namespace sepconv::cuda {
@@ -44,6 +45,7 @@ struct Plan {
   const char* reason = "";    // a literal
   Tile tile;
   int64_t workspace_bytes = 0;  // 16-byte aligned scratch memory that the launch needs
+  Copies copies = {};           // what the kernel does not take as it lies: run() gets the shape with_copies()
   bool is_aten() const { return kernel == Kernel::aten; }
   bool is_torchs() const { return is_aten(); }
   bool is_composite() const { return kernel == Kernel::composite; }
@@ -57,7 +59,7 @@ Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool s
 // have plans of their own. With `strict`, the fused kernel wherever it can run.
 Plan plan_separable(const SeparableShape&, DType, const Device&, bool strict);
 
-Explanation explain(const Plan&);
+Explanation explain(Map, const Plan&);
 
 // run.cpp: launches what the plan says. The operands are (x, w), (grad_y, w) or (grad_y, x) for the three maps; the
 // epilogue counts for the forward map only. Kernel::aten is not launched here: cudaErrorNotSupported.

@@ -116,14 +116,11 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
 }
 
 // Rows follow each other without gaps, in what is read and in what is written.
-bool dense_rows(const ConvShape& s) {
-  return dense_columns(s) && (s.H == 1 || s.x.h == s.W) && (s.P == 1 || s.y.h == s.Q);
-}
+bool dense_rows(const ConvShape& s) { return has_dense_rows(input_image(s)) && has_dense_rows(output_image(s)); }
 
 bool nchw_can_run(Map map, const ConvShape& s, DType dtype) {
   const NchwWork work = nchw_work(map, s);
-  const bool dense_filters = s.w.n == s.R * s.S && s.w.h == s.S && s.w.w == 1;
-  return window(s) && dense_rows(s) && dense_filters && dtype != DType::float64 &&
+  return window(s) && dense_rows(s) && has_dense_filters(s) && dtype != DType::float64 &&
          (map == Map::forward || s.K == s.C) && nchw_memory(work, s, dtype, 1, 1).bytes() <= kMostShared &&
          work.channels * work.steps * work.runs > 0 && s.N * work.channels * work.steps < kNarrow - 1;  // blocks
 }
@@ -146,11 +143,6 @@ Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignmen
 
 // Neighbouring outputs lie side by side, and read the same channel or neighbours.
 bool outputs_dense(const ConvShape& s) { return s.K > 1 && s.y.c == 1 && (s.C == 1 || s.x.c == 1); }
-
-// The rows of a plane follow each other without gaps.
-bool whole_rows(int64_t rows, int64_t columns, const Strides& t) {
-  return (columns == 1 || t.w == 1) && (rows == 1 || t.h == columns);
-}
 
 void cut_rows(Plan& p, const ConvShape& s, int64_t chunks, int64_t places, int64_t blocks) {
   const GradWeightRows cut = grad_weight_rows(chunks, places, s.P, blocks);
@@ -180,7 +172,7 @@ Plan depthwise_grad_weight_nchw(const ConvShape& s, DType dtype, int64_t alignme
          "depthwise, 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass",
          {},
          0};
-  const bool pieces = s.K == s.C && alignment % 16 == 0 && whole_rows(s.H, s.W, s.x) && whole_rows(s.P, s.Q, s.y);
+  const bool pieces = s.K == s.C && alignment % 16 == 0 && dense_rows(s);
   p.tile.vec = pieces ? static_cast<int>(16 / element_size(dtype)) : 1;
   cut_rows(p, s, grad_weight_nchw(s, dtype).chunks, s.N, (s.R == 7 ? 3 : 4) * kMultiprocessors);
   return p;

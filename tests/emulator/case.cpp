@@ -138,6 +138,7 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
     p.kernel = static_cast<Kernel>(index_of(kKernels, kernel));
     p.name = "chosen by hand";
     p.tile = {};
+    p.copies = {};
   }
   Tile& t = p.tile;
   const int planned_splits = t.splits;

@@ -12,8 +12,8 @@ int main() {
     const emulator::Case c = emulator::read_case(arguments);
     const bool separable = emulator::is_separable(arguments);
     const sepconv::Explanation plan = sepconv::cuda::explain(
-        separable ? emulator::make_separable_plan(c, emulator::read_pointwise(arguments, c), arguments)
-                  : emulator::make_plan(c, arguments));
+        c.map, separable ? emulator::make_separable_plan(c, emulator::read_pointwise(arguments, c), arguments)
+                         : emulator::make_plan(c, arguments));
     std::cout << plan.kernel << '\t' << plan.tile << '\t' << plan.reason << '\n';
   }
 }

@@ -88,7 +88,9 @@ Sizes bias_sizes(const ConvShape& s) { return {1, s.K, 1, 1}; }
 // op=separable. Empty: right.
 std::string run_separable(const Case& d, const Arguments& arguments, uint64_t seed) {
   const Case p = read_pointwise(arguments, d);
-  const ConvShape &ds = d.shape, &ps = p.shape;
+  const sepconv::cuda::Plan plan = make_separable_plan(d, p, arguments);
+  if (seed == 0) printf("plan: %s\n", plan.name);
+  const ConvShape ds = with_copies(d.shape, plan.copies), &ps = p.shape;
   const Sizes y_sizes{ps.N, ps.K, ps.P, ps.Q};
   Buffer x({ds.N, ds.C, ds.H, ds.W}, ds.x, d.dtype, d.offset), w({ds.K, 1, ds.R, ds.S}, ds.w, d.dtype, d.offset);
   Buffer v({ps.K, ps.C, 1, 1}, ps.w, d.dtype, d.offset), y(y_sizes, ps.y, d.dtype, d.offset);
@@ -99,8 +101,6 @@ std::string run_separable(const Case& d, const Arguments& arguments, uint64_t se
   Buffer* const first_bias = d.bias ? &w_bias : nullptr;
   Buffer* const second_bias = p.bias ? &v_bias : nullptr;
   const auto data = [](Buffer* buffer) { return buffer ? buffer->data() : nullptr; };
-  const sepconv::cuda::Plan plan = make_separable_plan(d, p, arguments);
-  if (seed == 0) printf("plan: %s\n", plan.name);
   Buffer workspace(0);
   const std::string failed = run_watched(seed, y, workspace, [&] {
     return sepconv::cuda::run_separable(plan, {ds, ps}, d.dtype,
@@ -140,7 +140,9 @@ std::string run_spatial(const Case& c, uint64_t seed) {
 
 // Empty: right.
 std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
-  const ConvShape& s = c.shape;
+  const sepconv::cuda::Plan plan = make_plan(c, arguments);
+  if (seed == 0) printf("plan: %s\n", plan.name);
+  const ConvShape s = with_copies(c.shape, plan.copies);  // what the kernel gets: copies are torch's
   const Sizes x_sizes{s.N, s.C, s.H, s.W}, y_sizes{s.N, s.K, s.P, s.Q}, w_sizes{s.K, s.channels_per_group(), s.R, s.S};
   Buffer x(x_sizes, s.x, c.dtype, c.offset), y(y_sizes, s.y, c.dtype, c.offset), w(w_sizes, s.w, c.dtype, c.offset);
   Buffer bias(bias_sizes(s), make_strides(bias_sizes(s), "contiguous"), c.dtype, c.offset);
@@ -154,8 +156,6 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   const bool has_bias = c.bias && c.map == Map::forward;
   const Activation activation = c.map == Map::forward ? c.activation : Activation::identity;
 
-  const sepconv::cuda::Plan plan = make_plan(c, arguments);
-  if (seed == 0) printf("plan: %s\n", plan.name);
   Buffer workspace(plan.workspace_bytes);  // not a byte larger than planned
 
   const std::string failed = run_watched(seed, out, workspace, [&] {

@@ -26,6 +26,12 @@ Strides make_strides(const Sizes& s, const std::string& layout) {
   if (layout == "sliced_last") {  // channels of a larger image, channels_last
     return {(s.c + 8) * s.h * s.w, 1, (s.c + 8) * s.w, s.c + 8};
   }
+  // A part of larger rows: planes (and channels_last).
+  if (layout == "cropped") return {s.c * (s.h + 2) * (s.w + 2), (s.h + 2) * (s.w + 2), s.w + 2, 1};
+  if (layout == "cropped_last") return {(s.h + 2) * (s.w + 2) * s.c, 1, (s.w + 2) * s.c, s.c};
+  // Gradients as autograd makes them behind sum and mean: for plans alone, as nothing can be written to them.
+  if (layout == "expanded") return {0, 0, 0, 0};
+  if (layout == "expanded_pixel") return {s.c, 1, 0, 0};
   if (layout == "strided") {
     const int64_t w = 2 * s.w, h = s.h + 1, c = s.c + 1;
     return {c * h * w, h * w, w, 2};
