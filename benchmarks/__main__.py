@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import console, layer_runs, layers, machine, models, overhead, pairs, peers, report
+from . import console, layer_runs, layers, machine, models, overhead, pairs, peers, report, views
 from . import record as records
 from .timing import Clock, clock_for
 
@@ -22,11 +22,12 @@ LATEST = Path(__file__).parent / "results" / "latest"
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    what = parser.add_argument_group("what (default: all four)")
+    what = parser.add_argument_group("what (default: the first four)")
     what.add_argument("--layers", action="store_true", help="single layers of layers.csv")
     what.add_argument("--models", nargs="*", metavar="NAME", help=f"networks; of {', '.join(models.MODELS)}")
     what.add_argument("--separable", action="store_true", help="pairs of depthwise and 1x1 layers, and their memory")
     what.add_argument("--overhead", action="store_true", help="host time a call")
+    what.add_argument("--views", action="store_true", help="tensors that are not dense: op x map x view")
     parser.add_argument(
         "--quick", action="store_true", help="few repetitions; with --layers alone: every depthwise layer"
     )
@@ -78,7 +79,8 @@ def _list_of(known):
 
 def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     cuda = options.device.type == "cuda"
-    everything = not (options.layers or options.separable or options.overhead or options.models is not None)
+    parts = (options.layers, options.separable, options.overhead, options.views, options.models is not None)
+    everything = not any(parts)
     bar_check = options.layers and options.quick and not cuda
     options.layers |= everything
     options.separable |= everything
@@ -89,7 +91,11 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
         options.models = list(models.MODELS)
     options.all |= bar_check
     options.kinds = options.kinds or (["depthwise"] if bar_check else list(layers.KINDS))
-    options.dtype = options.dtype or (["float32", "float16"] if cuda else ["float32"])
+    only_views = sum(parts) == 1 and options.views
+    options.dtype = options.dtype or (
+        ["float32", "float16"] if cuda else ["float32", "bfloat16"] if only_views else ["float32"]
+    )
+    options.view_batch = options.batch or (64 if cuda else 4)
     options.model_batch = options.batch or (64 if cuda else 2 if options.quick else 4)
     options.batch = options.batch or (64 if cuda else 8)
     options.threads = options.threads or machine.default_threads(options.device)
@@ -163,6 +169,20 @@ def measure(options: argparse.Namespace, record: dict) -> None:
         with console.progress("host time", 2 * len(overhead.CASES)) as advance:
             for row in overhead.run(device, advance, 0.5 if options.quick else 1.5):
                 record["overhead"].append(row)
+    if options.views:
+        plan = views.Plan(
+            clock=clock,
+            device=device,
+            layers=views.LAYERS,
+            dtypes=dtypes,
+            thread_counts=options.threads,
+            maps=tuple(options.maps),
+            batch=options.view_batch,
+            budget=options.budget / (4 if options.quick else 8),
+        )
+        with console.progress("views", len(plan)) as advance:
+            for row in views.run(plan, advance):
+                record["views"].append(row)
 
 
 def _rate(device: torch.device, clock: Clock, thread_count: int, name: str) -> float:

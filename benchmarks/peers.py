@@ -189,6 +189,7 @@ def explain(layer: Layer, map: str, operands: Operands) -> dict:
         dilation=layer.dilation,
         groups=layer.groups,
         map=map,
+        grad_output=None if map == "forward" else operands.g,
     )
     return {"kernel": said.kernel, "reason": said.reason, "aten": bool(said.aten)}
 

@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FORMAT = "sepconv_ext benchmark record, version 1"
-LISTS = ("layers", "pairs", "models", "overhead")  # the long lists, written one row a line
+LISTS = ("layers", "pairs", "models", "overhead", "views")  # the long lists, written one row a line
 
 LOSING = 0.97  # a speed-up below this is a loss; what looks like one is measured again, longer, before it is called one
+
+VIEW_BAR = 0.95  # the same for a view, over a dense copy and the same call, and over torch
 
 # What the CPU kernels are held to: geometric means over the depthwise layers, float32, batch 8, against oneDNN.
 CPU_BARS = {"forward": 1.2, "grad_input": 1.2, "grad_weight": 4.0}
@@ -48,7 +50,7 @@ def losses(rows: Iterable[dict]) -> list[dict]:
 
 def disagreements(record: dict) -> list[dict]:
     """Rows whose result was wrong, or that our side could not run at all."""
-    rows = (*record["layers"], *record.get("pairs", ()), *record["models"])
+    rows = (*record["layers"], *record.get("pairs", ()), *record["models"], *record.get("views", ()))
     return [row for row in rows if not row["agrees"] or row["seconds"] is None]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import console, plots
-from .record import LOSING, bars, disagreements, dumps, geometric_mean, losses, timed
+from .record import LOSING, VIEW_BAR, bars, disagreements, dumps, geometric_mean, losses, timed
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def tables(record: dict) -> list[Table]:
         found.append(_models(record["models"]))
     if record["overhead"]:
         found.append(_overhead(record["overhead"]))
+    if record.get("views"):  # likewise
+        found += [_views(record["views"]), _slow_views(record["views"])]
     found.append(_trouble(record))
     return [table for table in found if table is not None]
 
@@ -281,15 +283,57 @@ def _overhead(rows: list[dict]) -> Table:
     return Table("Host time a call", ("call", "ours", "torch", "ratio"), shown, note)
 
 
+def _views(rows: list[dict]) -> Table:
+    """Op x map x view, over layouts, dtypes and thread counts."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["layer"], row["map"], row["view"]), []).append(row)
+    shown = []
+    for group, part in groups.items():
+        figures = []
+        for peer in ("over_copy", "over_torch"):
+            ups = [row[peer] for row in part if row[peer] is not None]
+            figures += [_x(geometric_mean(ups)), _x(min(ups))] if ups else ["-", "-"]
+        kernels = " / ".join(dict.fromkeys(row["kernel"] for row in part if row["kernel"]))
+        shown.append((*group, str(len(part)), *figures, kernels or "-"))
+    columns = ("op", "map", "view", "rows", "over a copy", "worst", "over torch", "worst", "kernels")
+    note = (
+        "Speed-up over a dense copy and our own call on it, and over torch on the same view: geometric mean and least "
+        "of both layouts, the dtypes and the thread counts. One operand is a view; the others are dense."
+    )
+    return Table("Views", columns, shown, note)
+
+
+def _slow_views(rows: list[dict]) -> Table:
+    slow = [(min(up for up in (row["over_copy"], row["over_torch"], 1e9) if up is not None), row) for row in rows]
+    slow = sorted((pair for pair in slow if pair[0] < VIEW_BAR), key=lambda pair: pair[0])
+    where = ("layer", "map", "view", "layout", "dtype", "threads")
+    columns = ("op", *where[1:], "ours", "over a copy", "over torch", "kernel", "reason")
+    shown = [
+        (
+            *(str(row[key]) for key in where),
+            _time(row["seconds"]),
+            _x(row["over_copy"]),
+            _x(row["over_torch"]),
+            row["kernel"] or "-",
+            row["reason"] or "-",
+        )
+        for _, row in slow
+    ]
+    note = "" if shown else f"None: no view is slower than {VIEW_BAR} times its copy or torch, of {len(rows)} rows."
+    return Table(f"Losing views (below {VIEW_BAR}x, measured twice)", columns, shown, note)
+
+
 def _trouble(record: dict) -> Table:
     rows = []
     for row in disagreements(record):
         what = row.get("layer") or row["model"]
         why = next((text for name, text in row["errors"].items() if name.startswith("sepconv")), "")
         why = why or f"difference {row['difference']:.2e}"
-        rows.append((what, row.get("map") or row["mode"], row["dtype"], row["layout"], str(row["threads"]), why))
+        of = " ".join(filter(None, (row.get("map") or row["mode"], row.get("view"))))
+        rows.append((what, of, row["dtype"], row["layout"], str(row["threads"]), why))
     lines = []
-    for row in (*record["layers"], *record.get("pairs", ()), *record["models"]):
+    for row in (*record["layers"], *record.get("pairs", ()), *record["models"], *record.get("views", ())):
         lines += [f"{name}: {text}" for name, text in row["errors"].items() if not name.startswith("sepconv")]
     lines = [f"- {text} ({lines.count(text)} rows)" for text in dict.fromkeys(lines)]
     lines = [f"- skipped: {text}" for text in record["skipped"]] + lines

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as benchmark
-from benchmarks import console, layer_runs, layers, machine, models, pairs, peers, plots, record, report, timing
+from benchmarks import console, layer_runs, layers, machine, models, pairs, peers, plots, record, report, timing, views
 from benchmarks.layers import Layer, floor
 
 README = Path(benchmark.__file__).with_name("README.md").read_text()
@@ -204,7 +204,8 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(lock, "__allow_nonbracketed_mutation_flag", True)
     monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e11)
     monkeypatch.setattr(pairs, "load", lambda: [pairs.Pair(8, 12, 9, 3, 2, 1)])
-    arguments = ["--layers", "--separable", "--all"]
+    monkeypatch.setattr(views, "LAYERS", tuple(tiny))
+    arguments = ["--layers", "--separable", "--all", "--views"]
     arguments += ["--models", "mobilenet_v2", "--overhead", "--quick", "--device", "cpu"]
     arguments += ["--kinds", "depthwise,pointwise", "--threads", "1", "--batch", "2", "--out", str(tmp_path)]
     code = benchmark.main(arguments)
@@ -213,12 +214,21 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     assert len(written["layers"]) == 2 * 2 * 3 and len(written["models"]) == 2 * 2
     assert len(written["overhead"]) == 2 * len(benchmark.overhead.CASES)
     assert len(written["pairs"]) == 2 * 2
+    of_maps = {map: sum(line["map"] == map for line in written["views"]) for map in layers.MAPS}
+    inputs, gradients = (sum(view.operand == operand for view in views.VIEWS) for operand in "xg")
+    fused = 2  # the separable and the spatial op
+    assert of_maps == {
+        "forward": 2 * inputs * (len(tiny) + fused),
+        "grad_input": 2 * gradients * len(tiny),
+        "grad_weight": 2 * (inputs + gradients) * len(tiny),
+    }
     fixed = set(re.findall(r"`(\w+)`", README))
-    for part in ("layers", "pairs", "models", "overhead"):
+    for part in ("layers", "pairs", "models", "overhead", "views"):
         assert {field for line in written[part] for field in line} <= fixed
     assert set(written) | set(written["machine"]) <= fixed
     timed = (*written["layers"], *written["pairs"], *written["models"])
     assert all(line["agrees"] and line["speedup"] > 0 for line in timed)
+    assert all(line["agrees"] and line["over_copy"] > 0 and line["over_torch"] > 0 for line in written["views"])
     for line in written["pairs"]:  # the output is [2, 12, 5, 5], what lies between the stages [2, 8, 5, 5]
         held = line["held_bytes"]
         if line["mode"] == "training":
