@@ -24,9 +24,9 @@ PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) \
 INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-emulator test-mutations bench train-digits docs docs-data lint format clean
+.PHONY: help build test test-emulator test-mutations fuzz bench train-digits docs docs-data lint format clean
 help:
-	@echo "make test | bench | train-digits | test-emulator | test-mutations | build"
+	@echo "make test | bench | train-digits | test-emulator | test-mutations | fuzz | build"
 	@echo "make docs | docs-data | lint | format | clean"
 	@echo "make gpu (= gpu-build gpu-test gpu-sanitize gpu-bench): on a machine with a GPU, with its own python3"
 
@@ -59,6 +59,30 @@ test-emulator: build
 # Plants every fault of tests/emulator/mutate.py in the CUDA kernels; `make test` takes a sample of them.
 test-mutations: build
 	MUTANTS=all $(PY) -m pytest -s tests/test_mutations.py $(ARGS)
+
+# Random calls for FUZZ_SECONDS: one half of them of the CPU kernels alone, under AddressSanitizer, the other of the
+# package as users call it. Each failure prints the line that repeats it; FUZZ_FIRST is the first call's number.
+FUZZ_SECONDS ?= 600
+FUZZ_SANITIZE ?= address
+# The sanitizer's checks as calls compile in half of the time of checks in line.
+FUZZ_CXXFLAGS := -std=c++20 -O1 -g1 -fno-omit-frame-pointer -fsanitize=$(FUZZ_SANITIZE) -ffp-contract=fast \
+  --param=asan-instrumentation-with-call-threshold=0 -fno-math-errno -DEMULATOR_ASAN -Wno-psabi -pthread
+FUZZ_OBJECTS := $(patsubst %.cpp,build/fuzz/%.o,$(filter-out %bindings.cpp,$(wildcard csrc/cpu/*.cpp)) \
+  $(wildcard tests/fuzz/*.cpp) tests/emulator/reference.cpp tests/emulator/tensor.cpp)
+
+build/fuzz/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(FUZZ_CXXFLAGS) -MMD -MP -c $< -o $@
+
+build/fuzz/kernels: $(FUZZ_OBJECTS)
+	$(CXX) -fsanitize=$(FUZZ_SANITIZE) -pthread $^ -o $@
+
+-include $(FUZZ_OBJECTS:.o=.d)
+
+fuzz: build
+	$(MAKE) --no-print-directory -j$(shell nproc) build/fuzz/kernels
+	build/fuzz/kernels $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_FIRST)
+	OMP_WAIT_POLICY=passive $(PY) tests/fuzz/calls.py $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_FIRST)
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)

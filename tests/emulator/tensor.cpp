@@ -1,8 +1,6 @@
 #include "tensor.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -55,8 +53,8 @@ double read_element(const void* p, DType d, int64_t i) {
   switch (d) {
     case DType::float64: return static_cast<const double*>(p)[i];
     case DType::float32: return static_cast<const float*>(p)[i];
-    case DType::float16: return __half2float(static_cast<const __half*>(p)[i]);
-    case DType::bfloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+    case DType::float16: return static_cast<const _Float16*>(p)[i];
+    case DType::bfloat16: return std::bit_cast<float>(uint32_t{static_cast<const uint16_t*>(p)[i]} << 16);
   }
   return 0;
 }
@@ -65,8 +63,14 @@ void write_element(void* p, DType d, int64_t i, double v) {
   switch (d) {
     case DType::float64: static_cast<double*>(p)[i] = v; return;
     case DType::float32: static_cast<float*>(p)[i] = static_cast<float>(v); return;
-    case DType::float16: static_cast<__half*>(p)[i] = __double2half(v); return;
-    case DType::bfloat16: static_cast<__nv_bfloat16*>(p)[i] = __double2bfloat16(v); return;
+    case DType::float16: static_cast<_Float16*>(p)[i] = static_cast<_Float16>(v); return;
+    case DType::bfloat16: {
+      int exponent = 0;  // rounded to the 8 bits of its significand, the value is a float exactly
+      const double significand = std::nearbyint(std::ldexp(std::frexp(v, &exponent), 8));
+      const float rounded = static_cast<float>(std::ldexp(significand, exponent - 8));
+      static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16);
+      return;
+    }
   }
 }
 
