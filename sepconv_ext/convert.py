@@ -10,11 +10,12 @@ is a single Conv2d) stay exactly what they were.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import CellType, FunctionType
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from . import fuse as chains
 from .cost import Cost, cost
@@ -25,6 +26,7 @@ from .report import Entry, Report
 __all__ = ["Entry", "Report", "convert_", "revert_"]
 
 _OURS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 # The class that a converted module had, kept on the module so that a copy or an unpickled model can be reverted too.
 _ORIGINAL = "_sepconv_original_class"
@@ -91,8 +93,7 @@ def convert_(
             reason = "filter_fn said no"
         if reason is None:
             module.__dict__[_ORIGINAL] = type(module)
-            ours = _OURS[_torch_class(module)]
-            module.__class__ = ours if type(module) in _OURS else _rebased(type(module), ours)
+            module.__class__ = _rebased(type(module), _OURS)
             report.replaced.append(Entry(name, family, module.extra_repr()))
         else:
             report.skipped.append(Entry(name, family, module.extra_repr(), reason))
@@ -115,13 +116,9 @@ def revert_(model: nn.Module) -> int:
     converted = [module for module in model.modules() if _ORIGINAL in module.__dict__]
     for module in converted:
         original = module.__dict__.pop(_ORIGINAL)
-        current = type(module)
-        if current in _OURS.values():
-            module.__class__ = _torch_class(module)
-        elif original.__dict__.keys() == current.__dict__.keys():
-            module.__class__ = original
-        else:  # parametrizations were added or removed since
-            module.__class__ = _rebased(current, _torch_class(module))
+        reverted = _rebased(type(module), _TORCHS)
+        # Another one where parametrizations or fully_shard came to the class, or went, since.
+        module.__class__ = original if _is_alike(original, reverted) else reverted
     return len(converted)
 
 
@@ -196,11 +193,6 @@ def _costs(model: nn.Module, fused: Sequence[Chain], before: Cost | None) -> dic
     return costs
 
 
-def _torch_class(module: nn.Module) -> type[nn.Module]:
-    """The class of torch.nn that the module is of, whatever subclass it is."""
-    return nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-
-
 def _is_convolution(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("Conv1d", "Conv2d")
@@ -236,30 +228,62 @@ def _refusal(module: nn.Module, family: str) -> str | None:
         return "quantised"
     if chains.chain_of(module) is not None:
         return "fused before"
-    if not _is_plain(module):
+    if not _is_plain(type(module)):
         return f"a class of its own: {type(module).__module__}.{type(module).__qualname__}"
     if getattr(module, "qconfig", None) is not None:
         return "prepared for quantisation, which goes by the class"
     if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return "its forward was replaced on the instance"
     for tensor in (*module.parameters(), *module.buffers()):
-        if type(tensor) not in (nn.Parameter, torch.Tensor):
+        if type(tensor) not in (nn.Parameter, torch.Tensor) and not _is_dtensor(tensor):
             return f"its weight is a tensor subclass: {type(tensor).__name__}"
         if not tensor.is_floating_point():
             return f"no kernel for {tensor.dtype}"
     return _DENSE if family == "dense" else None
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """One of torch's own classes, or the class that torch.nn.utils.parametrize puts in its place."""
-    cls = type(module)
-    return cls in _OURS or (cls.__bases__ == (_torch_class(module),) and parametrize.is_parametrized(module))
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and type(tensor) is tensors.DTensor
 
 
-def _rebased(cls: type, base: type) -> type:
-    """A copy of the class that parametrize made for one module, with another base.
+def _is_plain(cls: type) -> bool:
+    """One of torch's own classes, or what torch itself puts over it, as parametrize, fully_shard and replicate do."""
+    if cls in _OURS:
+        return True
+    overrides = not {"forward", "_conv_forward"}.isdisjoint(vars(cls))
+    return cls.__module__.startswith("torch.") and not overrides and _is_plain(cls.__bases__[-1])
 
-    A copy, because deep copies of the module share the class and must not change with it.
+
+def _rebased(cls: type, exchanged: Mapping[type, type]) -> type:
+    """The class with others in the place of some that it is derived from.
+
+    A copy where it is not one of them itself: deep copies of a module share the class and must not change with it.
     """
+    if cls in exchanged or exchanged.keys().isdisjoint(cls.__mro__):
+        return exchanged.get(cls, cls)
     attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, (base,), attributes)
+    copy = type(cls)(cls.__name__, tuple(_rebased(base, exchanged) for base in cls.__bases__), attributes)
+    for name, value in attributes.items():  # a method that calls super() knows its class
+        if isinstance(value, FunctionType) and "__class__" in value.__code__.co_freevars:
+            setattr(copy, name, _of_class(value, copy))
+    return copy
+
+
+def _of_class(method: FunctionType, cls: type) -> FunctionType:
+    """The method as if it had been written in another class's body."""
+    cells = zip(method.__code__.co_freevars, method.__closure__, strict=True)
+    closure = tuple(CellType(cls) if name == "__class__" else cell for name, cell in cells)
+    copy = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, closure)
+    copy.__kwdefaults__ = method.__kwdefaults__
+    copy.__dict__.update(method.__dict__)
+    return copy
+
+
+def _is_alike(cls: type, other: type) -> bool:
+    """Whether one class is the other, or a copy of it by _rebased."""
+    if cls is other:
+        return True
+    if len(cls.__bases__) != len(other.__bases__) or vars(cls).keys() != vars(other).keys():
+        return False
+    return cls.__name__ == other.__name__ and all(map(_is_alike, cls.__bases__, other.__bases__))

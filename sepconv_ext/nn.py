@@ -17,23 +17,37 @@ from .reference import ACTIVATIONS
 __all__ = ["Conv1d", "Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d", "SpatialSeparableConv2d"]
 
 
-class Conv2d(nn.Conv2d):
+class _Unscriptable:
+    """A layer that torch.jit.script, which reads Python, cannot read."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"torch.jit.script cannot read sepconv_ext's {type(self).__name__}: if convert_ put it there, call "
+            "sepconv_ext.revert_(model) first, else build the model of torch.nn's layers; "
+            "torch.jit.trace and torch.export take it as it is"
+        )
+
+
+class Conv2d(_Unscriptable, nn.Conv2d):
     """A torch.nn.Conv2d whose convolution is `sepconv_ext.functional.conv2d`.
 
     Arguments, defaults, attributes, initialisation, state_dict and printed form are torch.nn.Conv2d's, and so is every
     `padding_mode`, for which no padded copy is made (`sepconv_ext.functional.padded_conv2d`). Input [N, C, H, W] or
     [C, H, W]; output [N, K, P, Q] or [K, P, Q] in the layout that torch.nn.Conv2d gives; channels_last stays so under
-    padding_mode="circular" too, where torch's padded copy loses it.
+    padding_mode="circular" too, where torch's padded copy loses it. While torch.nn.functional.conv2d is another
+    function than torch's (a profiler counts its calls), that one is called.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if F.conv2d is not torch.conv2d:
+            return super()._conv_forward(input, weight, bias)
         arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if self.padding_mode == "zeros":
             return functional.conv2d(*arguments)
         return functional.padded_conv2d(*arguments, padding_mode=self.padding_mode)
 
 
-class Conv1d(nn.Conv1d):
+class Conv1d(_Unscriptable, nn.Conv1d):
     """A torch.nn.Conv1d whose convolution is `sepconv_ext.functional.conv1d`, with causal padding besides.
 
     Args:
@@ -46,7 +60,8 @@ class Conv1d(nn.Conv1d):
         ValueError: an unknown padding or padding_mode.
 
     Input [N, C, L] or [C, L]; output [N, K, Q] or [K, Q], in the memory order [N, Q, K] where the input lies as
-    [N, L, C]. The state_dict is torch.nn.Conv1d's.
+    [N, L, C]. The state_dict is torch.nn.Conv1d's. While torch.nn.functional.conv1d is another function than torch's,
+    that one is called, except with "causal" padding.
     """
 
     def __init__(
@@ -82,6 +97,8 @@ class Conv1d(nn.Conv1d):
             self._reversed_padding_repeated_twice = [self.dilation[0] * (self.kernel_size[0] - 1), 0]
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if F.conv1d is not torch.conv1d and self.padding != "causal":
+            return super()._conv_forward(input, weight, bias)
         arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if self.padding_mode == "zeros":
             return functional.conv1d(*arguments)
@@ -191,7 +208,7 @@ class PointwiseConv2d(_FusedConv2d):
         return functional.pointwise_conv2d(input, weight, bias, activation=self.activation)
 
 
-class SeparableConv2d(nn.Module):
+class SeparableConv2d(_Unscriptable, nn.Module):
     """A depthwise-separable convolution: depthwise -> [norm] -> activation -> pointwise -> [norm] -> activation.
 
     Without norms, and with norms in eval(), all of it is one `functional.separable_conv2d`, the norms folded into the
@@ -335,7 +352,7 @@ def _same(kernel_size: Any, stride: Any, dilation: Any) -> str | tuple[int, int]
     return "same"
 
 
-class SpatialSeparableConv2d(nn.Module):
+class SpatialSeparableConv2d(_Unscriptable, nn.Module):
     """A filter down the columns of each channel and then one along its rows, in one pass through memory.
 
     Equal to a depthwise convolution whose filter is the product `column[c, :, None] * row[c]`, at R + S products a

@@ -9,6 +9,11 @@ from . import _table
 
 __all__ = ["Entry", "Report"]
 
+# What finds no convolution, without a word, in a model whose convolutions are of other classes and ops than torch's.
+_NOTE = (
+    "revert_(model) comes before tools that go by the class nn.Conv2d or the op aten.conv2d: quantisation (eager, FX, "
+    "PT2E), fuse_modules, FLOP counters by class, initialisation by type(m), torch.jit.script, ONNX."
+)
 _COLUMNS = ("outcome", "family", "count", "modules")
 _COST_COLUMNS = ("cost", "before", "after")
 
@@ -88,13 +93,18 @@ class Report:
             tables.append(("as it runs, in eval()", _COST_COLUMNS, rows, _COST_COLUMNS[1:]))
         return tables
 
+    @property
+    def note(self) -> str:
+        """What the replaced convolutions are not found by; empty where nothing was replaced or fused."""
+        return _NOTE if self.replaced or self.fused else ""
+
     def __rich__(self):
         from rich.console import Group
 
-        return Group(*(_table.rich_table(*table) for table in self._tables()))
+        return Group(*(_table.rich_table(*table) for table in self._tables()), self.note)
 
     def __str__(self) -> str:
-        return "\n".join(_table.text(*table) for table in self._tables())
+        return "\n".join([*(_table.text(*table) for table in self._tables()), *filter(None, [self.note])])
 
     __repr__ = __str__
 

@@ -248,6 +248,109 @@ def test_parametrized_class_comes_back_itself() -> None:
     assert type(layer) is cls
 
 
+def test_what_others_put_into_the_class_stays() -> None:
+    """A class made at run time over ours, with methods of its own: reverted, it is the same over torch's."""
+    layer, sibling = nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=4)
+    x = random((1, 4, 6, 6), torch.float32, "cpu")
+    expected = 2 * layer(x)
+    convert_(layer)
+    convert_(sibling)
+
+    class Mixed:
+        tag = "mixed"
+
+    class Doubled(Mixed, type(layer)):
+        def forward(self, x: torch.Tensor, *, factor: int = 2) -> torch.Tensor:
+            return factor * super().forward(x)
+
+    class Named(Doubled):
+        name = "named"
+
+    layer.__class__ = sibling.__class__ = Named
+    with only_our_kernels():
+        torch.testing.assert_close(layer(x), expected)
+    assert revert_(layer) == 1
+    with strictness(True):
+        sepconv_ext.reset_kernel_counts()
+        torch.testing.assert_close(layer(x), expected)
+        assert sepconv_ext.kernel_counts() == {}
+    assert not isinstance(layer, sepconv_ext.nn.Conv2d) and isinstance(layer, nn.Conv2d) and isinstance(layer, Mixed)
+    assert type(layer).__name__ == "Named" and layer.name == "named" and layer.tag == "mixed"
+    assert type(sibling) is Named  # a class is shared by whoever made it; the other layer keeps it
+    with only_our_kernels():
+        sibling(x)
+
+
+# --- tools that go by a class or an op ---
+
+
+def test_scripting_says_what_to_do() -> None:
+    layers = (sepconv_ext.nn.SeparableConv2d(4, 4, 3), sepconv_ext.nn.SpatialSeparableConv2d(4, 3))
+    for layer in (nn.Conv2d(4, 4, 3, groups=4), nn.Conv1d(4, 4, 3, groups=4), *layers):
+        model = nn.Sequential(layer, nn.ReLU())
+        convert_(model)
+        with pytest.raises(RuntimeError, match="revert_"):
+            torch.jit.script(model)
+        if revert_(model):
+            torch.jit.script(model)
+
+
+@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_a_replaced_function_of_torch_is_called(
+    cls: type, padding_mode: str, monkeypatch: pytest.MonkeyPatch, x: torch.Tensor
+) -> None:
+    """As profilers do to count: DeepSpeed's, for example."""
+    layer = cls(3, 3, 3, padding=1, groups=3, padding_mode=padding_mode)
+    x = x if cls is nn.Conv2d else x[..., 0]
+    expected, called, name = layer(x), [], cls.__name__.lower()
+    torchs = getattr(torch.nn.functional, name)
+    convert_(layer)
+    monkeypatch.setattr(torch.nn.functional, name, lambda *a, **k: called.append(name) or torchs(*a, **k))
+    torch.testing.assert_close(layer(x), expected)
+    assert called == [name]
+    monkeypatch.undo()
+    with only_our_kernels():
+        torch.testing.assert_close(layer(x), expected)
+    assert called == [name]
+
+
+def test_a_causal_layer_has_no_function_of_torchs(monkeypatch: pytest.MonkeyPatch, x: torch.Tensor) -> None:
+    layer = sepconv_ext.nn.Conv1d(3, 3, 3, padding="causal", groups=3)
+    expected = layer(x[..., 0])
+    monkeypatch.setattr(torch.nn.functional, "conv1d", lambda *_: None)
+    torch.testing.assert_close(layer(x[..., 0]), expected)
+
+
+def test_the_report_names_what_needs_revert() -> None:
+    report = convert_(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)))
+    for word in ("revert_", "quantisation", "FLOP", "jit.script"):
+        assert word in report.note and word in str(report)
+    assert convert_(nn.Linear(2, 2)).note == ""
+
+
+def quantised(model: nn.Module, x: torch.Tensor) -> int:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    prepared = prepare_fx(copy.deepcopy(model).eval(), get_default_qconfig_mapping("x86"), (x,))
+    prepared(x)
+    return sum(type(m).__module__.startswith("torch.ao.nn.quantized") for m in convert_fx(prepared).modules())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_revert_is_the_way_to_quantisation(x: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.ReLU(), nn.Conv2d(3, 4, 1))
+    expected = quantised(model, x)
+    assert expected > 0
+    convert_(model)
+    revert_(model)
+    assert quantised(model, x) == expected
+
+
+# --- weights that are hooks' and attributes' ---
+
+
 def test_pruning_and_old_style_weight_norm() -> None:
     """Both work through hooks and plain attributes."""
     for wrap in (

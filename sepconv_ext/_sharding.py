@@ -1,0 +1,85 @@
+"""The ops on DTensors: the placements that they take and give are those of torch's own convolution.
+
+On each dimension of a mesh the images of a batch may be sharded, or everything may be replicated; DTensor brings what
+comes otherwise to one of the two. A gradient by the weight is then a sum over the shards.
+
+Nobody waits for torch.distributed.tensor who does not use it: the strategies are registered as soon as it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from itertools import zip_longest
+from types import ModuleType
+
+import torch
+
+_DTENSOR = "torch.distributed.tensor"
+
+# What each op's results and tensor arguments are where a batch is sharded: "b"atched images, a "r"eplicated filter, or
+# the "s"um over the shards.
+_ROLES = {
+    "conv2d": ("b", "brr"),
+    "conv2d_grad_input": ("b", "br"),
+    "conv2d_grad_weight": ("s", "bb"),
+    "conv2d_both_grads": ("bs", "bbr"),
+    "separable_conv2d": ("b", "brrrr"),
+    "separable_conv2d_training": ("bb", "brrrr"),
+    "spatial_separable_conv2d": ("b", "brr"),
+}
+# Sizes that an op is told of its result, and the strides: a shard's own are smaller.
+_SIZES = {"conv2d_grad_input": (2, 3)}
+
+
+def register_strategies() -> None:
+    """Tells DTensor how the ops are sharded."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+    from torch.distributed.tensor.experimental import register_sharding
+
+    sharded = {"b": Shard(0), "r": Replicate(), "s": Partial()}
+    propagator = DTensor._op_dispatcher.sharding_propagator
+
+    def register(op: torch._ops.OpOverload, results: str, tensors: str) -> None:
+        def strategies(*arguments: object) -> Sequence[tuple[list, list]]:
+            given = [role if a is not None else None for role, a in zip_longest(tensors, arguments)]
+
+            def placed(placement: dict) -> tuple[list, list]:
+                return [placement[role] for role in results], [placement.get(role) for role in given]
+
+            return [placed(dict.fromkeys("brs", Replicate())), placed(sharded)]
+
+        register_sharding(op)(strategies)
+        # A result's size depends on all the other arguments, not only on those that are single numbers.
+        propagator.op_to_schema_info[op] = RuntimeSchemaInfo(len(tensors), needs_pytree=True)
+
+    for name, (results, tensors) in _ROLES.items():
+        register(getattr(torch.ops.sepconv_ext, name).default, results, tensors)
+    for name, places in _SIZES.items():
+        propagator.op_to_shape_and_stride_idx[getattr(torch.ops.sepconv_ext, name).default] = places
+
+
+class _AfterImport:
+    """Lets the other finders find torch.distributed.tensor, and registers the strategies once it is there."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name != _DTENSOR:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            register_strategies()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if _DTENSOR in sys.modules:
+    register_strategies()
+else:
+    sys.meta_path.insert(0, _AfterImport())
