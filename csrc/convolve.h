@@ -187,7 +187,9 @@ template <typename Device, typename Plan>
 at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
   if (plan.is_torchs()) {
     count_aten(plan.reason);
-    return as_promised(call, Device::aten(plan, call));
+    const at::Tensor computed =
+        plan.copies.any() ? Device::aten(plan, with_copies(call, plan.copies)) : Device::aten(plan, call);
+    return as_promised(call, computed);
   }
   const PaddingMode mode = call.args.padding_mode;
   const BorderExtent border = border_extent(call.map, call.shape, mode);
