@@ -5,8 +5,10 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 
 #include <array>
+#include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "spatial_passes.h"
 
 #if defined(__linux__)
@@ -20,24 +22,49 @@ using at::Tensor;
 using c10::SymInt;
 using c10::SymIntArrayRef;
 
-const std::array<SymInt, 2> kNoPadding{0, 0};
+constexpr std::string_view kZeros = "zeros";
 
-// ATen pads both sides alike. Padding of (top, bottom, left, right) becomes the part that both sides share, and what is
-// missing at each side, in the order of constant_pad_nd (left, right, top, bottom).
+using Entries = c10::SymDimVector;  // one a spatial dimension, or two
+
+// The spatial dimensions of a call: 2 for images, 1 for sequences.
+size_t dims_of(SymIntArrayRef stride) { return stride.size(); }
+
+Entries no_padding(SymIntArrayRef stride) { return Entries(dims_of(stride), SymInt(0)); }
+
+// The zeros before and after a spatial dimension, of padding with one entry a dimension or two.
+std::pair<const SymInt&, const SymInt&> sides(SymIntArrayRef padding, size_t dims, size_t dim) {
+  if (padding.size() == dims) return {padding[dim], padding[dim]};
+  return {padding[2 * dim], padding[2 * dim + 1]};
+}
+
+// The same for all dimensions as torch's padding functions take it: the last one first.
+Entries sides_from_last(SymIntArrayRef padding, size_t dims) {
+  Entries all;
+  for (size_t dim = dims; dim-- > 0;) {
+    const auto [before, after] = sides(padding, dims, dim);
+    all.push_back(before), all.push_back(after);
+  }
+  return all;
+}
+
+// ATen pads both sides alike. Other padding becomes the part that both sides share, and what is missing at each side, in
+// the order of constant_pad_nd.
 struct Padding {
-  std::array<SymInt, 2> shared;
-  std::array<SymInt, 4> extra;
+  Entries shared, extra;
   bool asymmetric = false;
 
-  explicit Padding(SymIntArrayRef padding) {
-    if (padding.size() == 2) {
-      shared = {padding[0], padding[1]};
+  Padding(SymIntArrayRef padding, size_t dims) {
+    if (padding.size() == dims) {
+      shared = Entries(padding.begin(), padding.end());
       return;
     }
-    const SymInt &top = padding[0], &bottom = padding[1], &left = padding[2], &right = padding[3];
-    shared = {top.min(bottom), left.min(right)};
-    extra = {left - shared[1], right - shared[1], top - shared[0], bottom - shared[0]};
-    asymmetric = extra[0] != 0 || extra[1] != 0 || extra[2] != 0 || extra[3] != 0;
+    extra = sides_from_last(padding, dims);
+    for (size_t dim = 0; dim < dims; ++dim) {
+      SymInt &before = extra[2 * (dims - 1 - dim)], &after = extra[2 * (dims - 1 - dim) + 1];
+      shared.push_back(before.min(after));
+      before = before - shared[dim], after = after - shared[dim];
+      asymmetric = asymmetric || before != 0 || after != 0;
+    }
   }
 
   Tensor apply(const Tensor& image) const { return asymmetric ? at::constant_pad_nd_symint(image, extra, 0) : image; }
@@ -80,64 +107,84 @@ Tensor layout_only(SymIntArrayRef size, SymIntArrayRef stride, const Tensor& gra
   return at::empty_strided_symint(size, stride, grad_output.options());
 }
 
-// The results of ATen's backward that are asked for, (by input, by weight).
+// Strides without gaps, of an image in torch's channels_last or of anything else in the order of its dimensions.
+Entries dense_strides(const Entries& size, at::MemoryFormat format) {
+  if (format == at::MemoryFormat::ChannelsLast) {
+    return {size[1] * size[2] * size[3], SymInt(1), size[3] * size[1], size[1]};
+  }
+  Entries strides(size.size(), SymInt(1));
+  for (size_t dim = size.size() - 1; dim-- > 0;) strides[dim] = strides[dim + 1] * size[dim + 1];
+  return strides;
+}
+
+// The results of ATen's backward that are asked for, (by input, by weight). It knows batches only.
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                     SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                                     const SymInt& groups, bool by_input, bool by_weight) {
-  const std::array<SymInt, 2> no_output_padding{0, 0};
-  auto grads =
-      at::convolution_backward_symint(grad_output, input, weight, c10::nullopt, stride, padding, dilation,
-                                      /*transposed=*/false, no_output_padding, groups, {by_input, by_weight, false});
-  return {std::get<0>(grads), std::get<1>(grads)};
+  const bool batched = input.dim() == weight.dim();
+  const auto batch = [&](const Tensor& t) { return batched ? t : t.unsqueeze(0); };
+  auto [grad_input, grad_weight, none] =
+      at::convolution_backward_symint(batch(grad_output), batch(input), weight, c10::nullopt, stride, padding, dilation,
+                                      /*transposed=*/false, no_padding(stride), groups, {by_input, by_weight, false});
+  return {batched || !by_input ? grad_input : grad_input.squeeze(0), grad_weight};
 }
 
 // The strides in which ATen is asked for the gradient of a weight: channels_last if the weight is, else contiguous. For
 // a permuted weight of float64 or float16 torch 2.14.1 raises "grad_weight must be contiguous": one of its functions
 // ignores the strides of dimensions of size 1, another does not.
-std::vector<SymInt> grad_weight_strides(SymIntArrayRef size, SymIntArrayRef stride) {
-  const SymInt &C = size[1], R = size[2], S = size[3];
-  const std::vector<SymInt> contiguous{C * R * S, R * S, S, 1}, channels_last{R * S * C, 1, S * C, C};
-  return SymIntArrayRef(stride) == SymIntArrayRef(channels_last) ? channels_last : contiguous;
-}
-
-// (left, right, top, bottom), as torch's padding functions take it.
-std::array<SymInt, 4> sides_of(SymIntArrayRef padding) {
-  const bool four = padding.size() == 4;
-  return {padding[four ? 2 : 1], padding[four ? 3 : 1], padding[0], padding[four ? 1 : 0]};
+Entries grad_weight_strides(SymIntArrayRef size, SymIntArrayRef stride) {
+  const Entries sizes(size.begin(), size.end());
+  if (size.size() == 4) {
+    const Entries channels_last = dense_strides(sizes, at::MemoryFormat::ChannelsLast);
+    if (stride == SymIntArrayRef(channels_last)) return channels_last;
+  }
+  return dense_strides(sizes, at::MemoryFormat::Contiguous);
 }
 
 }  // namespace
 
-Tensor pad(const Tensor& image, SymIntArrayRef padding, PaddingMode mode) {
-  return at::pad_symint(image, sides_of(padding), kPaddingModeNames[static_cast<int>(mode)]);
+Tensor pad(const Tensor& image, SymIntArrayRef padding, size_t dims, PaddingMode mode) {
+  return at::pad_symint(image, sides_from_last(padding, dims), name_of(mode));
 }
 
 namespace {
 
-// The gradient of circular padding along one dimension, for which torch has no function: the image's part of `padded`, and
-// what stands before and after it added to the other end.
-Tensor unwrap(const Tensor& padded, int64_t dim, const SymInt& size, const SymInt& before, const SymInt& after) {
-  Tensor sum = padded.slice_symint(dim, before, before + size);
+// The gradient of circular padding along the dimension `from_last` (1 is the last one), for which torch has no function:
+// the image's part of `padded`, and what stands before and after it added to the other end.
+Tensor unwrap(const Tensor& padded, int64_t from_last, const SymInt& size, const SymInt& before, const SymInt& after) {
+  Tensor sum = padded.slice_symint(-from_last, before, before + size);
   const auto add = [&](const SymInt& from, const SymInt& count, const SymInt& at) {
     if (count == 0) return;
-    std::vector<SymInt> around(2 * (4 - dim));  // from the last dimension on
-    around[2 * (3 - dim)] = at, around[2 * (3 - dim) + 1] = size - at - count;
-    sum = sum + at::constant_pad_nd_symint(padded.slice_symint(dim, from, from + count), around, 0);
+    std::vector<SymInt> around(2 * from_last);
+    around[2 * (from_last - 1)] = at, around[2 * (from_last - 1) + 1] = size - at - count;
+    sum = sum + at::constant_pad_nd_symint(padded.slice_symint(-from_last, from, from + count), around, 0);
   };
   add(0, before, size - before);
   add(before + size, after, 0);
   return sum;
 }
 
-}  // namespace
-
-Tensor fold(const Tensor& grad_padded, const Tensor& image, SymIntArrayRef padding, PaddingMode mode) {
-  const std::array<SymInt, 4> sides = sides_of(padding);
-  if (mode == PaddingMode::reflect) return at::reflection_pad2d_backward_symint(grad_padded, image, sides);
-  if (mode == PaddingMode::replicate) return at::replication_pad2d_backward_symint(grad_padded, image, sides);
-  const Tensor rows = unwrap(grad_padded, 2, image.sym_size(2), sides[2], sides[3]);
-  return unwrap(rows, 3, image.sym_size(3), sides[0], sides[1]);
+// The gradient by the image of one by the padded image; `image` is there for its size and layout alone.
+Tensor fold(const Tensor& grad_padded, const Tensor& image, SymIntArrayRef padding, size_t dims, PaddingMode mode) {
+  const Entries around = sides_from_last(padding, dims);
+  const bool sequence = dims == 1;
+  switch (mode) {
+    case PaddingMode::reflect:
+      return sequence ? at::reflection_pad1d_backward_symint(grad_padded, image, around)
+                      : at::reflection_pad2d_backward_symint(grad_padded, image, around);
+    case PaddingMode::replicate:
+      return sequence ? at::replication_pad1d_backward_symint(grad_padded, image, around)
+                      : at::replication_pad2d_backward_symint(grad_padded, image, around);
+    default: break;
+  }
+  Tensor grad = grad_padded;
+  for (size_t dim = 0; dim < dims; ++dim) {
+    grad = unwrap(grad, dim + 1, image.sym_size(-1 - static_cast<int64_t>(dim)), around[2 * dim], around[2 * dim + 1]);
+  }
+  return grad;
 }
+
+}  // namespace
 
 Tensor activate(const Tensor& t, Activation activation) {
   switch (activation) {
@@ -171,58 +218,63 @@ Tensor activate_in_place(Tensor t, Activation activation) {
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, SymIntArrayRef stride,
-              SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, Activation activation,
-              PaddingMode mode) {
+              SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, std::string_view activation,
+              std::string_view padding_mode) {
+  const size_t dims = dims_of(stride);
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   if (mode != PaddingMode::zeros) {
-    return conv2d(pad(input, padding, mode), weight, bias, stride, kNoPadding, dilation, groups, activation);
+    const Tensor padded = pad(input, padding, dims, mode);
+    return conv2d(padded, weight, bias, stride, no_padding(stride), dilation, groups, activation, kZeros);
   }
-  const Padding sides(padding);
-  const Tensor output =
-      at::conv2d_symint(sides.apply(input), weight, bias, stride, SymIntArrayRef(sides.shared), dilation, groups);
-  return activate_in_place(output, activation);
-}
-
-Tensor separable_conv2d(const separable::Call& c) {
-  const std::array<SymInt, 2> one{1, 1}, zero{0, 0};
-  const SymInt channels = c.input.dim() == 4 ? c.input.sym_size(1) : SymInt(1);  // torch complains of the rank
-  const Tensor intermediate = conv2d(c.input, c.depthwise_weight, c.depthwise_bias, c.stride, c.padding, c.dilation,
-                                     channels, c.depthwise_activation);
-  return conv2d(intermediate, c.pointwise_weight, c.pointwise_bias, one, zero, one, 1, c.pointwise_activation);
+  const Padding zeros(padding, dims);
+  const SymIntArrayRef shared = zeros.shared;
+  const Tensor image = zeros.apply(input);
+  const Tensor output = dims == 1 ? at::conv1d_symint(image, weight, bias, stride, shared, dilation, groups)
+                                  : at::conv2d_symint(image, weight, bias, stride, shared, dilation, groups);
+  return activate_in_place(output, parse_activation(activation));
 }
 
 Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                          SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                         SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
+                         SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
+  const size_t dims = dims_of(stride), first = input_size.size() - dims;
+  const Tensor image = layout_only(input_size, input_stride, grad_output);
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   if (mode != PaddingMode::zeros) {
-    const Tensor image = layout_only(input_size, input_stride, grad_output);
-    const std::array<SymInt, 4> sides = sides_of(padding);  // left, right, top, bottom
-    const SymInt &C = input_size[1], H = input_size[2] + sides[2] + sides[3], W = input_size[3] + sides[0] + sides[1];
-    const bool channels_last = image.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-    const std::array<SymInt, 4> size{input_size[0], C, H, W};
-    const std::array<SymInt, 4> strides =
-        channels_last ? std::array<SymInt, 4>{C * H * W, 1, W * C, C} : std::array<SymInt, 4>{C * H * W, H * W, W, 1};
-    const Tensor grad = conv2d_grad_input(grad_output, weight, size, strides, stride, kNoPadding, dilation, groups);
-    return fold(grad, image, padding, mode);
+    Entries size(input_size.begin(), input_size.end());
+    for (size_t dim = 0; dim < dims; ++dim) {
+      const auto [before, after] = sides(padding, dims, dim);
+      size[first + dim] = size[first + dim] + before + after;
+    }
+    const Entries strides = dense_strides(size, image.suggest_memory_format());
+    const Tensor grad =
+        conv2d_grad_input(grad_output, weight, size, strides, stride, no_padding(stride), dilation, groups, kZeros);
+    return fold(grad, image, padding, dims, mode);
   }
-  const Padding sides(padding);
-  const Tensor input = layout_only(input_size, input_stride, grad_output);
-  const Tensor grad = std::get<0>(
-      backward(grad_output, sides.apply(input), weight, stride, sides.shared, dilation, groups, true, false));
-  if (!sides.asymmetric) return grad;
-  return grad.narrow_symint(2, sides.extra[2], input_size[2]).narrow_symint(3, sides.extra[0], input_size[3]).clone();
+  const Padding zeros(padding, dims);
+  Tensor grad = std::get<0>(
+      backward(grad_output, zeros.apply(image), weight, stride, zeros.shared, dilation, groups, true, false));
+  if (!zeros.asymmetric) return grad;
+  for (size_t dim = 0; dim < dims; ++dim) {
+    grad = grad.narrow_symint(first + dim, zeros.extra[2 * (dims - 1 - dim)], input_size[first + dim]);
+  }
+  return grad.clone();
 }
 
 Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
                           SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                          SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
+                          SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
+  const size_t dims = dims_of(stride);
+  const PaddingMode mode = parse_padding_mode(padding_mode);
   if (mode != PaddingMode::zeros) {
-    return conv2d_grad_weight(grad_output, pad(input, padding, mode), weight_size, weight_stride, stride, kNoPadding,
-                              dilation, groups);
+    const Tensor padded = pad(input, padding, dims, mode);
+    return conv2d_grad_weight(grad_output, padded, weight_size, weight_stride, stride, no_padding(stride), dilation,
+                              groups, kZeros);
   }
-  const Padding sides(padding);
+  const Padding zeros(padding, dims);
   const Tensor weight = layout_only(weight_size, grad_weight_strides(weight_size, weight_stride), grad_output);
   return std::get<1>(
-      backward(grad_output, sides.apply(input), weight, stride, sides.shared, dilation, groups, false, true));
+      backward(grad_output, zeros.apply(input), weight, stride, zeros.shared, dilation, groups, false, true));
 }
 
 Tensor onednn_product(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -243,11 +295,8 @@ std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Te
 }
 
 Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const Tensor& row, SymIntArrayRef padding) {
-  const SpatialPasses passes(input.sym_size(1), column, row, padding);
-  const Tensor between = conv2d(input, passes.column, std::nullopt, passes.one, passes.column_padding, passes.one,
-                                passes.groups, Activation::identity);
-  return conv2d(between, passes.row, std::nullopt, passes.one, passes.row_padding, passes.one, passes.groups,
-                Activation::identity);
+  const SpatialPasses passes(input.sym_size(-3), column, row, padding);
+  return passes.run(input, conv2d);
 }
 
 }  // namespace sepconv::aten

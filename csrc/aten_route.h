@@ -8,49 +8,34 @@
 #include <tuple>
 
 #include "activation.h"
+#include "ops.h"
 #include "padding_mode.h"
-#include "separable.h"
 
 namespace sepconv::aten {
 
 // Plain numbers as the symbolic ones that the functions below take.
 inline c10::SymIntArrayRef sym(at::IntArrayRef values) { return c10::fromIntArrayRefSlow(values); }
 
-// Differentiable, and open to every transform of torch (forward-mode AD, vmap): built from ATen's own functions.
-at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                  c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                  const c10::SymInt& groups, Activation activation, PaddingMode = PaddingMode::zeros);
-
-at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
-                             c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                             c10::SymIntArrayRef dilation, const c10::SymInt& groups, PaddingMode = PaddingMode::zeros);
-
-at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
-                              c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
-                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, const c10::SymInt& groups,
-                              PaddingMode = PaddingMode::zeros);
+// The ops themselves (their signatures), differentiable, and open to every transform of torch (forward-mode AD, vmap): built
+// of ATen's own functions.
+SignatureOf<ops::conv2d> conv2d;
+SignatureOf<ops::conv2d_grad_input> conv2d_grad_input;
+SignatureOf<ops::conv2d_grad_weight> conv2d_grad_weight;
+SignatureOf<ops::spatial_separable_conv2d> spatial_separable_conv2d;
 
 // A product over channels, image [N, C, H, W] with weight [K, C, 1, 1], by oneDNN where torch has it, whatever the number
 // of threads. Not differentiable.
 at::Tensor onednn_product(const at::Tensor& image, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
-// The gradients by the input and by the weight in one call, which brings grad_output into ATen's layout once. Padding is
-// (h, w).
+// The gradients by the input and by the weight in one call, which brings grad_output into ATen's layout once. Padding has
+// one entry a dimension.
 std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
                                                      const at::Tensor& weight, c10::SymIntArrayRef stride,
                                                      c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
                                                      const c10::SymInt& groups);
 
-at::Tensor separable_conv2d(const separable::Call&);
-
-// A column and a row filter as two depthwise convolutions.
-at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
-                                    c10::SymIntArrayRef padding);
-
-// The image with its padding, a copy; and the gradient by the image of one by the padded image (`image` for its size and
-// layout alone). Padding is (h, w) or (top, bottom, left, right); the mode is not zeros.
-at::Tensor pad(const at::Tensor& image, c10::SymIntArrayRef padding, PaddingMode);
-at::Tensor fold(const at::Tensor& grad_padded, const at::Tensor& image, c10::SymIntArrayRef padding, PaddingMode);
+// The image with its padding, a copy, which is padded in its last `dims` dimensions; the mode is not zeros.
+at::Tensor pad(const at::Tensor& image, c10::SymIntArrayRef padding, size_t dims, PaddingMode);
 
 // The activation alone, differentiable.
 at::Tensor activate(const at::Tensor&, Activation);

@@ -66,7 +66,14 @@ Tensor activation_backward(const Tensor& grad, const Tensor& output_or_input, Ac
   return grad;
 }
 
-const char* needs_aten(std::initializer_list<const Tensor*> tensors) {
+Tensor sum_to_channels(const Tensor& grad, size_t dims) {
+  c10::SmallVector<int64_t, 3> summed;
+  if (grad.dim() == static_cast<int64_t>(dims) + 2) summed.push_back(0);
+  for (size_t dim = 0; dim < dims; ++dim) summed.push_back(-1 - static_cast<int64_t>(dim));
+  return grad.sum(summed);
+}
+
+const char* needs_aten(size_t dims, std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* t : tensors) {
     if (!t->defined()) continue;
     if (t->_fw_grad(/*level=*/0).defined()) return "forward-mode differentiation";
@@ -75,8 +82,7 @@ const char* needs_aten(std::initializer_list<const Tensor*> tensors) {
     if (type != at::kCPU && type != at::kCUDA && type != at::kMeta) return "no kernel for this device";
     if (t->layout() != at::kStrided) return "no kernel for this tensor layout";
   }
-  const Tensor& image = **tensors.begin();
-  return image.dim() == 4 && image.sym_size(1) == 0 ? "an image without channels" : nullptr;
+  return no_kernel_for(**tensors.begin(), dims);
 }
 
 bool differentiates(std::initializer_list<const Tensor*> tensors) {
@@ -105,8 +111,6 @@ std::tuple<Tensor, Tensor> gradients(bool by_input, bool by_weight, const Tensor
 }
 
 namespace {
-
-const char* name_of(PaddingMode mode) { return kPaddingModeNames[static_cast<int>(mode)]; }
 
 // The arguments that are not tensors, as autograd keeps them from forward to backward.
 struct SavedArgs {
@@ -142,14 +146,17 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
                         const std::optional<Tensor>& bias, SymIntArrayRef stride, SymIntArrayRef padding,
                         SymIntArrayRef dilation, const SymInt& groups, Activation activation, PaddingMode mode) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor output = ops::conv2d(input, weight, bias, stride, padding, dilation, groups,
-                                      kActivationNames[static_cast<int>(activation)], name_of(mode));
+    const Tensor output =
+        ops::conv2d(input, weight, bias, stride, padding, dilation, groups, name_of(activation), name_of(mode));
     SavedArgs::store(ctx, stride, padding, dilation, groups, mode);
     SavedGeometry::store(ctx, "input", input);
     SavedGeometry::store(ctx, "weight", weight);
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     ctx->saved_data["bias"] = bias.has_value();
-    ctx->save_for_backward({saved_if(weight.requires_grad(), input), saved_if(input.requires_grad(), weight),
+    // torch pads by a copy, which may be saved where an inference tensor may not.
+    const bool copied = mode != PaddingMode::zeros && weight.requires_grad() && input.is_inference();
+    ctx->save_for_backward({copied ? input.clone() : saved_if(weight.requires_grad(), input),
+                            saved_if(input.requires_grad(), weight),
                             saved_if(activation != Activation::identity, output)});
     return output;
   }
@@ -167,7 +174,7 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
         gradients(ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad, {input, SavedGeometry::load(ctx, "input")},
                   {weight, SavedGeometry::load(ctx, "weight")}, args.stride, args.padding, args.dilation, args.groups,
                   args.padding_mode);
-    if (has_bias && ctx->needs_input_grad(2)) result[2] = grad.sum({0, 2, 3});
+    if (has_bias && ctx->needs_input_grad(2)) result[2] = sum_to_channels(grad, args.stride.size());
     return result;
   }
 };
@@ -232,9 +239,9 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const Activation activation = parse_activation(activation_name);
   const PaddingMode mode = parse_padding_mode(padding_mode);
   const auto tensors = {&input, &weight, &tensor_or_none(bias)};
-  if (const char* reason = needs_aten(tensors)) {
+  if (const char* reason = needs_aten(stride.size(), tensors)) {
     count_aten(reason);
-    return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, activation, mode);
+    return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, activation_name, padding_mode);
   }
   if (!differentiates(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -254,10 +261,10 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymInt
                          SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
                          SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
   const PaddingMode mode = parse_padding_mode(padding_mode);
-  if (const char* reason = needs_aten({&grad_output, &weight})) {
+  if (const char* reason = needs_aten(stride.size(), {&grad_output, &weight})) {
     count_aten(reason);
     return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups,
-                                   mode);
+                                   padding_mode);
   }
   if (!differentiates({&grad_output, &weight})) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -271,10 +278,10 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymInt
                           SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
                           SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
   const PaddingMode mode = parse_padding_mode(padding_mode);
-  if (const char* reason = needs_aten({&grad_output, &input})) {
+  if (const char* reason = needs_aten(stride.size(), {&grad_output, &input})) {
     count_aten(reason);
     return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups,
-                                    mode);
+                                    padding_mode);
   }
   if (!differentiates({&grad_output, &input})) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -300,7 +307,7 @@ std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Te
                                              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                                              SymInt groups, std::string_view padding_mode) {
   const auto tensors = {&grad_output, &input, &weight};
-  if (needs_aten(tensors) != nullptr || differentiates(tensors)) {
+  if (needs_aten(stride.size(), tensors) != nullptr || differentiates(tensors)) {
     return conv2d_both_grads_apart(grad_output, input, weight, stride, padding, dilation, std::move(groups),
                                    padding_mode);
   }

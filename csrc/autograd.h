@@ -46,8 +46,12 @@ inline at::Tensor saved_if(bool needed, const at::Tensor& t) { return needed ? t
 // derivative_from_output() of activation.h says no, its input.
 at::Tensor activation_backward(const at::Tensor& grad, const at::Tensor& output_or_input, Activation);
 
-// Why a call on these tensors must be made of ATen's own differentiable functions; null where our kernels can take it.
-const char* needs_aten(std::initializer_list<const at::Tensor*> tensors);
+// The sum of a gradient over all but its channels, which `dims` spatial dimensions follow: the gradient of the bias.
+at::Tensor sum_to_channels(const at::Tensor& grad, size_t dims);
+
+// Why a call on these tensors must be made of ATen's own differentiable functions; null where our kernels can take it. The
+// first of them is an image, or a sequence, of so many spatial dimensions.
+const char* needs_aten(size_t dims, std::initializer_list<const at::Tensor*> tensors);
 
 // True if a derivative by one of these tensors will be asked for.
 bool differentiates(std::initializer_list<const at::Tensor*> tensors);

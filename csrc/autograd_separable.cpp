@@ -30,8 +30,6 @@ using separable::Call;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-std::string_view name(Activation a) { return kActivationNames[static_cast<int>(a)]; }
-
 struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
   // The biases come last: needs_input_grad() counts the tensors that are there.
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& depthwise_weight,
@@ -49,7 +47,7 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
     const bool keep = save_intermediate && needs_h;
     const auto [output, kept] = ops::separable_conv2d_training(
         input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation,
-        name(depthwise_activation), name(pointwise_activation), /*output=*/true, /*intermediate=*/keep);
+        name_of(depthwise_activation), name_of(pointwise_activation), /*output=*/true, /*intermediate=*/keep);
 
     auto& data = ctx->saved_data;
     data["stride"] = stride, data["padding"] = padding, data["dilation"] = dilation;
@@ -103,14 +101,14 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
     variable_list result(11);
     const bool has_bias_d = data["bias_d"].toBool(), has_bias_p = data["bias_p"].toBool();
     const std::array<SymInt, 2> one{1, 1}, zero{0, 0};
-    const std::vector<SymInt> size{gz.sym_size(0), SavedGeometry::load(ctx, "pointwise_weight").size[1], gz.sym_size(2),
-                                   gz.sym_size(3)};
+    std::vector<SymInt> size = gz.sym_sizes().vec();
+    size[size.size() - 3] = SavedGeometry::load(ctx, "pointwise_weight").size[1];
     Tensor gu;
     std::tie(gu, result[2]) =
         gradients(through_depthwise, ctx->needs_input_grad(2), gz,
                   {h, {size, dense_strides(size, data["channels_last"].toBool())}},
                   {call.pointwise_weight, SavedGeometry::load(ctx, "pointwise_weight")}, one, zero, one, 1);
-    if (has_bias_p && ctx->needs_input_grad(has_bias_d ? 4 : 3)) result[4] = gz.sum({0, 2, 3});
+    if (has_bias_p && ctx->needs_input_grad(has_bias_d ? 4 : 3)) result[4] = sum_to_channels(gz, 2);
     if (!through_depthwise) return result;
 
     h.reset();  // frees memory, unless kept is the same
@@ -121,8 +119,8 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
     const SavedOperand x{call.input, SavedGeometry::load(ctx, "input")};
     std::tie(result[0], result[1]) = gradients(ctx->needs_input_grad(0), ctx->needs_input_grad(1), gu, x,
                                                {call.depthwise_weight, SavedGeometry::load(ctx, "depthwise_weight")},
-                                               stride, padding, dilation, x.geometry.size[1]);
-    if (has_bias_d && ctx->needs_input_grad(3)) result[3] = gu.sum({0, 2, 3});
+                                               stride, padding, dilation, x.geometry.size[x.geometry.size.size() - 3]);
+    if (has_bias_d && ctx->needs_input_grad(3)) result[3] = sum_to_channels(gu, 2);
     return result;
   }
 
@@ -131,13 +129,16 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
   static Tensor again(const Call& c) {
     return std::get<1>(ops::separable_conv2d_training(
         c.input, c.depthwise_weight, c.depthwise_bias, c.pointwise_weight, c.pointwise_bias, c.stride, c.padding,
-        c.dilation, name(c.depthwise_activation), name(c.pointwise_activation), /*output=*/false,
+        c.dilation, name_of(c.depthwise_activation), name_of(c.pointwise_activation), /*output=*/false,
         /*intermediate=*/true));
   }
 
   static std::vector<SymInt> dense_strides(const std::vector<SymInt>& n, bool channels_last) {
-    if (channels_last) return {n[2] * n[3] * n[1], 1, n[3] * n[1], n[1]};
-    return {n[1] * n[2] * n[3], n[2] * n[3], n[3], 1};
+    const size_t d = n.size();  // [C, H, W] where there is no batch
+    std::vector<SymInt> strides = channels_last ? std::vector<SymInt>{1, n[d - 1] * n[d - 3], n[d - 3]}
+                                                : std::vector<SymInt>{n[d - 2] * n[d - 1], n[d - 1], 1};
+    if (d == 4) strides.insert(strides.begin(), n[1] * n[2] * n[3]);
+    return strides;
   }
 };
 
@@ -149,10 +150,10 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
   const Activation act_d = parse_activation(depthwise_activation), act_p = parse_activation(pointwise_activation);
   const auto tensors = {&input, &depthwise_weight, &pointwise_weight, &tensor_or_none(depthwise_bias),
                         &tensor_or_none(pointwise_bias)};
-  if (const char* reason = needs_aten(tensors)) {
+  if (const char* reason = needs_aten(2, tensors)) {
     count_aten(reason);
-    return aten::separable_conv2d({input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride,
-                                   padding, dilation, act_d, act_p});
+    return separable::by_aten(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride,
+                              padding, dilation, depthwise_activation, pointwise_activation, save_intermediate);
   }
   if (!differentiates(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;

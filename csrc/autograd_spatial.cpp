@@ -36,47 +36,52 @@ struct SpatialSeparable : torch::autograd::Function<SpatialSeparable> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad = grads[0], &input = saved[0], &column = saved[1], &row = saved[2];
-    const SpatialPasses passes(grad.sym_size(1), column, row, ctx->saved_data["padding"].toSymIntVector());
+    const SpatialPasses passes(grad.sym_size(-3), column, row, ctx->saved_data["padding"].toSymIntVector());
     const auto& one = passes.one;
     const auto &down = passes.column_padding, &along = passes.row_padding;
-    const SymInt &C = passes.groups, R = column.sym_size(1), S = row.sym_size(1);
+    const SymInt &C = passes.groups, R = column.sym_size(-1), S = row.sym_size(-1);
     variable_list result(4);
     if (ctx->needs_input_grad(0)) {
       // Output rows and columns that lie in the padding alone saw nothing of the input.
       Tensor seen = grad;
       std::vector<SymInt> padding;
       for (const int side : {0, 1, 2, 3}) {
-        const int dim = side < 2 ? 2 : 3;
-        const SymInt most = (dim == 2 ? R : S) - 1;
-        const SymInt &sides = dim == 2 ? down[side] : along[side], unseen = (sides - most).max(0);
+        const int dim = side < 2 ? -2 : -1;
+        const SymInt most = (dim == -2 ? R : S) - 1;
+        const SymInt &sides = dim == -2 ? down[side] : along[side], unseen = (sides - most).max(0);
         const bool at_start = side % 2 == 0;
         seen = seen.narrow_symint(dim, at_start ? unseen : SymInt(0), seen.sym_size(dim) - unseen);
         padding.push_back(most - sides + unseen);
       }
-      result[0] = ops::spatial_separable_conv2d(seen, column.flip(1), row.flip(1), padding);
+      result[0] = ops::spatial_separable_conv2d(seen, column.flip(-1), row.flip(-1), padding);
     }
     const auto filter_grad = [&](const Tensor& filter, const Tensor& weight_grad) {
-      const Tensor each = weight_grad.reshape_symint({C, filter.sym_size(1)});
+      std::optional<at::AutoDispatchBelowADInplaceOrView> untracked;  // a tensor of its own, no view of weight_grad
+      if (!at::GradMode::is_enabled()) untracked.emplace();
+      const Tensor each = weight_grad.reshape_symint({C, filter.sym_size(-1)});
+      if (filter.dim() == 1) return each.sum(0);
       return filter.sym_size(0) == 1 && C != 1 ? each.sum(0, /*keepdim=*/true) : each;
     };
     if (ctx->needs_input_grad(1)) {
-      const std::array<SymInt, 4> size{input.sym_size(0), C, grad.sym_size(2), input.sym_size(3)};
-      const std::array<SymInt, 4> stride{C * size[2] * size[3], size[2] * size[3], size[3], 1};
-      const Tensor between = ops::conv2d_grad_input(grad, passes.row, size, stride, one, along, one, C);
+      const SymInt P = grad.sym_size(-2), W = input.sym_size(-1);
+      std::vector<SymInt> size{C, P, W}, stride{P * W, W, 1};
+      if (input.dim() == 4) size.insert(size.begin(), input.sym_size(0)), stride.insert(stride.begin(), C * P * W);
+      const Tensor between = ops::conv2d_grad_input(grad, passes.row, size, stride, one, along, one, C, "zeros");
       const std::array<SymInt, 4> weight{C, 1, R, 1}, dense{R, R, 1, 1};
-      result[1] = filter_grad(column, ops::conv2d_grad_weight(between, input, weight, dense, one, down, one, C));
+      result[1] =
+          filter_grad(column, ops::conv2d_grad_weight(between, input, weight, dense, one, down, one, C, "zeros"));
     }
     if (ctx->needs_input_grad(2)) {
-      const Tensor between = passes.between(input);
+      const Tensor between = passes.between(input, ops::conv2d);
       const std::array<SymInt, 4> weight{C, 1, 1, S}, dense{S, S, S, 1};
-      result[2] = filter_grad(row, ops::conv2d_grad_weight(grad, between, weight, dense, one, along, one, C));
+      result[2] = filter_grad(row, ops::conv2d_grad_weight(grad, between, weight, dense, one, along, one, C, "zeros"));
     }
     return result;
   }
 };
 
 Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const Tensor& row, SymIntArrayRef padding) {
-  if (const char* reason = needs_aten({&input, &column, &row})) {
+  if (const char* reason = needs_aten(2, {&input, &column, &row})) {
     count_aten(reason);
     return aten::spatial_separable_conv2d(input, column, row, padding);
   }

@@ -13,19 +13,33 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 
-// Four sizes and strides of a tensor, as the kernels want them.
-Strides strides_of(const Tensor& t) {
-  const IntArrayRef s = t.strides();
-  return {s[0], s[1], s[2], s[3]};
-}
+using Four = std::array<int64_t, 4>;
+
+// The four sizes and strides of a tensor, [N, C, H, W] or [K, C / groups, R, S]. Where it has no batch or no height, they
+// are those that unsqueeze() would give it.
+struct Image {
+  Four size, stride;
+
+  Image(IntArrayRef sizes, IntArrayRef strides, bool sequence) {
+    const size_t channel = sizes.size() - (sequence ? 2 : 3), last = sizes.size() - 1;
+    size = {1, sizes[channel], 1, sizes[last]};
+    stride = {sizes[channel] * strides[channel], strides[channel], sizes[last] * strides[last], strides[last]};
+    if (!sequence) size[2] = sizes[last - 1], stride[2] = strides[last - 1];
+    if (channel == 1) size[0] = sizes[0], stride[0] = strides[0];
+  }
+  Image(const Tensor& t, bool sequence) : Image(t.sizes(), t.strides(), sequence) {}
+
+  bool suggests_channels_last() const {
+    return c10::is_channels_last_strides_2d(IntArrayRef(size), IntArrayRef(stride));
+  }
+  operator Strides() const { return {stride[0], stride[1], stride[2], stride[3]}; }
+};
 
 // The layout of a fresh image.
 Layout fresh_layout(bool channels_last) { return channels_last ? Layout::nhwc : Layout::nchw; }
 
-bool suggests_channels_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
-
 // True if the four dimensions, taken from the innermost out, follow each other without gaps or overlaps.
-bool is_dense(IntArrayRef size, IntArrayRef stride) {
+bool is_dense(const Four& size, const Four& stride) {
   std::array<int, 4> order{0, 1, 2, 3};
   std::sort(order.begin(), order.end(), [&](int a, int b) {
     return size[a] != 1 && (size[b] == 1 || stride[a] < stride[b]);  // dimensions of size 1 have no say: last
@@ -40,17 +54,49 @@ bool is_dense(IntArrayRef size, IntArrayRef stride) {
 }
 
 // The strides asked for if a tensor of this size with them has neither gaps nor overlaps; else the nearest dense ones.
-Strides dense_strides_like(IntArrayRef size, IntArrayRef stride) {
-  if (is_dense(size, stride)) return {stride[0], stride[1], stride[2], stride[3]};
-  return dense_strides(size[1], size[2], size[3], fresh_layout(c10::is_channels_last_strides_2d(size, stride)));
+Strides dense_strides_like(const Image& asked) {
+  if (is_dense(asked.size, asked.stride)) return asked;
+  return dense_strides(asked.size[1], asked.size[2], asked.size[3], fresh_layout(asked.suggests_channels_last()));
 }
 
-Tensor empty(std::array<int64_t, 4> size, const Strides& s, const Tensor& like) {
-  return at::empty_strided(size, std::array<int64_t, 4>{s.n, s.c, s.h, s.w}, like.options());
+// The dimensions that a result has.
+Result result_of(const Four& size, const Strides& s, bool batched, bool sequence) {
+  Result result;
+  const auto add = [&](int64_t count, int64_t stride) {
+    result.size.push_back(count), result.stride.push_back(stride);
+  };
+  if (batched) add(size[0], s.n);
+  add(size[1], s.c);
+  if (!sequence) add(size[2], s.h);
+  add(size[3], s.w);
+  return result;
 }
 
-void check_rank(const char* name, size_t rank) {
-  TORCH_CHECK(rank == 4, name, " must have 4 dimensions, but has ", rank);
+Result output_of(const ConvShape& s, bool batched, bool sequence) {
+  return result_of({s.N, s.K, s.P, s.Q}, s.y, batched, sequence);
+}
+
+void check_image_rank(size_t rank, bool sequence) {
+  if (sequence) {
+    TORCH_CHECK(rank == 3 || rank == 2, "input must have 3 or 2 dimensions, but has ", rank);
+  } else {
+    TORCH_CHECK(rank == 4 || rank == 3, "input must have 4 dimensions, but has ", rank, " (3 for one without a batch)");
+  }
+}
+
+void check_weight_rank(const char* name, size_t rank, bool sequence) {
+  const size_t expected = sequence ? 3 : 4;
+  TORCH_CHECK(rank == expected, name, " must have ", expected, " dimensions, but has ", rank);
+}
+
+// A tensor may outlive its memory: FSDP and offloading free it by resizing the storage.
+void check_storage(const char* name, const Tensor& t) {
+  if (t.numel() == 0) return;
+  int64_t last = t.storage_offset();
+  for (int64_t dim = 0; dim < t.dim(); ++dim) last += (t.size(dim) - 1) * t.stride(dim);
+  const size_t needed = static_cast<size_t>(last + 1) * t.element_size(), bytes = t.storage().nbytes();
+  TORCH_CHECK(needed <= bytes, name, " of size ", t.sizes(), " and strides ", t.strides(), " needs a storage of ",
+              needed, " bytes, but its storage has ", bytes);
 }
 
 void check_tensor(const char* name, const Tensor& t, const Tensor& reference, const char* reference_name) {
@@ -59,28 +105,30 @@ void check_tensor(const char* name, const Tensor& t, const Tensor& reference, co
               " is on device ", reference.device());
   TORCH_CHECK(t.scalar_type() == reference.scalar_type(), name, " has dtype ", t.scalar_type(), ", but ",
               reference_name, " has dtype ", reference.scalar_type());
+  check_storage(name, t);
 }
 
-void check_pair(const char* name, IntArrayRef values, int64_t minimum) {
-  TORCH_CHECK(values.size() == 2, name, " must have 2 entries (height, width), but has ", values.size());
-  TORCH_CHECK(values[0] >= minimum && values[1] >= minimum, name, " must be at least ", minimum, ", but is ", values);
+void check_entries(const char* name, IntArrayRef values, size_t entries, int64_t minimum) {
+  TORCH_CHECK(values.size() == entries, name, " must have ", entries,
+              entries == 1 ? " entry, but has " : " entries (height, width), but has ", values.size());
+  for (const int64_t v : values) TORCH_CHECK(v >= minimum, name, " must be at least ", minimum, ", but is ", values);
 }
 
 // One output dimension; the rule of every convolution: floor((size + padding - extent) / stride) + 1.
-int64_t output_size(const char* weight_name, const char* name, int64_t size, int64_t padding, int64_t kernel,
-                    int64_t stride, int64_t dilation) {
+int64_t output_size(const char* weight_name, const char* name, int64_t padded_size, int64_t kernel, int64_t stride,
+                    int64_t dilation) {
   const int64_t extent = dilation * (kernel - 1) + 1;
-  TORCH_CHECK(size + padding >= extent, weight_name, " of ", name, " ", kernel, " with dilation ", dilation, " spans ",
-              extent, " pixels, but the padded input has a ", name, " of ", size + padding);
-  return (size + padding - extent) / stride + 1;
+  TORCH_CHECK(padded_size >= extent, weight_name, " of ", name, " ", kernel, " with dilation ", dilation, " spans ",
+              extent, " pixels, but the padded input has a ", name, " of ", padded_size);
+  return (padded_size - extent) / stride + 1;
 }
 
 // F.pad's rules: a reflection has no edge twice, and neither it nor a circle goes round more than once.
 void check_padding_mode(PaddingMode mode, const char* name, int64_t size, int64_t before, int64_t after) {
   if (mode == PaddingMode::zeros || (before == 0 && after == 0)) return;
   const auto stop = [&](const char* rule) {
-    TORCH_CHECK(false, "padding of mode ", kPaddingModeNames[static_cast<int>(mode)], " must be ", rule, " input's ",
-                name, ", ", size, ", but is ", before, " before it and ", after, " after it");
+    TORCH_CHECK(false, "padding of mode ", name_of(mode), " must be ", rule, " input's ", name, ", ", size, ", but is ",
+                before, " before it and ", after, " after it");
   };
   const int64_t most = std::max(before, after);
   if (mode == PaddingMode::reflect && most >= size) stop("less than");
@@ -89,15 +137,23 @@ void check_padding_mode(PaddingMode mode, const char* name, int64_t size, int64_
 }
 
 // Everything that follows from two sizes and the arguments, tensors unseen.
-ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& args,
+ConvShape check_geometry(IntArrayRef input_size, IntArrayRef weight_size, const ConvArgs& args,
                          const char* weight_name = "weight") {
-  check_rank("input", input.size());
-  check_rank(weight_name, weight.size());
-  check_pair("stride", args.stride, 1);
-  check_pair("dilation", args.dilation, 1);
+  const bool sequence = args.for_sequences();
+  check_image_rank(input_size.size(), sequence);
+  check_weight_rank(weight_name, weight_size.size(), sequence);
+  const size_t entries = sequence ? 1 : 2;
+  check_entries("stride", args.stride, entries, 1);
+  check_entries("dilation", args.dilation, entries, 1);
   const IntArrayRef padding = args.padding;
-  TORCH_CHECK(padding.size() == 2 || padding.size() == 4,
-              "padding must have 2 entries (height, width) or 4 (top, bottom, left, right), but has ", padding.size());
+  if (sequence) {
+    TORCH_CHECK(padding.size() == 1 || padding.size() == 2, "padding must have 1 entry or 2 (left, right), but has ",
+                padding.size());
+  } else {
+    TORCH_CHECK(padding.size() == 2 || padding.size() == 4,
+                "padding must have 2 entries (height, width) or 4 (top, bottom, left, right), but has ",
+                padding.size());
+  }
   for (const int64_t p : padding) TORCH_CHECK(p >= 0, "padding must be at least 0, but is ", padding);
   TORCH_CHECK(args.groups >= 1, "groups must be at least 1, but is ", args.groups);
   // So that no extent overflows: a kernel, too, has fewer than 2^31 rows.
@@ -105,8 +161,10 @@ ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& 
   const auto check_most = [](const char* name, IntArrayRef values) {
     for (const int64_t v : values) TORCH_CHECK(v < kMost, name, " must be below 2^31, but is ", values);
   };
-  check_most("stride", args.stride), check_most("padding", padding), check_most("dilation", args.dilation);
+  check_most("padding", padding), check_most("dilation", args.dilation);
 
+  const Four input = Image(input_size, input_size, sequence).size,
+             weight = Image(weight_size, weight_size, sequence).size;
   const int64_t C = input[1], K = weight[0], R = weight[2], S = weight[3];
   TORCH_CHECK(R >= 1 && S >= 1, weight_name, " must have a kernel of at least 1x1, but has ", R, "x", S);
   TORCH_CHECK(K >= args.groups, weight_name, " must have at least groups = ", args.groups, " output channels, but has ",
@@ -117,9 +175,11 @@ ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& 
               "'s ", weight[1], " times groups = ", args.groups, "), but has ", C);
   TORCH_CHECK(C >= 1, "input must have at least 1 channel, but has ", C);
 
-  const bool asymmetric = padding.size() == 4;
-  const int64_t pad_top = padding[0], pad_bottom = asymmetric ? padding[1] : padding[0];
-  const int64_t pad_left = asymmetric ? padding[2] : padding[1], pad_right = asymmetric ? padding[3] : padding[1];
+  // What a sequence has no entry for is the one row's: stride and dilation of 1, no padding.
+  const bool asymmetric = padding.size() > entries;
+  const int64_t stride_h = sequence ? 1 : args.stride[0], dilation_h = sequence ? 1 : args.dilation[0];
+  const int64_t pad_top = sequence ? 0 : padding[0], pad_bottom = sequence ? 0 : padding[asymmetric ? 1 : 0];
+  const int64_t pad_left = padding[asymmetric ? padding.size() - 2 : entries - 1], pad_right = padding.back();
 
   check_padding_mode(args.padding_mode, "height", input[2], pad_top, pad_bottom);
   check_padding_mode(args.padding_mode, "width", input[3], pad_left, pad_right);
@@ -128,18 +188,20 @@ ConvShape check_geometry(IntArrayRef input, IntArrayRef weight, const ConvArgs& 
   shape.N = input[0], shape.C = C, shape.H = input[2], shape.W = input[3];
   shape.K = K, shape.R = R, shape.S = S;
   shape.groups = args.groups;
-  shape.stride_h = args.stride[0], shape.stride_w = args.stride[1];
-  shape.dilation_h = args.dilation[0], shape.dilation_w = args.dilation[1];
+  shape.dilation_h = dilation_h, shape.dilation_w = args.dilation.back();
   shape.pad_h = pad_top, shape.pad_w = pad_left;
-  shape.P = output_size(weight_name, "height", shape.H, pad_top + pad_bottom, R, shape.stride_h, shape.dilation_h);
-  shape.Q = output_size(weight_name, "width", shape.W, pad_left + pad_right, S, shape.stride_w, shape.dilation_w);
+  const int64_t rows = shape.H + pad_top + pad_bottom, columns = shape.W + pad_left + pad_right;
+  const int64_t stride_w = args.stride.back();
+  shape.P = output_size(weight_name, "height", rows, R, stride_h, shape.dilation_h);
+  shape.Q = output_size(weight_name, "width", columns, S, stride_w, shape.dilation_w);
+  // A stride that leads past the image leads nowhere: as large as the image it does the same, and overflows nothing.
+  shape.stride_h = std::min(stride_h, rows), shape.stride_w = std::min(stride_w, columns);
   return shape;
 }
 
-void check_grad_output(const Tensor& grad_output, const ConvShape& shape) {
-  const std::array<int64_t, 4> expected{shape.N, shape.K, shape.P, shape.Q};
-  TORCH_CHECK(grad_output.sizes() == IntArrayRef(expected), "grad_output must have size ", IntArrayRef(expected),
-              ", but has ", grad_output.sizes());
+void check_grad_output(const Tensor& grad_output, const Result& expected) {
+  TORCH_CHECK(grad_output.sizes() == IntArrayRef(expected.size), "grad_output must have size ",
+              IntArrayRef(expected.size), ", but has ", grad_output.sizes());
 }
 
 void check_bias(const char* name, const std::optional<Tensor>& bias, const Tensor& input, int64_t outputs,
@@ -157,57 +219,62 @@ void check_strides_rank(const char* name, IntArrayRef size, IntArrayRef stride) 
 
 }  // namespace
 
-ConvShape check_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const ConvArgs& args) {
+Checked check_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const ConvArgs& args) {
   check_tensor("input", input, input, "input");
   check_tensor("weight", weight, input, "input");
   ConvShape shape = check_geometry(input.sizes(), weight.sizes(), args);
   check_bias("bias", bias, input, shape.K, "weight");
-  shape.x = strides_of(input);
-  shape.w = strides_of(weight);
-  shape.y = dense_strides(shape.K, shape.P, shape.Q,
-                          fresh_layout(suggests_channels_last(input) || suggests_channels_last(weight)));
-  return shape;
+  const bool sequence = args.for_sequences();
+  const Image x(input, sequence), w(weight, sequence);
+  shape.x = x, shape.w = w;
+  shape.y =
+      dense_strides(shape.K, shape.P, shape.Q, fresh_layout(x.suggests_channels_last() || w.suggests_channels_last()));
+  return {shape, output_of(shape, input.dim() == weight.dim(), sequence)};
 }
 
-ConvShape check_grad_input(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_size,
-                           IntArrayRef input_stride, const ConvArgs& args) {
+Checked check_grad_input(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_size,
+                         IntArrayRef input_stride, const ConvArgs& args) {
   check_tensor("grad_output", grad_output, grad_output, "grad_output");
   check_tensor("weight", weight, grad_output, "grad_output");
   ConvShape shape = check_geometry(input_size, weight.sizes(), args);
-  check_grad_output(grad_output, shape);
+  const bool sequence = args.for_sequences(), batched = static_cast<int64_t>(input_size.size()) == weight.dim();
+  check_grad_output(grad_output, output_of(shape, batched, sequence));
   check_strides_rank("input_stride", input_size, input_stride);
-  shape.x = dense_strides_like(input_size, input_stride);
-  shape.w = strides_of(weight);
-  shape.y = strides_of(grad_output);
-  return shape;
+  shape.x = dense_strides_like(Image(input_size, input_stride, sequence));
+  shape.w = Image(weight, sequence);
+  shape.y = Image(grad_output, sequence);
+  return {shape, result_of({shape.N, shape.C, shape.H, shape.W}, shape.x, batched, sequence)};
 }
 
-ConvShape check_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_size,
-                            IntArrayRef weight_stride, const ConvArgs& args) {
+Checked check_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_size,
+                          IntArrayRef weight_stride, const ConvArgs& args) {
   check_tensor("grad_output", grad_output, grad_output, "grad_output");
   check_tensor("input", input, grad_output, "grad_output");
   ConvShape shape = check_geometry(input.sizes(), weight_size, args);
-  check_grad_output(grad_output, shape);
+  const bool sequence = args.for_sequences(), batched = input.dim() == static_cast<int64_t>(weight_size.size());
+  check_grad_output(grad_output, output_of(shape, batched, sequence));
   check_strides_rank("weight_stride", weight_size, weight_stride);
-  shape.x = strides_of(input);
-  shape.w = dense_strides_like(weight_size, weight_stride);
-  shape.y = strides_of(grad_output);
-  return shape;
+  shape.x = Image(input, sequence);
+  shape.w = dense_strides_like(Image(weight_size, weight_stride, sequence));
+  shape.y = Image(grad_output, sequence);
+  return {shape, result_of({shape.K, shape.channels_per_group(), shape.R, shape.S}, shape.w, true, sequence)};
 }
 
-SeparableShape check_separable(const Tensor& input, const Tensor& depthwise_weight,
-                               const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
-                               const std::optional<Tensor>& pointwise_bias, IntArrayRef stride, IntArrayRef padding,
-                               IntArrayRef dilation) {
+CheckedSeparable check_separable(const Tensor& input, const Tensor& depthwise_weight,
+                                 const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
+                                 const std::optional<Tensor>& pointwise_bias, IntArrayRef stride, IntArrayRef padding,
+                                 IntArrayRef dilation) {
   check_tensor("input", input, input, "input");
   check_tensor("depthwise_weight", depthwise_weight, input, "input");
   check_tensor("pointwise_weight", pointwise_weight, input, "input");
-  check_rank("input", input.dim());
-  check_rank("depthwise_weight", depthwise_weight.dim());
-  check_rank("pointwise_weight", pointwise_weight.dim());
+  check_image_rank(input.dim(), /*sequence=*/false);
+  check_weight_rank("depthwise_weight", depthwise_weight.dim(), /*sequence=*/false);
+  check_weight_rank("pointwise_weight", pointwise_weight.dim(), /*sequence=*/false);
+  check_entries("stride", stride, 2, 1);  // one entry would speak of a sequence
+  const Image x(input, false), w_d(depthwise_weight, false), w_p(pointwise_weight, false);
   const IntArrayRef wd = depthwise_weight.sizes(), wp = pointwise_weight.sizes();
-  const int64_t C = input.size(1), middle = wd[0];
+  const int64_t C = x.size[1], middle = wd[0];
   TORCH_CHECK(C >= 1, "input must have at least 1 channel, but has ", C);
   TORCH_CHECK(wd[1] == 1, "depthwise_weight must have size [C * multiplier, 1, R, S], but has ", wd);
   TORCH_CHECK(middle >= C && middle % C == 0, "depthwise_weight must have a multiple of input's ", C,
@@ -221,46 +288,58 @@ SeparableShape check_separable(const Tensor& input, const Tensor& depthwise_weig
   SeparableShape shape;
   ConvShape &d = shape.depthwise, &p = shape.pointwise;
   d = check_geometry(input.sizes(), wd, {stride, padding, dilation, C}, "depthwise_weight");
-  d.x = strides_of(input), d.w = strides_of(depthwise_weight);
-  d.y = dense_strides(d.K, d.P, d.Q,
-                      fresh_layout(suggests_channels_last(input) || suggests_channels_last(depthwise_weight)));
-  const std::array<int64_t, 4> size{d.N, d.K, d.P, d.Q}, strides{d.y.n, d.y.c, d.y.h, d.y.w};
+  d.x = x, d.w = w_d;
+  d.y = dense_strides(d.K, d.P, d.Q, fresh_layout(x.suggests_channels_last() || w_d.suggests_channels_last()));
+  const Four size{d.N, d.K, d.P, d.Q}, strides{d.y.n, d.y.c, d.y.h, d.y.w};
   const std::array<int64_t, 2> one{1, 1}, zero{0, 0};
   p = check_geometry(size, wp, {one, zero, one, 1}, "pointwise_weight");
-  p.x = d.y, p.w = strides_of(pointwise_weight);
-  p.y = dense_strides(p.K, p.P, p.Q,
-                      fresh_layout(c10::is_channels_last_strides_2d(IntArrayRef(size), IntArrayRef(strides)) ||
-                                   suggests_channels_last(pointwise_weight)));
-  return shape;
+  p.x = d.y, p.w = w_p;
+  p.y =
+      dense_strides(p.K, p.P, p.Q,
+                    fresh_layout(Image(size, strides, false).suggests_channels_last() || w_p.suggests_channels_last()));
+  const bool batched = input.dim() == 4;
+  return {shape, output_of(d, batched, false), output_of(p, batched, false)};
 }
 
-void check_sequence(const Tensor& input, const Tensor& weight) {
-  TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "input must have 3 or 2 dimensions, but has ", input.dim());
-  TORCH_CHECK(weight.dim() == 3, "weight must have 3 dimensions, but has ", weight.dim());
-}
-
-ConvShape check_spatial_separable(const Tensor& input, const Tensor& column, const Tensor& row, IntArrayRef padding) {
+Checked check_spatial_separable(const Tensor& input, const Tensor& column, const Tensor& row, IntArrayRef padding) {
   check_tensor("input", input, input, "input");
-  check_rank("input", input.dim());
-  const int64_t C = input.size(1);
+  check_image_rank(input.dim(), /*sequence=*/false);
+  const Image x(input, false);
+  const int64_t C = x.size[1];
   const auto check_filter = [&](const char* name, const char* length, const Tensor& filter) {
     check_tensor(name, filter, input, "input");
-    TORCH_CHECK(filter.dim() == 2 && (filter.size(0) == C || filter.size(0) == 1), name, " must have size [", C, ", ",
-                length, "], one filter a channel of input, or [1, ", length, "], but has ", filter.sizes());
+    const bool one_for_all = filter.dim() == 1 || (filter.dim() == 2 && filter.size(0) == 1);
+    TORCH_CHECK(one_for_all || (filter.dim() == 2 && filter.size(0) == C), name, " must have size [", C, ", ", length,
+                "], one filter a channel of input, or [1, ", length, "], but has ", filter.sizes());
   };
   check_filter("column", "R", column);
   check_filter("row", "S", row);
-  ConvShape shape = check_geometry(input.sizes(), {C, 1, column.size(1), row.size(1)}, {{1, 1}, padding, {1, 1}, C},
+  ConvShape shape = check_geometry(input.sizes(), {C, 1, column.size(-1), row.size(-1)}, {{1, 1}, padding, {1, 1}, C},
                                    "column and row");
-  shape.x = strides_of(input);
-  shape.y = dense_strides(C, shape.P, shape.Q, fresh_layout(suggests_channels_last(input)));
-  return shape;
+  shape.x = x;
+  shape.y = dense_strides(C, shape.P, shape.Q, fresh_layout(x.suggests_channels_last()));
+  return {shape, output_of(shape, input.dim() == 4, false)};
 }
 
-Tensor empty_output(const ConvShape& s, const Tensor& like) { return empty({s.N, s.K, s.P, s.Q}, s.y, like); }
-Tensor empty_grad_input(const ConvShape& s, const Tensor& like) { return empty({s.N, s.C, s.H, s.W}, s.x, like); }
-Tensor empty_grad_weight(const ConvShape& s, const Tensor& like) {
-  return empty({s.K, s.channels_per_group(), s.R, s.S}, s.w, like);
+Tensor as_image(const Tensor& t, bool sequence) {
+  if (t.dim() == 4) return t;
+  const Tensor rows = sequence ? t.unsqueeze(-2) : t;
+  return rows.dim() == 3 ? rows.unsqueeze(0) : rows;
+}
+
+Result Result::laid_out(const Strides& s, bool sequence) const {
+  const bool batched = size.size() == (sequence ? 3 : 4);
+  return {size, result_of({}, s, batched, sequence).stride};
+}
+
+Tensor Result::empty(const Tensor& like) const { return at::empty_strided(size, stride, like.options()); }
+
+Tensor Result::with_strides(const Tensor& computed) const {
+  if (computed.strides() == IntArrayRef(stride)) return computed;
+  for (int64_t dim = 0; dim < computed.dim(); ++dim) {
+    if (computed.size(dim) > 1 && computed.stride(dim) != stride[dim]) return empty(computed).copy_(computed);
+  }
+  return computed.as_strided_(computed.sizes(), stride);
 }
 
 namespace {
@@ -289,6 +368,12 @@ PaddingMode parse_padding_mode(std::string_view name) {
 bool has_kernel_dtype(const Tensor& t) {
   const at::ScalarType type = t.scalar_type();
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+}
+
+const char* no_kernel_for(const Tensor& input, size_t dims) {
+  if (!has_kernel_dtype(input)) return "no kernel for this dtype";
+  const int64_t channel = input.dim() - 1 - static_cast<int64_t>(dims);
+  return (channel == 0 || channel == 1) && input.sym_size(channel) == 0 ? "an image without channels" : nullptr;
 }
 
 DType dtype_of(const Tensor& t) {

@@ -4,9 +4,9 @@
 // allocated or written; the message names the argument and both values.
 #pragma once
 
+#include <ATen/DimVector.h>
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <optional>
 #include <string_view>
 
@@ -17,61 +17,74 @@
 
 namespace sepconv {
 
-// stride and dilation are (h, w); padding is (h, w), or (top, bottom, left, right) where the two sides differ.
+// For images, stride and dilation are (h, w); padding is (h, w), or (top, bottom, left, right) where the two sides differ.
+// For sequences they are (l); padding is (l) or (left, right). The entries of stride say which of the two a call is for.
 struct ConvArgs {
   at::IntArrayRef stride, padding, dilation;
   int64_t groups;
   PaddingMode padding_mode = PaddingMode::zeros;
+
+  bool for_sequences() const { return stride.size() == 1; }
 };
 
-// The geometry of a forward call. The output's strides are chosen here: channels_last where the input or the weight
-// suggests it (torch's rule), else contiguous.
-ConvShape check_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                        const ConvArgs&);
+// The tensor that a call returns, in the rank of its operands: a sequence has no height, an unbatched call no batch.
+struct Result {
+  at::DimVector size, stride;
 
-// The geometry of the two gradients. The result takes the strides asked for where they are dense; where they are not
-// (a sliced or expanded tensor), it is channels_last if they order the dimensions so, else contiguous.
-ConvShape check_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size,
-                           at::IntArrayRef input_stride, const ConvArgs&);
-ConvShape check_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size,
-                            at::IntArrayRef weight_stride, const ConvArgs&);
+  at::Tensor empty(const at::Tensor& like) const;  // uninitialised memory
+  Result laid_out(const Strides&, bool sequence) const;
+  // What ATen returned where its strides are these, but for those of dimensions of size 1, which are set; else a copy.
+  at::Tensor with_strides(const at::Tensor& computed) const;
+};
 
-// The geometry of a depthwise convolution and the pointwise one that follows it. The intermediate's and the output's
-// strides are chosen as two forward calls would choose them.
-SeparableShape check_separable(const at::Tensor& input, const at::Tensor& depthwise_weight,
-                               const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
-                               const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
-                               at::IntArrayRef padding, at::IntArrayRef dilation);
+// What a check finds: the call as every kernel is told of it, where a sequence is an image of one row and what has no
+// batch is a batch of one; and the result.
+struct Checked {
+  ConvShape shape;
+  Result result;
+};
 
-// The ranks of a 1-D call, which is made of the 2-D one: what else may be wrong, the 2-D checks find.
-void check_sequence(const at::Tensor& input, const at::Tensor& weight);
+// A forward call. Operands are [N, C, H, W] or [C, H, W] with a weight [K, C / groups, R, S], or [N, C, L] or [C, L] with
+// [K, C / groups, S]. The output's strides are chosen here: channels_last where the input or the weight suggests it
+// (torch's rule), else contiguous; a sequence in the memory order [N, L, C] is a channels_last row.
+Checked check_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                      const ConvArgs&);
 
-// A spatially separable call as the depthwise shape that it computes; `w` of the shape is not set. padding as above.
-ConvShape check_spatial_separable(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
-                                  at::IntArrayRef padding);
+// The two gradients. The result takes the strides asked for where they are dense; where they are not (a sliced or
+// expanded tensor), it is channels_last if they order the dimensions so, else contiguous.
+Checked check_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size,
+                         at::IntArrayRef input_stride, const ConvArgs&);
+Checked check_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size,
+                          at::IntArrayRef weight_stride, const ConvArgs&);
 
-// Uninitialised memory for the result that a check described.
-at::Tensor empty_output(const ConvShape&, const at::Tensor& like);
-at::Tensor empty_grad_input(const ConvShape&, const at::Tensor& like);
-at::Tensor empty_grad_weight(const ConvShape&, const at::Tensor& like);
+// A depthwise convolution and the pointwise one that follows it, on images. The intermediate's and the output's strides
+// are chosen as two forward calls would choose them.
+struct CheckedSeparable {
+  SeparableShape shape;
+  Result intermediate, output;
+};
+CheckedSeparable check_separable(const at::Tensor& input, const at::Tensor& depthwise_weight,
+                                 const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
+                                 const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
+                                 at::IntArrayRef padding, at::IntArrayRef dilation);
 
-// What ATen returned where its strides are the promised ones, but for those of dimensions of size 1, which are set;
-// else a copy into allocate(), which has them.
-template <typename Allocate>
-at::Tensor with_strides(const Strides& promised, const at::Tensor& computed, const Allocate& allocate) {
-  const std::array<int64_t, 4> strides{promised.n, promised.c, promised.h, promised.w};
-  if (computed.strides() == at::IntArrayRef(strides)) return computed;
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    if (computed.size(dim) > 1 && computed.stride(dim) != strides[dim]) return allocate().copy_(computed);
-  }
-  return computed.as_strided_(computed.sizes(), strides);
-}
+// A spatially separable call as the depthwise shape that it computes; `w` of the shape is not set.
+Checked check_spatial_separable(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
+                                at::IntArrayRef padding);
+
+// A tensor of a call as an image [N, C, H, W], or a weight as [K, C / groups, R, S]: a view that adds the dimensions that
+// it lacks.
+at::Tensor as_image(const at::Tensor&, bool sequence);
 
 Activation parse_activation(std::string_view name);
 PaddingMode parse_padding_mode(std::string_view name);
+constexpr const char* name_of(Activation a) { return kActivationNames[static_cast<int>(a)]; }
+constexpr const char* name_of(PaddingMode mode) { return kPaddingModeNames[static_cast<int>(mode)]; }
 
 // True for the four types that kernels are written for; everything else (complex, integers, quantised) goes to ATen.
 bool has_kernel_dtype(const at::Tensor&);
+// Why no kernel takes an input of so many spatial dimensions, while ATen may; null where one does.
+const char* no_kernel_for(const at::Tensor& input, size_t dims);
 DType dtype_of(const at::Tensor&);
 
 }  // namespace sepconv

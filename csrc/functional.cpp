@@ -1,6 +1,7 @@
 // F.conv2d's and F.conv1d's calls, parsed by torch's own parser: the same arguments are accepted, the same TypeErrors
 // raised, and __torch_function__ is honoured, at the cost of a built-in function instead of an op looked up from Python.
 #define FMT_HEADER_ONLY 1  // torch's headers format with fmt, which its libraries do not export
+#define USE_NUMPY 1        // as torch was built: its parser takes NumPy's integers for integers
 
 #include "functional.h"
 
@@ -16,81 +17,91 @@ namespace {
 
 using c10::SymInt;
 
-// One value stands for both dimensions.
-std::array<SymInt, 2> pair(const char* name, const std::vector<SymInt>& values) {
-  TORCH_CHECK(values.size() == 1 || values.size() == 2, name, " must be one value or 2 (height, width), but has ",
-              values.size(), " entries");
-  return {values.front(), values.back()};
+using Values = std::vector<SymInt>;  // one for each spatial dimension
+
+// One value stands for all dimensions.
+Values values(const char* name, Values given, size_t dims) {
+  if (dims == 1) {
+    TORCH_CHECK(given.size() == 1, name, " must be one value, but has ", given.size(), " entries");
+  } else {
+    TORCH_CHECK(given.size() == 1 || given.size() == 2, name, " must be one value or 2 (height, width), but has ",
+                given.size(), " entries");
+    if (given.size() == 1) given.push_back(given.front());
+  }
+  return given;
 }
 
-// The only value of a sequence's convolution.
-const SymInt& single(const char* name, const std::vector<SymInt>& values) {
-  TORCH_CHECK(values.size() == 1, name, " must be one value, but has ", values.size(), " entries");
-  return values.front();
+// Padding that has a name, in numbers: 'same' with its odd value behind the image, 'causal' with all of it before a
+// sequence. torch.compile traces functional.py's words for the same.
+Values named_padding(std::string_view name, const at::Tensor& weight, const Values& stride, const Values& dilation) {
+  const size_t dims = stride.size();
+  const bool same = name == "same", causal = dims == 1 && name == "causal";
+  if (name == "valid") return Values(dims, 0);
+  TORCH_CHECK(same || causal, "padding must be 'same'", dims == 1 ? ", 'valid' or 'causal'" : " or 'valid'",
+              ", but is '", name, "'");
+  TORCH_CHECK(weight.dim() == static_cast<int64_t>(dims) + 2, "weight must have ", dims + 2, " dimensions, but has ",
+              weight.dim());
+  Values sides;
+  for (size_t dim = 0; dim < dims; ++dim) {
+    TORCH_CHECK(causal || stride[dim] == 1, "padding='same' needs a stride of 1, but stride is ", stride);
+    const SymInt zeros = dilation[dim] * (weight.sym_size(2 + dim) - 1), before = causal ? zeros : zeros / 2;
+    sides.push_back(before), sides.push_back(zeros - before);
+  }
+  return sides;
 }
 
 PyObject* module_object = nullptr;  // borrowed: the module outlives its functions
+
+// The call `name` of torch.nn.functional, for `dims` spatial dimensions. What this package adds comes by keyword.
+PyObject* convolution(const char* name, size_t dims, torch::PythonArgParser& parser, PyObject* args, PyObject* kwargs) {
+  torch::ParsedArgs<9> parsed;
+  auto r = parser.parse(nullptr, args, kwargs, parsed);
+  if (r.has_torch_function()) {
+    const auto self = pybind11::handle(module_object).attr(name);
+    return torch::handle_torch_function_no_python_arg_parser(r.overloaded_args, args, kwargs, name, self.ptr(),
+                                                             "sepconv_ext._C");
+  }
+  const at::Tensor input = r.tensor(0), weight = r.tensor(1);
+  const std::optional<at::Tensor> bias = r.optionalTensor(2);
+  const Values stride = values("stride", r.symintlist(3), dims), dilation = values("dilation", r.symintlist(5), dims);
+  const bool has_name = r.idx == 1;
+  const Values padding =
+      has_name ? named_padding(r.stringView(4), weight, stride, dilation) : values("padding", r.symintlist(4), dims);
+  const SymInt groups = r.toSymInt(6);
+  const std::string_view activation = r.stringView(7), padding_mode = r.stringView(8);
+  at::Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = ops::conv2d(input, weight, bias, stride, padding, dilation, groups, activation, padding_mode);
+  }
+  return torch::autograd::utils::wrap(output);
+}
 
 PyObject* conv2d(PyObject*, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
   static torch::PythonArgParser parser(
       {"conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymIntArrayRef[2] stride=1, SymIntArrayRef[2] "
        "padding=0, "
-       "SymIntArrayRef[2] dilation=1, SymInt groups=1)"});
-  torch::ParsedArgs<7> parsed;
-  auto r = parser.parse(nullptr, args, kwargs, parsed);
-  if (r.has_torch_function()) {
-    const auto self = pybind11::handle(module_object).attr("conv2d");
-    return torch::handle_torch_function_no_python_arg_parser(r.overloaded_args, args, kwargs, "conv2d", self.ptr(),
-                                                             "sepconv_ext._C");
-  }
-  const at::Tensor input = r.tensor(0), weight = r.tensor(1);
-  const std::optional<at::Tensor> bias = r.optionalTensor(2);
-  const auto stride = pair("stride", r.symintlist(3)), padding = pair("padding", r.symintlist(4)),
-             dilation = pair("dilation", r.symintlist(5));
-  const SymInt groups = r.toSymInt(6);
-  at::Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    const bool unbatched = input.dim() == 3;
-    output = ops::conv2d(unbatched ? input.unsqueeze(0) : input, weight, bias, stride, padding, dilation, groups,
-                         "identity");
-    if (unbatched) output = output.squeeze(0);
-  }
-  return torch::autograd::utils::wrap(output);
+       "SymIntArrayRef[2] dilation=1, SymInt groups=1, *, c10::string_view activation=\"identity\", "
+       "c10::string_view padding_mode=\"zeros\")",
+       "conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymIntArrayRef[2] stride=1, "
+       "c10::string_view padding=\"valid\", SymIntArrayRef[2] dilation=1, SymInt groups=1, *, "
+       "c10::string_view activation=\"identity\", c10::string_view padding_mode=\"zeros\")"});
+  return convolution("conv2d", 2, parser, args, kwargs);
   END_HANDLE_TH_ERRORS
 }
 
-// A sequence is an image of one row: views of the same memory, so that [N, C, L] in the memory order [N, L, C] is a
-// channels_last image, and comes back in that order.
 PyObject* conv1d(PyObject*, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
   static torch::PythonArgParser parser(
       {"conv1d(Tensor input, Tensor weight, Tensor? bias=None, SymIntArrayRef[1] stride=1, SymIntArrayRef[1] "
        "padding=0, "
-       "SymIntArrayRef[1] dilation=1, SymInt groups=1)"});
-  torch::ParsedArgs<7> parsed;
-  auto r = parser.parse(nullptr, args, kwargs, parsed);
-  if (r.has_torch_function()) {
-    const auto self = pybind11::handle(module_object).attr("conv1d");
-    return torch::handle_torch_function_no_python_arg_parser(r.overloaded_args, args, kwargs, "conv1d", self.ptr(),
-                                                             "sepconv_ext._C");
-  }
-  const at::Tensor input = r.tensor(0), weight = r.tensor(1);
-  const std::optional<at::Tensor> bias = r.optionalTensor(2);
-  const std::array<SymInt, 2> stride{1, single("stride", r.symintlist(3))},
-      padding{0, single("padding", r.symintlist(4))}, dilation{1, single("dilation", r.symintlist(5))};
-  const SymInt groups = r.toSymInt(6);
-  at::Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    check_sequence(input, weight);
-    const bool unbatched = input.dim() == 2;
-    const at::Tensor row = (unbatched ? input.unsqueeze(0) : input).unsqueeze(2);
-    output = ops::conv2d(row, weight.unsqueeze(2), bias, stride, padding, dilation, groups, "identity").squeeze(2);
-    if (unbatched) output = output.squeeze(0);
-  }
-  return torch::autograd::utils::wrap(output);
+       "SymIntArrayRef[1] dilation=1, SymInt groups=1, *, c10::string_view activation=\"identity\", "
+       "c10::string_view padding_mode=\"zeros\")",
+       "conv1d(Tensor input, Tensor weight, Tensor? bias=None, SymIntArrayRef[1] stride=1, "
+       "c10::string_view padding=\"valid\", SymIntArrayRef[1] dilation=1, SymInt groups=1, *, "
+       "c10::string_view activation=\"identity\", c10::string_view padding_mode=\"zeros\")"});
+  return convolution("conv1d", 1, parser, args, kwargs);
   END_HANDLE_TH_ERRORS
 }
 

@@ -1,10 +1,13 @@
-// The op table: every schema, the typed calls into it, and the Python module.
+// The op table: every schema, and the Python module.
 //
-//   stride, dilation   (h, w)
-//   padding            (h, w), or (top, bottom, left, right)
+//   input              [N, C, H, W] or [C, H, W] with a weight [K, C / groups, R, S]; conv2d and its gradients also take
+//                      sequences, [N, C, L] or [C, L] with [K, C / groups, S]
+//   stride, dilation   (h, w); for a sequence (l)
+//   padding            (h, w), or (top, bottom, left, right); for a sequence (l), or (left, right)
 //   *_size, *_stride   the size of the result, and the memory strides that it should follow
 //   activation         a name of activation.h
 //   padding_mode       a name of padding_mode.h
+#define USE_NUMPY 1  // as in functional.cpp: both compile the inline functions of torch's parser
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -13,8 +16,6 @@
 #include "cpu/kernels.h"
 #include "explain.h"
 #include "functional.h"
-#include "ops.h"
-#include "overlap.h"
 #include "runtime.h"
 
 #ifdef SEPCONV_WITH_CUDA
@@ -57,75 +58,6 @@ TORCH_LIBRARY(sepconv_ext, m) {
 }
 
 namespace sepconv {
-namespace ops {
-
-// Looked up once: afterwards a call costs the dispatcher's own work alone.
-template <typename Function>
-auto typed_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-}
-
-at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                  c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                  c10::SymInt groups, std::string_view activation, std::string_view padding_mode) {
-  static const auto op = typed_op<decltype(conv2d)>("sepconv_ext::conv2d");
-  return op.call(input, weight, bias, stride, padding, dilation, std::move(groups), activation, padding_mode);
-}
-
-at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
-                             c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                             c10::SymIntArrayRef dilation, c10::SymInt groups, std::string_view padding_mode) {
-  static const auto op = typed_op<decltype(conv2d_grad_input)>("sepconv_ext::conv2d_grad_input");
-  return op.call(grad_output, weight, input_size, input_stride, stride, padding, dilation, std::move(groups),
-                 padding_mode);
-}
-
-at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
-                              c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
-                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
-                              std::string_view padding_mode) {
-  static const auto op = typed_op<decltype(conv2d_grad_weight)>("sepconv_ext::conv2d_grad_weight");
-  return op.call(grad_output, input, weight_size, weight_stride, stride, padding, dilation, std::move(groups),
-                 padding_mode);
-}
-
-std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
-                                                     const at::Tensor& weight, c10::SymIntArrayRef stride,
-                                                     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                                     c10::SymInt groups, std::string_view padding_mode) {
-  static const auto op = typed_op<decltype(conv2d_both_grads)>("sepconv_ext::conv2d_both_grads");
-  return op.call(grad_output, input, weight, stride, padding, dilation, std::move(groups), padding_mode);
-}
-
-at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
-                            const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
-                            const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,
-                            c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                            std::string_view depthwise_activation, std::string_view pointwise_activation,
-                            bool save_intermediate) {
-  static const auto op = typed_op<decltype(separable_conv2d)>("sepconv_ext::separable_conv2d");
-  return op.call(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation,
-                 depthwise_activation, pointwise_activation, save_intermediate);
-}
-
-std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
-    const at::Tensor& input, const at::Tensor& depthwise_weight, const std::optional<at::Tensor>& depthwise_bias,
-    const at::Tensor& pointwise_weight, const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,
-    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, std::string_view depthwise_activation,
-    std::string_view pointwise_activation, bool output, bool intermediate) {
-  static const auto op = typed_op<decltype(separable_conv2d_training)>("sepconv_ext::separable_conv2d_training");
-  return op.call(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation,
-                 depthwise_activation, pointwise_activation, output, intermediate);
-}
-
-at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
-                                    c10::SymIntArrayRef padding) {
-  static const auto op = typed_op<decltype(spatial_separable_conv2d)>("sepconv_ext::spatial_separable_conv2d");
-  return op.call(input, column, row, padding);
-}
-
-}  // namespace ops
-
 namespace {
 
 namespace py = pybind11;
@@ -164,7 +96,7 @@ using DeviceFacts = std::optional<std::tuple<int, int>>;
 Explanation with_borders(Explanation e, const char* borders, Map map, const ConvShape& shape, PaddingMode mode) {
   const BorderExtent extent = border_extent(map, shape, mode);
   if (e.aten || extent == BorderExtent::none) return e;
-  const std::string name = kPaddingModeNames[static_cast<int>(mode)];
+  const std::string name = name_of(mode);
   if (extent == BorderExtent::all)
     return {borders, "all of the result depends on the " + name + " padding", false, "", 0};
   e.reason += std::string("; then ") + borders + " for what depends on the " + name + " padding";
@@ -182,21 +114,18 @@ Explanation explain(const std::string& map_name, const at::Tensor& input, const 
   const auto aten = [](const char* reason) { return Explanation{"aten", reason, true, "", 0}; };
   if (!has_kernel_dtype(input)) return aten("no kernel for this dtype");
   const ConvArgs args{stride, padding, dilation, groups, mode};
-  ConvShape shape = check_forward(input, weight, bias, args);
+  Checked checked = check_forward(input, weight, bias, args);
   if (map != Map::forward) {
-    const Strides usual = shape.y;
-    const at::Tensor g = grad_output ? *grad_output
-                                     : at::empty({1, 1, 1, 1}, input.options())
-                                           .expand({shape.N, shape.K, shape.P, shape.Q});  // for its size alone
-    shape = map == Map::grad_input ? check_grad_input(g, weight, input.sizes(), input.strides(), args)
-                                   : check_grad_weight(g, input, weight.sizes(), weight.strides(), args);
-    if (!grad_output) shape.y = usual;
+    const Strides usual = checked.shape.y;
+    const at::DimVector one(checked.result.size.size(), 1);
+    const at::Tensor g =  // for its size alone
+        grad_output ? *grad_output : at::empty(one, input.options()).expand(checked.result.size);
+    checked = map == Map::grad_input ? check_grad_input(g, weight, input.sizes(), input.strides(), args)
+                                     : check_grad_weight(g, input, weight.sizes(), weight.strides(), args);
+    if (!grad_output) checked.shape.y = usual;
   }
+  const ConvShape& shape = checked.shape;
   const DType dtype = dtype_of(input);
-  if (const auto overlap = Overlap::worth_taking(shape, mode)) {
-    if (overlap->is_empty()) return {"none", "no tap meets a pixel: the result is the bias, or zero", false, "", 0};
-    shape = overlap->of(shape);
-  }
 #ifdef SEPCONV_WITH_CUDA
   if (cuda_device) {
     const auto [multiprocessors, capability] = *cuda_device;
@@ -219,11 +148,8 @@ Explanation explain_separable(const at::Tensor& input, const at::Tensor& depthwi
                               std::vector<int64_t> padding, std::vector<int64_t> dilation) {
   if (!has_kernel_dtype(input)) return {"aten", "no kernel for this dtype", true, "", 0};
   const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
-                                               pointwise_bias, stride, padding, dilation);
-  if (Overlap::worth_taking(shape.depthwise, PaddingMode::zeros)) {
-    return {"composite", "the filter reaches far beyond the image: two calls, the first of what overlaps", false, "",
-            0};
-  }
+                                               pointwise_bias, stride, padding, dilation)
+                                   .shape;
 #ifdef SEPCONV_WITH_CUDA
   if (input.is_cuda()) return cuda::explain(shape, dtype_of(input), input.get_device());
 #endif

@@ -1,49 +1,92 @@
-// The op table, callable from C++: each function here goes through torch's dispatcher, so that autograd, autocast,
-// compilation and the device see the call. The schemas stand in library.cpp.
+// The op table, callable from C++: each call goes through torch's dispatcher, so that autograd, autocast, compilation and
+// the device see it. An op's signature stands here, and as a schema in library.cpp; what is the same for every op
+// (transforms.cpp) is a template on it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/SymInt.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
-namespace sepconv::ops {
+namespace sepconv {
 
-at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                  c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                  c10::SymInt groups, std::string_view activation, std::string_view padding_mode = "zeros");
+// A literal as a template's argument.
+template <size_t length>
+struct OpName {
+  char text[length];
+  constexpr OpName(const char (&literal)[length]) { std::copy_n(literal, length, text); }
+};
 
-at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_size,
-                             c10::SymIntArrayRef input_stride, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                             c10::SymIntArrayRef dilation, c10::SymInt groups, std::string_view padding_mode = "zeros");
+template <OpName name, typename Function>
+struct Op;
 
-at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_size,
-                              c10::SymIntArrayRef weight_stride, c10::SymIntArrayRef stride,
-                              c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups,
-                              std::string_view padding_mode = "zeros");
+template <OpName name, typename Result, typename... Arguments>
+struct Op<name, Result(Arguments...)> {
+  using Signature = Result(Arguments...);
+
+  // The op is looked up once: afterwards a call costs the dispatcher's own work alone.
+  Result operator()(Arguments... arguments) const {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.text, "").template typed<Signature>();
+    return op.call(std::forward<Arguments>(arguments)...);
+  }
+};
+
+// The type of the functions that can stand in for an op.
+template <const auto& op>
+using SignatureOf = typename std::remove_cvref_t<decltype(op)>::Signature;
+
+namespace ops {
+
+using at::Tensor;
+using Bias = const std::optional<Tensor>&;
+using Ints = c10::SymIntArrayRef;
+using Name = std::string_view;
+
+inline constexpr Op<"sepconv_ext::conv2d",
+                    Tensor(const Tensor& input, const Tensor& weight, Bias bias, Ints stride, Ints padding,
+                           Ints dilation, c10::SymInt groups, Name activation, Name padding_mode)>
+    conv2d{};
+
+inline constexpr Op<"sepconv_ext::conv2d_grad_input",
+                    Tensor(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints input_stride,
+                           Ints stride, Ints padding, Ints dilation, c10::SymInt groups, Name padding_mode)>
+    conv2d_grad_input{};
+
+inline constexpr Op<"sepconv_ext::conv2d_grad_weight",
+                    Tensor(const Tensor& grad_output, const Tensor& input, Ints weight_size, Ints weight_stride,
+                           Ints stride, Ints padding, Ints dilation, c10::SymInt groups, Name padding_mode)>
+    conv2d_grad_weight{};
 
 // (by input, by weight), with the sizes and strides of these.
-std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
-                                                     const at::Tensor& weight, c10::SymIntArrayRef stride,
-                                                     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                                     c10::SymInt groups, std::string_view padding_mode = "zeros");
+inline constexpr Op<"sepconv_ext::conv2d_both_grads",
+                    std::tuple<Tensor, Tensor>(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                               Ints stride, Ints padding, Ints dilation, c10::SymInt groups,
+                                               Name padding_mode)>
+    conv2d_both_grads{};
 
-at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
-                            const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
-                            const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,
-                            c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                            std::string_view depthwise_activation, std::string_view pointwise_activation,
-                            bool save_intermediate);
+inline constexpr Op<"sepconv_ext::separable_conv2d",
+                    Tensor(const Tensor& input, const Tensor& depthwise_weight, Bias depthwise_bias,
+                           const Tensor& pointwise_weight, Bias pointwise_bias, Ints stride, Ints padding,
+                           Ints dilation, Name depthwise_activation, Name pointwise_activation, bool save_intermediate)>
+    separable_conv2d{};
 
-std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
-    const at::Tensor& input, const at::Tensor& depthwise_weight, const std::optional<at::Tensor>& depthwise_bias,
-    const at::Tensor& pointwise_weight, const std::optional<at::Tensor>& pointwise_bias, c10::SymIntArrayRef stride,
-    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, std::string_view depthwise_activation,
-    std::string_view pointwise_activation, bool output, bool intermediate);
+inline constexpr Op<"sepconv_ext::separable_conv2d_training",
+                    std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& depthwise_weight, Bias depthwise_bias,
+                                               const Tensor& pointwise_weight, Bias pointwise_bias, Ints stride,
+                                               Ints padding, Ints dilation, Name depthwise_activation,
+                                               Name pointwise_activation, bool output, bool intermediate)>
+    separable_conv2d_training{};
 
-at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
-                                    c10::SymIntArrayRef padding);
+inline constexpr Op<"sepconv_ext::spatial_separable_conv2d",
+                    Tensor(const Tensor& input, const Tensor& column, const Tensor& row, Ints padding)>
+    spatial_separable_conv2d{};
 
-}  // namespace sepconv::ops
+}  // namespace ops
+
+}  // namespace sepconv

@@ -11,6 +11,7 @@
 
 #include "activation.h"
 #include "checks.h"
+#include "ops.h"
 
 namespace sepconv::separable {
 
@@ -24,21 +25,19 @@ struct Call {
   Activation depthwise_activation, pointwise_activation;
 };
 
-// The same from the op's own arguments, below the autograd key, where sizes are plain numbers.
-inline Call call_of(const at::Tensor& input, const at::Tensor& depthwise_weight,
-                    const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
-                    const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                    at::IntArrayRef dilation, std::string_view depthwise_activation,
+// The same from the op's own arguments.
+inline Call call_of(const at::Tensor& input, const at::Tensor& depthwise_weight, ops::Bias depthwise_bias,
+                    const at::Tensor& pointwise_weight, ops::Bias pointwise_bias, c10::SymIntArrayRef stride,
+                    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, std::string_view depthwise_activation,
                     std::string_view pointwise_activation) {
-  const auto sym = c10::fromIntArrayRefSlow;
   return {input,
           depthwise_weight,
           depthwise_bias,
           pointwise_weight,
           pointwise_bias,
-          sym(stride),
-          sym(padding),
-          sym(dilation),
+          stride,
+          padding,
+          dilation,
           parse_activation(depthwise_activation),
           parse_activation(pointwise_activation)};
 }
@@ -57,5 +56,8 @@ at::Tensor composite(const Call&);
 
 // The op separable_conv2d_training.
 std::tuple<at::Tensor, at::Tensor> composite_training(const Call&, bool output, bool intermediate);
+
+// The op separable_conv2d by ATen's own functions, differentiable.
+SignatureOf<ops::separable_conv2d> by_aten;
 
 }  // namespace sepconv::separable

@@ -29,6 +29,8 @@ _ROLES = {
     "separable_conv2d_training": ("bb", "brrrr"),
     "spatial_separable_conv2d": ("b", "brr"),
 }
+# Where an op's stride stands, which has an entry for each spatial dimension; the ops without one are for images.
+_STRIDE = {"conv2d": 3, "conv2d_grad_input": 4, "conv2d_grad_weight": 4, "conv2d_both_grads": 3}
 # Sizes that an op is told of its result, and the strides: a shard's own are smaller.
 _SIZES = {"conv2d_grad_input": (2, 3)}
 
@@ -42,21 +44,24 @@ def register_strategies() -> None:
     sharded = {"b": Shard(0), "r": Replicate(), "s": Partial()}
     propagator = DTensor._op_dispatcher.sharding_propagator
 
-    def register(op: torch._ops.OpOverload, results: str, tensors: str) -> None:
+    def register(op: torch._ops.OpOverload, results: str, tensors: str, stride: int | None) -> None:
         def strategies(*arguments: object) -> Sequence[tuple[list, list]]:
+            dims = 2 if stride is None else len(arguments[stride])
             given = [role if a is not None else None for role, a in zip_longest(tensors, arguments)]
 
             def placed(placement: dict) -> tuple[list, list]:
                 return [placement[role] for role in results], [placement.get(role) for role in given]
 
-            return [placed(dict.fromkeys("brs", Replicate())), placed(sharded)]
+            replicated = placed(dict.fromkeys("brs", Replicate()))
+            has_batch = len(arguments[0].shape) == dims + 2
+            return [replicated, placed(sharded)] if has_batch else [replicated]
 
         register_sharding(op)(strategies)
         # A result's size depends on all the other arguments, not only on those that are single numbers.
         propagator.op_to_schema_info[op] = RuntimeSchemaInfo(len(tensors), needs_pytree=True)
 
     for name, (results, tensors) in _ROLES.items():
-        register(getattr(torch.ops.sepconv_ext, name).default, results, tensors)
+        register(getattr(torch.ops.sepconv_ext, name).default, results, tensors, _STRIDE.get(name))
     for name, places in _SIZES.items():
         propagator.op_to_shape_and_stride_idx[getattr(torch.ops.sepconv_ext, name).default] = places
 

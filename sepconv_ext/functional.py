@@ -22,6 +22,8 @@ IntOrSingle = int | Sequence[int]
 
 def _pair(name: str, value: IntOrPair) -> Sequence[int]:
     """One value stands for both dimensions, as torch reads it."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be integers, but is {value}")
     if not isinstance(value, Sequence):
         return (value, value)
     if len(value) not in (1, 2):
@@ -39,19 +41,26 @@ def _padding(
         if isinstance(padding, str):
             raise RuntimeError(f"padding must be 'same' or 'valid', but is {padding!r}")
         return _pair("padding", padding)
+    return _padding_same(weight_size, stride, dilation)
+
+
+def _padding_same(weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
+    """Both sides of every dimension, such that the output has the input's size."""
     if not all(s == 1 for s in stride):
         raise RuntimeError(f"padding='same' needs a stride of 1, but stride is {tuple(stride)}")
-    if len(weight_size) != 4:
-        raise RuntimeError(f"weight must have 4 dimensions, but has {len(weight_size)}")
-    rows, columns = (dilation[i] * (weight_size[2 + i] - 1) for i in (0, 1))
-    return (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)
+    if len(weight_size) != 2 + len(stride):
+        raise RuntimeError(f"weight must have {2 + len(stride)} dimensions, but has {len(weight_size)}")
+    zeros = [d * (taps - 1) for d, taps in zip(dilation, weight_size[2:], strict=True)]
+    return [side for n in zeros for side in (n // 2, n - n // 2)]
 
 
-def _conv2d(input, weight, bias, stride, padding, dilation, groups, activation, padding_mode="zeros") -> Tensor:
-    """The op itself, from F.conv2d's looser arguments. Traced by torch.compile; plain Python else."""
-    if input.dim() == 3:
-        batch = input.unsqueeze(0)
-        return _conv2d(batch, weight, bias, stride, padding, dilation, groups, activation, padding_mode).squeeze(0)
+def _conv2d(
+    input, weight, bias, stride, padding, dilation, groups, activation="identity", padding_mode="zeros"
+) -> Tensor:
+    """_C.conv2d's call; in Python where torch.compile traces it, which cannot look into a C function."""
+    if not torch.compiler.is_compiling():
+        names = dict(activation=activation, padding_mode=padding_mode)
+        return _C.conv2d(input, weight, bias, stride, padding, dilation, groups, **names)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, weight.shape, stride, dilation)
     op = torch.ops.sepconv_ext.conv2d
@@ -86,48 +95,44 @@ def conv2d(
         TypeError: arguments of a wrong type, as in `torch.nn.functional.conv2d`.
         RuntimeError: sizes, dtypes and devices that do not fit, as there.
     """
-    if isinstance(padding, str) or torch.compiler.is_compiling():
-        return _conv2d(input, weight, bias, stride, padding, dilation, groups, "identity")
+    if torch.compiler.is_compiling():
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
     return _C.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _single(name: str, value: IntOrSingle) -> int:
+def _single(name: str, value: IntOrSingle) -> Sequence[int]:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, but is {value}")
     if not isinstance(value, Sequence):
-        return value
+        return (value,)
     if len(value) != 1:
         raise RuntimeError(f"{name} must be one value, but is {value}")
-    return value[0]
+    return value
 
 
 def _padding_1d(
-    padding: IntOrSingle | str, filters: Tensor, stride: Sequence[int], dilation: Sequence[int]
+    padding: IntOrSingle | str, weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Sequence[int]:
-    """The padding of the one row, in numbers; ``'causal'`` puts all of it to the left."""
+    """The padding in numbers: (both sides), or (left, right); ``'causal'`` puts all of it to the left."""
     if padding == "causal":
-        return (0, 0, dilation[1] * (filters.shape[3] - 1), 0)
-    if padding in ("same", "valid"):
-        return _padding(padding, filters.shape, stride, dilation)
+        return (dilation[0] * (weight_size[-1] - 1), 0)
+    if padding == "same":
+        return _padding_same(weight_size, stride, dilation)
+    if padding == "valid":
+        return (0,)
     if isinstance(padding, str):
         raise RuntimeError(f"padding must be 'same', 'valid' or 'causal', but is {padding!r}")
-    return (0, _single("padding", padding))
-
-
-def _row(name: str, sequence: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """A sequence as an image of one row: a view."""
-    if sequence.dim() not in ranks:
-        raise RuntimeError(f"{name} must have {' or '.join(map(str, ranks))} dimensions, but has {sequence.dim()}")
-    return sequence.unsqueeze(-2)
+    return _single("padding", padding)
 
 
 def _conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode="zeros") -> Tensor:
-    """One row of conv2d, by views; what _C.conv1d does, for what it cannot: padding as a text, and torch.compile."""
-    row, filters = _row("input", input, (3, 2)), _row("weight", weight, (3,))
-    stride, dilation = (1, _single("stride", stride)), (1, _single("dilation", dilation))
-    padding = _padding_1d(padding, filters, stride, dilation)
-    batch = row if row.dim() == 4 else row.unsqueeze(0)
+    """_C.conv1d's call, as _conv2d is _C.conv2d's."""
+    if not torch.compiler.is_compiling():
+        return _C.conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+    stride, dilation = _single("stride", stride), _single("dilation", dilation)
+    padding = _padding_1d(padding, weight.shape, stride, dilation)
     op = torch.ops.sepconv_ext.conv2d
-    output = op(batch, filters, bias, stride, padding, dilation, groups, "identity", padding_mode)
-    return output.squeeze(2) if row.dim() == 4 else output.squeeze(2).squeeze(0)
+    return op(input, weight, bias, stride, padding, dilation, groups, "identity", padding_mode)
 
 
 def conv1d(
@@ -141,7 +146,7 @@ def conv1d(
 ) -> Tensor:
     """`torch.nn.functional.conv1d`, by this package's kernels: the same arguments, result and errors.
 
-    The sequence is convolved as an image of one row, which costs views and no copy. A sequence ``[N, C, L]`` that lies
+    The kernels read the sequence as an image of one row, where it lies. A sequence ``[N, C, L]`` that lies
     in memory as ``[N, L, C]`` (``x.transpose(1, 2)`` of a contiguous ``[N, L, C]``) is computed as it lies, by the
     channels_last kernels, and the output lies in the same order; F.conv1d would copy it and return ``[N, K, L]``.
 
@@ -163,7 +168,7 @@ def conv1d(
         TypeError: arguments of a wrong type, as in `torch.nn.functional.conv1d`.
         RuntimeError: sizes, dtypes and devices that do not fit, as there.
     """
-    if isinstance(padding, str) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return _conv1d(input, weight, bias, stride, padding, dilation, groups)
     return _C.conv1d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -307,12 +312,6 @@ def separable_conv2d(
         ValueError: an unknown activation.
         RuntimeError: sizes, dtypes and devices that do not fit.
     """
-    if input.dim() == 3:
-        batch, arguments = input.unsqueeze(0), (depthwise_bias, pointwise_bias, stride, padding, dilation)
-        activations = (depthwise_activation, pointwise_activation)
-        return separable_conv2d(
-            batch, depthwise_weight, pointwise_weight, *arguments, *activations, save_intermediate
-        ).squeeze(0)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, depthwise_weight.shape, stride, dilation)
     return torch.ops.sepconv_ext.separable_conv2d(
@@ -328,6 +327,8 @@ def separable_conv2d(
         pointwise_activation,
         save_intermediate,
     )
+
+
 def spatial_separable_conv2d(input: Tensor, column: Tensor, row: Tensor, padding: IntOrPair | str = 0) -> Tensor:
     """Filters every channel down its columns, then along its rows: a depthwise convolution whose filter is a product.
 
@@ -349,9 +350,6 @@ def spatial_separable_conv2d(input: Tensor, column: Tensor, row: Tensor, padding
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit.
     """
-    if input.dim() == 3:
-        return spatial_separable_conv2d(input.unsqueeze(0), column, row, padding).squeeze(0)
-    column, row = (filter.unsqueeze(0) if filter.dim() == 1 else filter for filter in (column, row))
     padding = _padding(padding, (1, 1, column.shape[-1], row.shape[-1]), (1, 1), (1, 1))
     return torch.ops.sepconv_ext.spatial_separable_conv2d(input, column, row, padding)
 
@@ -385,9 +383,8 @@ def explain(
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, weight.shape, stride, dilation)
-    image = input.unsqueeze(0) if input.dim() == 3 else input
     return _C.explain(
-        map, image, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode, grad_output=grad_output
+        map, input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode, grad_output=grad_output
     )
 
 
@@ -411,7 +408,6 @@ def explain_separable(
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, depthwise_weight.shape, stride, dilation)
-    image = input.unsqueeze(0) if input.dim() == 3 else input
     return _C.explain_separable(
-        image, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation
+        input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation
     )

@@ -9,6 +9,7 @@ needs it, which has no gradient itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,20 +20,44 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from . import _C  # noqa: F401  (registers the schemas)
 
 
-def _sides(padding: Sequence[int]) -> tuple[int, int]:
-    """The padding of both sides together, (height, width), of (h, w) or (top, bottom, left, right)."""
-    if len(padding) == 4:
-        return padding[0] + padding[1], padding[2] + padding[3]
-    return 2 * padding[0], 2 * padding[1]
+def _sides(padding: Sequence[int], dims: int) -> list[int]:
+    """The padding of both sides together, for each spatial dimension, of one entry a dimension or of two."""
+    if len(padding) == dims:
+        return [2 * p for p in padding]
+    return [padding[2 * i] + padding[2 * i + 1] for i in range(dims)]
 
 
 def _output_size(
     input: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int, int, int]:
-    rows, columns = (
-        (input[2 + i] + _sides(padding)[i] - dilation[i] * (weight[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    )
-    return input[0], weight[0], rows, columns
+) -> tuple[int, ...]:
+    """Of images or sequences (as many entries in stride as spatial dimensions), with or without a batch."""
+    dims = len(stride)
+    pixels = [
+        (size + sides - step * (taps - 1) - 1) // stride + 1
+        for size, sides, step, taps, stride in zip(
+            input[-dims:], _sides(padding, dims), dilation, weight[2:], stride, strict=True
+        )
+    ]
+    return (*input[: -dims - 1], weight[0], *pixels)
+
+
+def _suggests_channels_last(t: Tensor, dims: int) -> bool:
+    """Whether the channels of an image, or of a sequence as an image of one row, lie next to each other in memory."""
+    image = t.unsqueeze(-2) if dims == 1 else t
+    batch = image.unsqueeze(0) if image.dim() == 3 else image
+    return suggest_memory_format(batch) == torch.channels_last
+
+
+def _dense(like: Tensor, size: Sequence[int], dims: int, channels_last: bool) -> Tensor:
+    """An image or a sequence without gaps, contiguous or with its channels next to each other in memory."""
+    options = dict(dtype=like.dtype, device=like.device)
+    if not channels_last:
+        return torch.empty(size, **options)
+    channel = len(size) - dims - 1
+    strides, step = [0] * len(size), 1
+    for i in (channel, *reversed(range(channel + 1, len(size))), *range(channel)):  # from the innermost out
+        strides[i], step = step, step * size[i]
+    return torch.empty_strided(size, strides, **options)
 
 
 def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
@@ -45,53 +70,55 @@ def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-def _empty_like_strides(like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+def _empty_like_strides(like: Tensor, size: Sequence[int], stride: Sequence[int], dims: int) -> Tensor:
     """What the gradients are written to: the strides asked for where they are dense, else the nearest dense ones."""
     asked = torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
-    known = all(isinstance(n, int) for n in (*size, *stride))  # of symbols nothing can be asked that has no value yet
-    dense = known and _is_dense(size, stride)
-    return asked if dense else torch.empty_like(asked, memory_format=torch.preserve_format)
+    if not all(isinstance(n, int) for n in (*size, *stride)):  # of symbols nothing can be asked that has no value yet
+        return torch.empty_like(asked, memory_format=torch.preserve_format)
+    return asked if _is_dense(size, stride) else _dense(like, size, dims, _suggests_channels_last(asked, dims))
 
 
-def _check_rank(name: str, tensor: Tensor) -> None:
-    torch._check(tensor.dim() == 4, lambda: f"{name} must have 4 dimensions, but has {tensor.dim()}")
+def _check_rank(name: str, tensor: Tensor, *ranks: int) -> None:
+    expected = " or ".join(map(str, ranks))
+    torch._check(tensor.dim() in ranks, lambda: f"{name} must have {expected} dimensions, but has {tensor.dim()}")
 
 
 def _forward(input, weight, stride, padding, dilation) -> Tensor:
     """An output of the right size and strides, by torch's rule for its layout."""
-    size = _output_size(input.shape, weight.shape, stride, padding, dilation)
-    channels_last = torch.channels_last in (suggest_memory_format(input), suggest_memory_format(weight))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
+    size, dims = _output_size(input.shape, weight.shape, stride, padding, dilation), len(stride)
+    channels_last = _suggests_channels_last(input, dims) or _suggests_channels_last(weight, dims)
+    return _dense(input, size, dims, channels_last)
 
 
 @torch.library.register_fake("sepconv_ext::conv2d")
 def _(input, weight, bias, stride, padding, dilation, groups, activation, padding_mode="zeros"):
-    _check_rank("input", input)
-    _check_rank("weight", weight)
+    dims = len(stride)
+    _check_rank("input", input, dims + 2, dims + 1)
+    _check_rank("weight", weight, dims + 2)
+    channels = input.shape[-dims - 1]
     torch._check(
-        input.shape[1] == weight.shape[1] * groups,
+        channels == weight.shape[1] * groups,
         lambda: f"input must have {weight.shape[1] * groups} channels (weight's {weight.shape[1]} times "
-        f"groups = {groups}), but has {input.shape[1]}",
+        f"groups = {groups}), but has {channels}",
     )
     return _forward(input, weight, stride, padding, dilation)
 
 
 @torch.library.register_fake("sepconv_ext::conv2d_grad_input")
 def _(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups, padding_mode="zeros"):
-    return _empty_like_strides(grad_output, input_size, input_stride)
+    return _empty_like_strides(grad_output, input_size, input_stride, len(stride))
 
 
 @torch.library.register_fake("sepconv_ext::conv2d_grad_weight")
 def _(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups, padding_mode="zeros"):
-    return _empty_like_strides(grad_output, weight_size, weight_stride)
+    return _empty_like_strides(grad_output, weight_size, weight_stride, len(stride))
 
 
 def _separable(input, depthwise_weight, pointwise_weight, stride, padding, dilation) -> tuple[Tensor, Tensor]:
     """(output, intermediate)."""
-    _check_rank("input", input)
-    _check_rank("depthwise_weight", depthwise_weight)
-    _check_rank("pointwise_weight", pointwise_weight)
+    _check_rank("input", input, 4, 3)
+    _check_rank("depthwise_weight", depthwise_weight, 4)
+    _check_rank("pointwise_weight", pointwise_weight, 4)
     torch._check(
         pointwise_weight.shape[1] == depthwise_weight.shape[0],
         lambda: f"pointwise_weight must have {depthwise_weight.shape[0]} input channels, as many as depthwise_weight "
@@ -111,37 +138,46 @@ def _(input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, ac
     results = _separable(input, depthwise, pointwise, stride, padding, dilation)
     wanted = (output, intermediate)
     return tuple(result if asked else input.new_empty(0) for result, asked in zip(results, wanted, strict=True))
+
+
 @torch.library.register_fake("sepconv_ext::spatial_separable_conv2d")
 def _(input, column, row, padding):
-    torch._check(input.dim() == 4, lambda: f"input must have 4 dimensions, but has {input.dim()}")
+    _check_rank("input", input, 4, 3)
+    channels = input.shape[-3]
     for name, filter in (("column", column), ("row", row)):
-        torch._check(filter.dim() == 2, lambda: f"{name} must have 2 dimensions, but has {filter.dim()}")  # noqa: B023
+        _check_rank(name, filter, 2, 1)
         torch._check(
-            filter.shape[0] == 1 or filter.shape[0] == input.shape[1],
-            lambda: f"{name} must be one filter or {input.shape[1]}, but is {filter.shape[0]}",  # noqa: B023
+            filter.dim() == 1 or filter.shape[0] == 1 or filter.shape[0] == channels,
+            lambda: f"{name} must be one filter or {channels}, but is {filter.shape[0]}",  # noqa: B023
         )
-    size = _output_size(input.shape, (input.shape[1], 1, column.shape[1], row.shape[1]), (1, 1), padding, (1, 1))
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=suggest_memory_format(input))
+    size = _output_size(input.shape, (channels, 1, column.shape[-1], row.shape[-1]), (1, 1), padding, (1, 1))
+    return _dense(input, size, 2, _suggests_channels_last(input, 2))
+
+
+def _batch(size: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+    """The size with its batch, which is one where the call has none."""
+    return tuple(size) if len(size) == len(weight) else (1, *size)
 
 
 # Two operations a multiply-accumulate, the same number for all three maps: N*P*Q * K * (C / groups) * R*S.
 @register_flop_formula(torch.ops.sepconv_ext.conv2d)
 def _(input, weight, bias, *_, out_shape=None, **__) -> int:
-    return conv_flop_count(input, weight, out_shape)
+    return conv_flop_count(_batch(input, weight), weight, _batch(out_shape, weight))
 
 
 @register_flop_formula(torch.ops.sepconv_ext.conv2d_grad_input)
 def _(grad_output, weight, *_, out_shape=None, **__) -> int:
-    return conv_flop_count(out_shape, weight, grad_output)
+    return conv_flop_count(_batch(out_shape, weight), weight, _batch(grad_output, weight))
 
 
 @register_flop_formula(torch.ops.sepconv_ext.conv2d_grad_weight)
 def _(grad_output, input, *_, out_shape=None, **__) -> int:
-    return conv_flop_count(input, out_shape, grad_output)
+    return conv_flop_count(_batch(input, out_shape), out_shape, _batch(grad_output, out_shape))
 
 
 def _separable_flops(input, depthwise, pointwise, stride, padding, dilation, output=True) -> int:
     """N*P*Q * C * T * (R*S + K) multiply-accumulates, without K where the product is not made."""
+    input = _batch(input, depthwise)
     size = _output_size(input, depthwise, stride, padding, dilation)
     product = conv_flop_count(size, pointwise, (size[0], pointwise[0], *size[2:])) if output else 0
     return conv_flop_count(input, depthwise, size) + product
@@ -157,8 +193,10 @@ def _(
     input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, act_d, act_p, output, intermediate, **__
 ) -> int:
     return _separable_flops(input, depthwise, pointwise, stride, padding, dilation, output)
+
+
 # The column pass makes P rows of W columns, the row pass P rows of Q.
 @register_flop_formula(torch.ops.sepconv_ext.spatial_separable_conv2d)
 def _(input, column, row, *_, out_shape=None, **__) -> int:
-    N, C, P, Q = out_shape
-    return 2 * N * C * P * (input[3] * column[1] + Q * row[1])
+    *batch, C, P, Q = out_shape
+    return 2 * math.prod(batch) * C * P * (input[-1] * column[-1] + Q * row[-1])

@@ -1,4 +1,4 @@
-"""1-D convolutions: images of one row, by views of the same memory, in both memory orders."""
+"""1-D convolutions: images of one row to the kernels, in both memory orders."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("padding", [1, "same", "causal"])
 @by_order
 def test_nothing_is_copied(order: str, padding: int | str, device: str) -> None:
-    """Only views besides the ops, whose operands are the caller's memory and whose results are what the caller gets."""
+    """The ops alone, whose operands are the caller's memory and whose results are what the caller gets."""
     x, w, b = tensors(CASES[0], torch.float32, device, order, grad=True)
     with Recorder() as recorder:
         y = functional.conv1d(x, w, b, 1, padding, 1, 24)
         g = in_order(torch.ones_like(y), order)
         recorder.seen.pop("ones_like", None)
         gx, gw = torch.autograd.grad(y, (x, w), g)
-    views = {"unsqueeze", "squeeze", "detach", "view", "transpose", "alias"}
+    views = {"detach", "transpose"}  # of the test's own
     computing = recorder.seen.keys() - views
     assert computing <= {"conv2d", "conv2d_both_grads", "clone"}, computing
     assert recorder.seen["conv2d"] == [x.data_ptr(), w.data_ptr(), b.data_ptr(), y.data_ptr()]
@@ -311,17 +311,14 @@ def test_parametrized_layers_convert_and_revert() -> None:
     assert sepconv_ext.revert_(layer) == 1 and type(layer) is before
 
 
-@pytest.mark.parametrize("padding", [1, "causal"])
+@pytest.mark.parametrize("padding", [1, "same", "causal"])
 def test_compile_and_trace(padding: int | str, device: str) -> None:
     layer = sepconv_ext.nn.Conv1d(6, 6, 4, padding=padding, groups=6, device=device)
     x = torch.randn(2, 6, 17, device=device)
     y = layer(x)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    forms = [compiled, torch.fx.symbolic_trace(layer)]
-    if padding == 1:  # torch.jit.trace takes no list of sizes that it traced and numbers mixed: nor in conv2d's 'same'
-        forms.append(torch.jit.trace(layer, x))
-    for made in forms:
+    for made in (compiled, torch.fx.symbolic_trace(layer), torch.jit.trace(layer, x)):
         with torch.no_grad(), only_our_kernels():
             torch.testing.assert_close(made(x), y)
     assert counter.frame_count == 1

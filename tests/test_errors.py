@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import sepconv_ext
 from sepconv_ext import functional
@@ -75,6 +76,13 @@ BAD = (
     Bad("no_weight", ("weight", "None"), weight=lambda t: None),
     Bad("float_stride", ("stride", "float"), arguments={"stride": 1.5}),
     Bad("float_groups", ("groups", "float"), arguments={"groups": 4.0}),
+    Bad("numpy_float_padding", ("padding", "float"), arguments={"padding": np.float32(1)}),
+    Bad("none_stride", ("stride", "None"), arguments={"stride": None}),
+    Bad("valid_float_stride", ("stride", "float"), arguments={"padding": "valid", "stride": 2.0}),
+    Bad("same_float_dilation", ("dilation", "float"), arguments={"padding": "same", "dilation": 2.0}),
+    Bad("same_none_stride", ("stride", "None"), arguments={"padding": "same", "stride": None}),
+    Bad("same_three_dilations", ("dilation", "3"), arguments={"padding": "same", "dilation": (1, 1, 1)}),
+    Bad("same_float_groups", ("groups", "float"), arguments={"padding": "same", "groups": 4.0}),
     Bad("string_stride", ("stride", "str"), arguments={"stride": "2"}),
     Bad("unknown_argument", ("activation",), arguments={"activation": "relu"}),
 )
@@ -99,7 +107,17 @@ def test_bad_input(bad: Bad, requires_grad: bool, device: str) -> None:
 LEGAL = (
     Bad("one_element_lists", (), arguments={"stride": [2], "padding": [1], "dilation": [1]}),
     Bad("tensor_like_ints", (), arguments={"stride": torch.Size([2, 1]), "padding": (torch.tensor(1), 0)}),
-    Bad("numpy_ints", (), arguments={"padding": (1, 2), "groups": 4}),
+    Bad("numpy_stride", (), arguments={"stride": np.int64(2)}),
+    Bad("numpy_ints", (), arguments={"padding": (np.int64(1), np.int32(2)), "groups": np.int64(4)}),
+    Bad("tensor_stride", (), arguments={"stride": torch.tensor(2)}),
+    Bad("same_numpy_dilation", (), arguments={"padding": "same", "dilation": np.int64(2)}),
+    Bad("same_tensor_dilation", (), arguments={"padding": "same", "dilation": torch.tensor(2)}),
+    Bad("same_one_element_list", (), arguments={"padding": "same", "dilation": [2]}),
+    Bad("valid_tensor_stride", (), arguments={"padding": "valid", "stride": torch.tensor(2)}),
+    Bad("valid_size", (), arguments={"padding": "valid", "stride": torch.Size([2, 1])}),
+    Bad("numpy_string", (), arguments={"padding": np.str_("same")}),
+    Bad("bytes", (), arguments={"padding": b"same"}),
+    Bad("stride_beyond_int32", (), arguments={"stride": (1 << 31, 1 << 40), "padding": 1}),
     Bad("keyword_bias_none", (), bias=lambda t: None),
     Bad("unbatched", (), input=lambda t: t[0]),
     Bad("unbatched_same", (), input=lambda t: t[0], arguments={"padding": "same"}),
@@ -142,12 +160,69 @@ def test_mixed_devices(which: str) -> None:
     assert all(word in str(ours.value) for word in ("cpu", "cuda:0"))
 
 
-def test_mkldnn_tensors_are_left_to_torch() -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_mkldnn_tensors_are_left_to_torch(mode: Callable) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
-    y = functional.conv2d(x.to_mkldnn(), w.to_mkldnn(), groups=4)
+    with mode():
+        y = functional.conv2d(x.to_mkldnn(), w.to_mkldnn(), groups=4)
     torch.testing.assert_close(y.to_dense(), F.conv2d(x, w, groups=4))
+
+
+@pytest.mark.parametrize("legal", LEGAL, ids=lambda legal: legal.name)
+def test_inference_mode_takes_the_same(legal: Bad, device: str) -> None:
+    with torch.inference_mode():
+        test_odd_but_legal_input(legal, device)
+
+
+# Every op, of its tensors alone.
+STORED = {
+    "conv2d": lambda x, w, b: ops.conv2d(x, w, b, [1, 1], [0, 0], [1, 1], w.shape[0], "identity"),
+    "conv1d": lambda x, w, b: ops.conv2d(x[:, :, -1], w[:, :, -1], b, [1], [0], [1], w.shape[0], "identity"),
+    "grad_input": lambda g, w: ops.conv2d_grad_input(
+        g, w, [2, 4, 7, 7], [196, 49, 7, 1], [1, 1], [0, 0], [1, 1], w.shape[0]
+    ),
+    "grad_weight": lambda g, x: ops.conv2d_grad_weight(
+        g, x, [4, 1, 3, 3], [9, 9, 3, 1], [1, 1], [0, 0], [1, 1], x.shape[1]
+    ),
+    "both_grads": lambda g, x, w: ops.conv2d_both_grads(g, x, w, [1, 1], [0, 0], [1, 1], w.shape[0]),
+    "separable": lambda x, d, bd, p, bp: functional.separable_conv2d(x, d, p, bd, bp),
+    "spatial": lambda x, c, r: functional.spatial_separable_conv2d(x, c, r),
+}
+STORED_SIZES = {
+    "conv2d": ((2, 4, 7, 7), (4, 1, 3, 3), (4,)),
+    "conv1d": ((2, 4, 7, 7), (4, 1, 3, 3), (4,)),
+    "grad_input": ((2, 4, 5, 5), (4, 1, 3, 3)),
+    "grad_weight": ((2, 4, 5, 5), (2, 4, 7, 7)),
+    "both_grads": ((2, 4, 5, 5), (2, 4, 7, 7), (4, 1, 3, 3)),
+    "separable": ((2, 4, 7, 7), (4, 1, 3, 3), (4,), (6, 4, 1, 1), (6,)),
+    "spatial": ((2, 4, 7, 7), (4, 3), (4, 3)),
+}
+
+
+@pytest.mark.parametrize("left", [0, -4], ids=["freed", "too_small"])
+@pytest.mark.parametrize("name, which", [(name, i) for name, sizes in STORED_SIZES.items() for i in range(len(sizes))])
+def test_freed_storage_is_not_read(name: str, which: int, left: int, device: str) -> None:
+    tensors = [torch.ones(size, device=device) for size in STORED_SIZES[name]]
+    storage = tensors[which].untyped_storage()
+    storage.resize_(left if left == 0 else storage.nbytes() + left)
+    sepconv_ext.reset_kernel_counts()
+    with pytest.raises(RuntimeError, match="storage"):
+        STORED[name](*tensors)
+    assert not sepconv_ext.kernel_counts(), "a kernel ran"
+
+
+def test_an_inference_tensor_goes_where_torch_pads_by_a_copy(device: str) -> None:
+    with torch.inference_mode():
+        x = torch.randn(1, 4, 7, 7, device=device)
+    grads = []
+    for layer in (nn.Conv2d, sepconv_ext.nn.Conv2d):
+        torch.manual_seed(0)
+        made = layer(4, 4, 3, padding=1, groups=4, padding_mode="reflect", device=device)
+        made(x).sum().backward()
+        grads.append(made.weight.grad)
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize(
@@ -199,14 +274,14 @@ GEOMETRY = ((1, 1), (1, 1), (1, 1), 4)
             lambda g, x, w: ops.conv2d_grad_weight(g, x.double(), w.shape, w.stride(), *GEOMETRY),
             ("input", "grad_output", "Double", "Float"),
         ),
-        (lambda g, x, w: ops.conv2d_grad_input(g, w, x.shape[1:], x.stride(), *GEOMETRY), ("input", "4", "3")),
+        (lambda g, x, w: ops.conv2d_grad_input(g, w, x.shape[2:], x.stride(), *GEOMETRY), ("input", "4", "2")),
         (lambda g, x, w: ops.conv2d_grad_input(g, w, x.shape, x.stride()[1:], *GEOMETRY), ("input_stride", "4", "3")),
         (lambda g, x, w: ops.conv2d_grad_weight(g, x, w.shape, (1,), *GEOMETRY), ("weight_stride", "4", "1")),
         (
             lambda g, x, w: ops.conv2d(x, w, None, (1, 1), (1, 1, 1), (1, 1), 4, "identity"),
             ("padding", "2", "4", "3"),
         ),
-        (lambda g, x, w: ops.conv2d(x[0], w, None, *GEOMETRY, "identity"), ("input", "4", "3")),
+        (lambda g, x, w: ops.conv2d(x[0, 0], w, None, *GEOMETRY, "identity"), ("input", "4", "2")),
         (
             lambda g, x, w: ops.conv2d(x, w, None, (1, 1), (1, 1, -1, 1), (1, 1), 4, "identity"),
             ("padding", "-1"),

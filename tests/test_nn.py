@@ -153,9 +153,10 @@ def test_training_step_moves_the_weights_as_torch_does(device: str) -> None:
     assert ours.weight.grad.stride() == ours.weight.stride()
 
 
-def test_trace_and_fx() -> None:
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_trace_and_fx(padding: int | str) -> None:
     """A traced and a symbolically traced module still call our op."""
-    layer = nn.Sequential(DepthwiseConv2d(4, 3, padding=1, activation="relu"), PointwiseConv2d(4, 6))
+    layer = nn.Sequential(DepthwiseConv2d(4, 3, padding=padding, activation="relu"), PointwiseConv2d(4, 6))
     x = random((1, 4, 6, 6), torch.float32, "cpu")
     with torch.no_grad():
         traced = torch.jit.trace(layer, x)

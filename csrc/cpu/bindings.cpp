@@ -96,14 +96,16 @@ void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor
   }
 }
 
-void run(const Call& c, const Tensor& out) {
+void run(const Call& c, const Tensor& result) {
+  const Tensor first = as_image(*c.first, c.args.for_sequences()), second = as_image(*c.second, c.args.for_sequences()),
+               out = as_image(result, c.args.for_sequences());
   switch (c.map) {
     case Map::forward:
-      forward(c.shape, *c.first, *c.second, c.bias ? *c.bias : Tensor(), out);
+      forward(c.shape, first, second, c.bias ? *c.bias : Tensor(), out);
       aten::activate_in_place(out, c.activation);
       return;
-    case Map::grad_input: return grad_input(c.shape, *c.first, *c.second, out);
-    case Map::grad_weight: return grad_weight(c.shape, *c.first, *c.second, out);
+    case Map::grad_input: return grad_input(c.shape, first, second, out);
+    case Map::grad_weight: return grad_weight(c.shape, first, second, out);
   }
 }
 
@@ -121,14 +123,18 @@ struct Cpu {
   static Tensor aten(const Plan& plan, const Call& c) {
     if (plan.kernel == Kernel::aten) return by_aten(c);
     if (plan.kernel == Kernel::aten_float32) return in_float32(c);
-    if (c.map == Map::grad_input) return aten::onednn_product(*c.first, matmul::turned(*c.second), std::nullopt);
-    return aten::activate_in_place(aten::onednn_product(*c.first, *c.second, c.bias), c.activation);
+    const Tensor image = as_image(*c.first, c.args.for_sequences()),
+                 weight = as_image(*c.second, c.args.for_sequences());
+    const Tensor product = c.map == Map::grad_input
+                               ? aten::onednn_product(image, matmul::turned(weight), std::nullopt)
+                               : aten::activate_in_place(aten::onednn_product(image, weight, c.bias), c.activation);
+    return product.view(c.result.size);
   }
 
   // A gradient of half types by torch's call for float32, rounded once.
   static Tensor in_float32(const Call& c) {
     const auto widened = [](const Tensor& t) { return Call::Operand::owned(t.to(at::kFloat)); };
-    const Call wide{c.map, widened(*c.first), widened(*c.second), c.args, c.shape, c.size, c.stride, std::nullopt};
+    const Call wide{c.map, widened(*c.first), widened(*c.second), c.args, c.shape, c.result, c.size, c.stride};
     return by_aten(wide).to(c.first->scalar_type());
   }
 
