@@ -1,7 +1,7 @@
 // The way of a call from the dispatcher to the kernel, written once for every device:
 //
 //   check      tensors and arguments become a ConvShape (checks.h)
-//   trim       the place where taps that never meet the image may leave the shape
+//   overlap    where the call reaches far beyond the image, a smaller one takes its place (overlap.h)
 //   plan       the device says which kernel runs, and why (its plan.h)
 //   by ATen    where the plan says so, torch's own convolution (aten_route.h), brought to the promised strides
 //   copy       what the plan's kernel does not take as it lies is exchanged for a dense copy (operand_layout.h)
@@ -33,6 +33,7 @@
 #include "aten_route.h"
 #include "checks.h"
 #include "operand_layout.h"
+#include "overlap.h"
 #include "runtime.h"
 #include "separable.h"
 #include "spatial_passes.h"
@@ -176,7 +177,9 @@ template <typename Device, typename Plan>
 at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
   if (plan.is_torchs()) {
     count_aten(plan.reason);
-    return call.result.with_strides(Device::aten(plan, call));
+    const at::Tensor computed =
+        plan.copies.any() ? Device::aten(plan, with_copies(call, plan.copies)) : Device::aten(plan, call);
+    return call.result.with_strides(computed);
   }
   const PaddingMode mode = call.args.padding_mode;
   const BorderExtent border = border_extent(call.map, call.shape, mode);
@@ -191,11 +194,63 @@ at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
   return call.result.with_strides(run_kernels<Device>(with_copies(call, plan.copies), plan, border));
 }
 
+// A call that reaches far beyond the image: what overlaps is computed by a call of its own, and the rest is known.
+template <typename Device>
+at::Tensor convolve_overlap(const Call& call, const Overlap& overlap) {
+  const auto &h = overlap.h, &w = overlap.w;
+  const bool has_rows = !call.args.for_sequences();
+  const auto part = [&](const at::Tensor& t, const Span& rows, const Span& columns) {
+    const at::Tensor some = t.narrow(-1, columns.begin, columns.count());
+    return has_rows ? some.narrow(-2, rows.begin, rows.count()) : some;
+  };
+  const auto image = [&](const at::Tensor& t) { return part(t, h.pixels, w.pixels); };
+  const auto filter = [&](const at::Tensor& t) { return part(t, h.taps, w.taps); };
+  const auto outputs = [&](const at::Tensor& t) { return part(t, h.outputs, w.outputs); };
+
+  at::Tensor result = call.result.empty(*call.first), place, computed;
+  if (!overlap.is_empty()) {
+    const std::array<int64_t, 2> strides{h.stride, w.stride}, both_sides{h.pad_before, w.pad_before};
+    const std::array<int64_t, 4> sides{h.pad_before, h.pad_after, w.pad_before, w.pad_after};
+    const bool symmetric = h.pad_before == h.pad_after && w.pad_before == w.pad_after;
+    const at::IntArrayRef stride(strides), padding = symmetric ? at::IntArrayRef(both_sides) : at::IntArrayRef(sides);
+    const auto own = [&](at::IntArrayRef entries) { return has_rows ? entries : entries.slice(entries.size() / 2); };
+    const ConvArgs args{own(stride), own(padding), call.args.dilation, call.args.groups};
+    const auto compute = [&](const Call& c) { return convolve_as_planned<Device>(c, Device::plan(c)); };
+    switch (call.map) {
+      case Map::forward:
+        place = outputs(result);
+        computed = compute(forward_call(image(*call.first), filter(*call.second), call.bias, args, call.activation));
+        break;
+      case Map::grad_input:
+        place = image(result);
+        computed =
+            compute(grad_input_call(outputs(*call.first), filter(*call.second), place.sizes(), place.strides(), args));
+        break;
+      case Map::grad_weight:
+        place = filter(result);
+        computed =
+            compute(grad_weight_call(outputs(*call.first), image(*call.second), place.sizes(), place.strides(), args));
+    }
+    if (place.sizes() == result.sizes()) return call.result.with_strides(computed);
+  }
+  if (call.map == Map::forward && call.bias) {
+    result.copy_(has_rows ? call.bias->view({-1, 1, 1}) : call.bias->view({-1, 1}));
+  } else {
+    result.zero_();
+  }
+  if (call.map == Map::forward) result = aten::activate_in_place(result, call.activation);
+  if (place.defined()) place.copy_(computed);
+  return result;
+}
+
 // A checked call.
 template <typename Device>
 at::Tensor convolve(const Call& call) {
   const typename Device::Guard guard(*call.first);
   if (const auto result = without_work(call)) return *result;
+  if (const auto overlap = Overlap::worth_taking(call.shape, call.args.padding_mode)) {
+    return convolve_overlap<Device>(call, *overlap);
+  }
   return convolve_as_planned<Device>(call, Device::plan(call));
 }
 
@@ -239,6 +294,10 @@ std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_outp
              by_weight = grad_weight_call(grad_output, input, weight.sizes(), weight.strides(), args);
   const typename Device::Guard guard(grad_output);
   if (const auto grad_input = without_work(by_input)) return {*grad_input, convolve<Device>(by_weight)};
+  if (Overlap::worth_taking(by_input.shape, args.padding_mode)) {
+    at::Tensor grad_input = convolve<Device>(by_input);
+    return {std::move(grad_input), convolve<Device>(by_weight)};
+  }
   const auto input_plan = Device::plan(by_input), weight_plan = Device::plan(by_weight);
   const bool symmetric_zeros = args.padding_mode == PaddingMode::zeros && padding.size() == stride.size();
   if (symmetric_zeros && input_plan.is_aten() && weight_plan.is_aten()) {
@@ -255,6 +314,11 @@ std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_outp
   }
   at::Tensor grad_input = convolve_as_planned<Device>(by_input, input_plan);
   return {std::move(grad_input), convolve_as_planned<Device>(by_weight, weight_plan)};
+}
+
+// Whether the depthwise stage, called alone, would be made smaller.
+inline bool reaches_far(const SeparableShape& shape) {
+  return Overlap::worth_taking(shape.depthwise, PaddingMode::zeros).has_value();
 }
 
 // (output, intermediate) by the fused kernel of a plan, each empty where it is not wanted.
@@ -304,7 +368,7 @@ at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise
                                                    pointwise_bias, stride, padding, dilation);
   const typename Device::Guard guard(input);
   const auto plan = Device::plan_separable(checked.shape, input);
-  if (plan.is_composite()) return separable::composite(call);
+  if (plan.is_composite() || reaches_far(checked.shape)) return separable::composite(call);
   return std::get<0>(separable_fused<Device>(plan, checked, call, /*output=*/true, /*intermediate=*/false));
 }
 
@@ -325,7 +389,8 @@ std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
   const bool rounded = input.element_size() == 2 && !derivative_from_output(call.depthwise_activation);
   if (!Device::kKeepsIntermediate || rounded) return separable::composite_training(call, output, intermediate);
   const auto plan = Device::plan_separable(checked.shape, input);
-  if (plan.is_composite()) return separable::composite_training(call, output, intermediate);
+  if (plan.is_composite() || reaches_far(checked.shape))
+    return separable::composite_training(call, output, intermediate);
   return separable_fused<Device>(plan, checked, call, output, intermediate);
 }
 

@@ -16,6 +16,7 @@
 #include "cpu/kernels.h"
 #include "explain.h"
 #include "functional.h"
+#include "overlap.h"
 #include "runtime.h"
 
 #ifdef SEPCONV_WITH_CUDA
@@ -124,8 +125,12 @@ Explanation explain(const std::string& map_name, const at::Tensor& input, const 
                                      : check_grad_weight(g, input, weight.sizes(), weight.strides(), args);
     if (!grad_output) checked.shape.y = usual;
   }
-  const ConvShape& shape = checked.shape;
+  ConvShape& shape = checked.shape;
   const DType dtype = dtype_of(input);
+  if (const auto overlap = Overlap::worth_taking(shape, mode)) {
+    if (overlap->is_empty()) return {"none", "no tap meets a pixel: the result is the bias, or zero", false, "", 0};
+    shape = overlap->of(shape);
+  }
 #ifdef SEPCONV_WITH_CUDA
   if (cuda_device) {
     const auto [multiprocessors, capability] = *cuda_device;
@@ -150,6 +155,10 @@ Explanation explain_separable(const at::Tensor& input, const at::Tensor& depthwi
   const SeparableShape shape = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
                                                pointwise_bias, stride, padding, dilation)
                                    .shape;
+  if (Overlap::worth_taking(shape.depthwise, PaddingMode::zeros)) {
+    return {"composite", "the filter reaches far beyond the image: two calls, the first of what overlaps", false, "",
+            0};
+  }
 #ifdef SEPCONV_WITH_CUDA
   if (input.is_cuda()) return cuda::explain(shape, dtype_of(input), input.get_device());
 #endif

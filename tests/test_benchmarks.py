@@ -205,6 +205,7 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e11)
     monkeypatch.setattr(pairs, "load", lambda: [pairs.Pair(8, 12, 9, 3, 2, 1)])
     monkeypatch.setattr(views, "LAYERS", tuple(tiny))
+    monkeypatch.setattr(views, "VIEWS", views.VIEWS[::4])
     arguments = ["--layers", "--separable", "--all", "--views"]
     arguments += ["--models", "mobilenet_v2", "--overhead", "--quick", "--device", "cpu"]
     arguments += ["--kinds", "depthwise,pointwise", "--threads", "1", "--batch", "2", "--out", str(tmp_path)]

@@ -231,12 +231,12 @@ bool takes(Kernel kernel, Layout layout, const ImageShape& image) {
     case Kernel::planes:
     case Kernel::small_planes:
     case Kernel::blocked:
-    case Kernel::depthwise_nhwc: return is_dense_along(layout, image);
+    case Kernel::depthwise_nhwc:
+    case Kernel::onednn: return is_dense_along(layout, image);  // oneDNN copies gaps away, but keeps an image's layout
     case Kernel::pointwise:
       return image.rows * image.columns == 1 ? is_dense_along(Layout::nhwc, image) : is_dense(layout, image);
     case Kernel::aten:
-    case Kernel::aten_float32:
-    case Kernel::onednn: return true;  // torch copies
+    case Kernel::aten_float32: return true;  // torch copies
     default: return is_dense(layout, image);
   }
 }
