@@ -7,6 +7,7 @@ from . import _C, _sharding, factorize, functional, nn, ops  # noqa: F401
 from .convert import convert_, revert_
 from .cost import cost
 from .functional import explain
+from .graph import freeze
 from .version import __version__
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "cost",
     "explain",
     "factorize",
+    "freeze",
     "functional",
     "has_cuda",
     "kernel_counts",

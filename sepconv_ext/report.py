@@ -1,4 +1,4 @@
-"""What convert_ did, as data and as a table."""
+"""What convert_ or freeze did, as data and as a table."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _COST_COLUMNS = ("cost", "before", "after")
 
 @dataclass(frozen=True)
 class Entry:
-    """One convolution, batch norm or chain that convert_ looked at."""
+    """One convolution, batch norm, chain or block that was looked at."""
 
     name: str  # as in model.named_modules(), a chain's as "first -> second"; "" is the model itself
     family: str  # depthwise, pointwise, grouped or dense; separable for a chain of the first two; batch norm
     summary: str  # the module's arguments, as it prints them, or a chain's parts
-    reason: str = ""  # why it was skipped or not fused; empty where all was done
+    reason: str = ""  # why it was skipped, left or not fused; empty where all was done
 
     def __str__(self) -> str:
         text = f"{self.name or '(the model itself)'}: {self.family} ({self.summary})"
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(repr=False)
 class Report:
-    """What convert_ did; prints as a table.
+    """What convert_ or freeze did; prints as a table.
 
     Iterates over the replaced entries and counts them, so it is false where nothing was replaced.
 
@@ -43,8 +43,10 @@ class Report:
         fused: the chains that run as one op.
         folded: the batch norms that are part of their convolution's weights.
         unpaired: the depthwise convolutions with which no pointwise one was fused, and why.
-        costs: {"parameters": (before, after)} as the model runs, and "MACs" and "bytes" where convert_ was told an
-            `input_size`.
+        blocks: what freeze recognised as a block of several convolutions.
+        left: the modules that freeze could not capture, and why.
+        costs: {"parameters": (before, after)} as the model runs, and "MACs" and "bytes" where the size of an input is
+            known.
     """
 
     replaced: list[Entry] = field(default_factory=list)
@@ -52,6 +54,8 @@ class Report:
     fused: list[Entry] = field(default_factory=list)
     folded: list[Entry] = field(default_factory=list)
     unpaired: list[Entry] = field(default_factory=list)
+    blocks: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -62,11 +66,15 @@ class Report:
 
     @property
     def headline(self) -> str:
-        total = len(self.replaced) + len(self.skipped)
-        text = f"sepconv_ext: {len(self.replaced)} of {total} convolutions replaced"
+        looked_at = [*self.replaced, *self.skipped]
+        total = len(looked_at)
+        linear = any(entry.family == "linear" for entry in looked_at)
+        what = "convolutions and linear layers" if linear else "convolutions"
+        text = f"sepconv_ext: {len(self.replaced)} of {total} {what} replaced"
         if self.fused:
             separable = sum(entry.family == "separable" for entry in self.fused)
-            text += f", {len(self.fused)} chains fused ({separable} separable), {len(self.folded)} batch norms folded"
+            norms = sum(entry.family == "batch norm" for entry in self.folded)
+            text += f", {len(self.fused)} chains fused ({separable} separable), {norms} batch norms folded"
         return text
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -77,7 +85,9 @@ class Report:
             "fused": self.fused,
             "folded": self.folded,
             "not paired": self.unpaired,
+            "block": self.blocks,
             "skipped": self.skipped,
+            "left": self.left,
         }
         for outcome, entries in outcomes.items():
             for entry in entries:

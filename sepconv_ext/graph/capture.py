@@ -1,0 +1,237 @@
+"""From a module to a graph of aten ops, by torch.export: sizes stay symbols wherever the model lets them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
+from torch.utils import _pytree as pytree
+
+__all__ = ["Input", "Program", "Uncapturable", "capture"]
+
+_CONSTANT_KINDS = ("inputs_to_parameters", "inputs_to_buffers", "inputs_to_lifted_tensor_constants")
+
+
+class Uncapturable(Exception):
+    """Why a module has no graph that could be frozen."""
+
+
+class _Aliased(Uncapturable):
+    """It writes to memory that is read in several ways."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a captured graph: a tensor with these sizes, None where any size will do; or a plain value."""
+
+    name: str
+    size: tuple[int | None, ...] | None = None
+    dtype: torch.dtype | None = None
+    value: object = None
+
+
+@dataclass
+class Program:
+    """A graph of a network, and the tensors that it is made with.
+
+    Attributes:
+        graph: its `get_attr` nodes name constants; sizes of all tensors stand in `node.meta["val"]`.
+        constants: by name. What was computed from the model's own tensors is kept in float64 until it is packed.
+        dtypes: what each constant is rounded to then.
+        inputs: one for each placeholder.
+        in_spec, out_spec: how the model's arguments and results nest.
+        contiguous_outputs: for each result, whether the model itself gives an image in torch's default layout.
+        guards: conditions of the model's own on its inputs' sizes, as Python expressions of `L`.
+        names: of the forward's positional parameters, which `L` holds; a last one with a star takes all the rest.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+    inputs: list[Input]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    contiguous_outputs: list[bool] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def constant(self, node: object) -> Tensor | None:
+        """The tensor of a node that is a constant; floating-point ones in float64."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        tensor = self.constants[node.target]
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    def add_constant(self, tensor: Tensor, dtype: torch.dtype, hint: str) -> fx.Node:
+        """A node for a new constant, at the graph's start."""
+        name, count = hint, 0
+        while name in self.constants:
+            count += 1
+            name = f"{hint}_{count}"
+        self.constants[name], self.dtypes[name] = tensor, dtype
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        return node
+
+
+def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> Program:
+    """The graph of a model in eval(). Raises Uncapturable with torch.export's own words."""
+    leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()]
+    batch = leaves[0].shape[0] if leaves else None
+    widened = arguments
+    if dynamic_batch and batch == 1:  # torch.export takes a size of 1 for a constant
+
+        def doubled(leaf: object) -> object:
+            one = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1
+            return torch.cat([leaf, leaf]) if one else leaf
+
+        widened, batch = pytree.tree_map(doubled, arguments), 2
+    problem = None
+    for spatial in (True, False):
+        for example in dict.fromkeys([id(widened), id(arguments)]):
+            example = widened if example == id(widened) else arguments
+            sizes = pytree.tree_map(lambda leaf: _dynamic_sizes(leaf, dynamic_batch, spatial), example)  # noqa: B023
+            try:
+                with torch.no_grad():
+                    exported = torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
+            except Exception as error:
+                problem = problem or error
+                continue
+            try:
+                program = _program(exported)
+            except _Aliased:
+                program = _program(exported.run_decompositions({}))
+            program.names = _names(model)
+            return program
+    raise Uncapturable(f"{type(problem).__name__}: {_first_line(problem)}")
+
+
+def _dynamic_sizes(leaf: object, batch: bool, spatial: bool) -> dict | None:
+    """Which sizes of an example may change: the first, and an image's height and width."""
+    if not isinstance(leaf, Tensor):
+        return None
+    dims = ([0] if batch else []) + (list(range(2, leaf.dim())) if spatial else [])
+    return {dim: torch.export.Dim.AUTO for dim in dims if dim < leaf.dim()}
+
+
+def _first_line(error: Exception | None) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+
+
+def _program(exported: torch.export.ExportedProgram) -> Program:
+    signature = exported.graph_signature
+    kinds = {spec.kind for spec in signature.output_specs}
+    if kinds - {OutputKind.USER_OUTPUT}:
+        raise Uncapturable("its forward writes to its own buffers or to its input")
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph, {}))
+    tensors = {**exported.state_dict, **exported.constants}
+    where = {key: target for kind in _CONSTANT_KINDS for key, target in getattr(signature, kind).items()}
+    program = Program(
+        *(graph, {}, {}, [], exported.call_spec.in_spec, exported.call_spec.out_spec),
+        contiguous_outputs=[_is_contiguous_image(result) for result in next(iter(reversed(graph.nodes))).args[0]],
+        guards=_conditions(exported),
+    )
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.target in where:
+            _to_constant(program, node, where[node.target], tensors[where[node.target]])
+        elif node.op == "placeholder":
+            program.inputs.append(_input(node))
+        elif node.op == "get_attr":
+            raise Uncapturable("its forward has control flow that depends on values (a branch or loop as an op)")
+    _remove_mutation(program)
+    return program
+
+
+def _conditions(exported: torch.export.ExportedProgram) -> list[str]:
+    """What the model's own branches demand of the inputs' sizes.
+
+    Whether a size is 1 decides nothing but memory layouts and broadcasting, which each op finds out for itself.
+    """
+    return [guard for guard in getattr(exported, "_guards_code", []) if not re.search(r" != 1$", guard)]
+
+
+def _names(model: nn.Module) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return [stars.get(parameter.kind, "") + parameter.name for parameter in parameters]
+
+
+def _is_contiguous_image(result: object) -> bool:
+    value = result.meta.get("val") if isinstance(result, fx.Node) else None
+    return isinstance(value, Tensor) and value.dim() >= 4 and value.is_contiguous()
+
+
+def _to_constant(program: Program, node: fx.Node, target: str, tensor: Tensor) -> None:
+    name = re.sub(r"\W", "_", target)
+    if name not in program.constants:
+        program.constants[name], program.dtypes[name] = tensor.detach(), tensor.dtype
+    with program.graph.inserting_before(node):
+        constant = program.graph.create_node("get_attr", name)
+    constant.meta = node.meta
+    node.replace_all_uses_with(constant)
+    program.graph.erase_node(node)
+
+
+def _input(node: fx.Node) -> Input:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return Input(node.target, value=value)
+    return Input(node.target, tuple(n if isinstance(n, int) else None for n in value.shape), value.dtype)
+
+
+# --- in-place ops become plain ones ---
+
+
+def _remove_mutation(program: Program) -> None:
+    """relu_(x) is relu(x), and whoever read x behind it reads that.
+
+    Raises _Aliased where somebody reads the same memory in another way (a view of it). torch.export's own
+    functionalisation sees those too, but takes several times as long as the rest of the capture.
+    """
+    graph = program.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    memory: dict[fx.Node, fx.Node] = {}  # the node that made the memory that a node's tensor lies in
+    for node in list(graph.nodes):
+        memory[node] = node
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None:
+            if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):  # getitem
+                memory[node] = memory[node.args[0]]
+            continue
+        if not schema.is_mutable:
+            first = node.args[0] if node.args else None
+            if isinstance(first, fx.Node) and (_may_view(schema) or node.target is torch.ops.aten.dropout.default):
+                memory[node] = memory[first]
+            continue
+        plain = _plain(node.target)
+        written = node.args[0]
+        if plain is None:
+            raise Uncapturable(f"its forward writes in place by {node.target}")
+        if written.op == "get_attr":
+            raise Uncapturable(f"its forward writes to its own {written.target}")
+        for reader in memory:
+            others = reader is not written and memory[reader] is memory[written]
+            if others and any(order[user] > order[node] for user in reader.users):
+                raise _Aliased(f"its forward writes by {node.target} to memory of which it also reads views")
+        node.target = plain
+        for user in [user for user in written.users if order[user] > order[node]]:
+            user.replace_input_with(written, node)
+
+
+def _may_view(schema: torch.FunctionSchema) -> bool:
+    return any(result.alias_info is not None for result in schema.returns)
+
+
+def _plain(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """aten.relu.default of aten.relu_.default."""
+    name = op._schema.name.split("::")[1]
+    if not name.endswith("_") or op.namespace != "aten":
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    return getattr(packet, op._overloadname, None) if packet is not None else None

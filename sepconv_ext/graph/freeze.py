@@ -1,0 +1,328 @@
+"""freeze: a network for inference alone, with everything in it that can be known before the first image comes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..report import Entry, Report
+from . import nodes
+from .actions import Rewriter, is_depthwise, is_pointwise, path_of, size_of
+from .capture import Program, Uncapturable, capture
+from .lower import Lowered, lower
+from .match import arguments, match
+from .patterns import BLOCKS
+from .rewrite import rewrite
+
+__all__ = ["Frozen", "FrozenParts", "freeze"]
+
+
+class Frozen(nn.Module):
+    """A frozen network: `network` is the fx.GraphModule that computes it, its buffers are the packed constants.
+
+    It keeps nothing between calls, so that any number of threads may call it at once.
+
+    Attributes:
+        report: what freeze did. `code` and `graph` are those of `network`.
+    """
+
+    def __init__(self, program: Program, network: fx.GraphModule, report: Report) -> None:
+        super().__init__()
+        self.network = network
+        self.report = report
+        self._inputs = tuple(program.inputs)
+        self._in_spec, self._out_spec = program.in_spec, program.out_spec
+        self._guards, self._names = tuple(program.guards), tuple(program.names)
+        self._takes_one_tensor = len(self._inputs) == 1 and program.in_spec == pytree.tree_structure(((0,), {}))
+        self._gives_one_tensor = program.out_spec == pytree.tree_structure(0)
+        self.eval()
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.network.graph
+
+    @property
+    def code(self) -> str:
+        return self.network.code
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        flat = args if self._takes_one_tensor and len(args) == 1 and not kwargs else self._flat(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._check(flat)
+        results = self.network(*flat)
+        return results[0] if self._gives_one_tensor else pytree.tree_unflatten(list(results), self._out_spec)
+
+    def _flat(self, args: tuple, kwargs: dict) -> list:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._in_spec:
+            raise TypeError(
+                f"the frozen network takes its arguments as the example had them, {self._in_spec}, but got {spec}"
+            )
+        return flat
+
+    def _check(self, flat: object) -> None:
+        for input, value in zip(self._inputs, flat, strict=True):
+            if input.size is None:
+                if value != input.value:
+                    raise ValueError(f"{input.name} was {input.value!r} when the network was frozen, but is {value!r}")
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{input.name} must be a Tensor, but is a {type(value).__name__}")
+            size = value.shape
+            if len(size) != len(input.size) or any(m not in (None, n) for m, n in zip(input.size, size, strict=True)):
+                wanted = ", ".join("any" if n is None else str(n) for n in input.size)
+                raise RuntimeError(f"{input.name} must have size [{wanted}], but has {list(size)}")
+            if value.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{input.name} requires gradients, but a frozen network has none: "
+                    "use sepconv_ext.convert_ instead, or torch.no_grad()"
+                )
+        if self._guards and not self._is_way(flat):
+            sizes = [list(value.shape) for value in flat if isinstance(value, Tensor)]
+            raise RuntimeError(
+                f"the model takes another way through its forward for inputs of size {sizes} than for the example's: "
+                "freeze it with an example of that size"
+            )
+
+    def _is_way(self, flat: object) -> bool:
+        """Whether the model's own branches go as they went on the example."""
+        args, _ = pytree.tree_unflatten(list(flat), self._in_spec)
+        known = {name: args[i] for i, name in enumerate(self._names) if i < len(args)}
+        known |= {name[1:]: args[i:] for i, name in enumerate(self._names) if name[0] == "*" and name[1] != "*"}
+        return all(eval(guard, {"L": known, "math": math, "torch": torch}) for guard in self._guards)
+
+    def extra_repr(self) -> str:
+        return self.report.headline
+
+
+class FrozenParts(nn.Module):
+    """A model of which some parts are frozen, because the whole cannot be captured.
+
+    Attributes:
+        model: a copy of the model, in which frozen modules stand for those that could be captured.
+        report: what freeze did; `report.left` says what stayed as it was, and why.
+    """
+
+    def __init__(self, model: nn.Module, report: Report) -> None:
+        super().__init__()
+        self.model = model
+        self.report = report
+        self.eval()
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.model(*args, **kwargs)
+
+
+def freeze(model: nn.Module, example_inputs: Tensor | tuple, dynamic_batch: bool = True) -> Frozen | FrozenParts:
+    """Makes a network for inference of a model: norms folded, layers fused, one memory layout, weights packed.
+
+    Args:
+        model: any module in eval(). It is not changed, and shares no memory with what is returned.
+        example_inputs: what the model is called with: a tensor, or a tuple of arguments. Their values have no
+            influence; their sizes decide which kernels are worth it.
+        dynamic_batch: the result takes any number of images. Default: True. Height and width may differ from the
+            example's in any case, as far as the model's own forward allows it.
+
+    Returns:
+        A module with one attribute more, `report`: what was replaced, fused, folded and left, and why; parameters,
+        multiply-accumulates and bytes before and after. It may be copied, pickled and saved, compiled, exported, and
+        called by many threads; its state_dict holds the packed constants. Where torch.export cannot capture the model
+        as a whole, its parts are frozen one by one, and the report says which were left.
+
+    Raises:
+        RuntimeError: the model is in training mode; what is frozen has no gradients: sepconv_ext.convert_ does that.
+        TypeError: no tensor among the examples. What the model itself raises on the example.
+
+    Calls raise a RuntimeError with the argument's name for a size that the network cannot take.
+    """
+    arguments_ = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments_)):
+        raise TypeError(f"example_inputs must be a tensor or a tuple with one, but is {type(example_inputs).__name__}")
+    training = [name or "the model itself" for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(
+            f"model must be in eval() to be frozen, but is in training mode: {training[0]}. "
+            "A frozen network has no gradients; sepconv_ext.convert_ makes a model faster that is trained"
+        )
+    try:
+        return _frozen(model, arguments_, dynamic_batch)
+    except Uncapturable as error:
+        return _frozen_parts(model, arguments_, dynamic_batch, str(error))
+
+
+def _frozen(model: nn.Module, example: tuple, dynamic_batch: bool) -> Frozen:
+    program = capture(model, example, dynamic_batch)
+    bytes_before = sum(_bytes(node) for node in program.graph.nodes)
+    rewriter = rewrite(program)
+    lowered = lower(program)
+    report = _report(program, rewriter, lowered)
+    macs = sum(_macs(program, node) for node in program.graph.nodes)
+    inside = sum(2 * _volume(depthwise) for depthwise, _ in lowered.pairs)  # neither written nor read
+    report.costs = {
+        "parameters": (sum(p.numel() for p in model.parameters()), sum(b.numel() for b in lowered.module.buffers())),
+        "MACs": (macs, macs),
+        "bytes": (bytes_before, sum(_bytes(node) for node in program.graph.nodes) - inside),
+    }
+    return Frozen(program, lowered.module, report)
+
+
+# --- the report ---
+
+
+def _report(program: Program, rewriter: Rewriter, lowered: Lowered) -> Report:
+    report = Report()
+    in_pairs = {node for pair in lowered.pairs for node in pair}
+    for node in program.graph.nodes:
+        if node.target in (nodes.convolution, nodes.linear):
+            family = _family(program, node)
+            entry = Entry(path_of(node), family, _summary(program, node))
+            if node in lowered.ops:
+                report.replaced.append(entry)
+            else:
+                report.skipped.append(Entry(*_fields(entry), "torch's own product"))
+            if node.meta.get("parts") and node not in in_pairs:
+                report.fused.append(Entry(path_of(node), family, _chain(program, node)))
+        elif node.op == "call_function" and "conv" in str(node.target):
+            report.skipped.append(
+                Entry(path_of(node), "convolution", str(node.target), "no convolution of images by constants")
+            )
+    for depthwise, pointwise in lowered.pairs:
+        name = " -> ".join(path_of(node) for node in (depthwise, pointwise))
+        report.fused.append(Entry(name, "separable", " -> ".join(_chain(program, n) for n in (depthwise, pointwise))))
+    report.folded += [Entry(name, what, "") for name, what in rewriter.folded]
+    for node in program.graph.nodes:
+        for what, pattern in BLOCKS:
+            found = match(program, pattern, node)
+            if found:
+                name = " -> ".join(path_of(found[part]) for part in ("expand", "depthwise", "project"))
+                report.blocks.append(Entry(name, what, _chain(program, node)))
+    return report
+
+
+def _fields(entry: Entry) -> tuple[str, str, str]:
+    return entry.name, entry.family, entry.summary
+
+
+def _chain(program: Program, node: fx.Node) -> str:
+    return ", ".join((_family(program, node), *node.meta.get("parts", ())))
+
+
+def _family(program: Program, node: fx.Node) -> str:
+    if node.target is nodes.linear:
+        return "linear"
+    if is_depthwise(program, node):
+        return "depthwise"
+    if arguments(node)["groups"] > 1:
+        return "grouped"
+    return "pointwise" if is_pointwise(program, node) else "dense"
+
+
+def _summary(program: Program, node: fx.Node) -> str:
+    K, C, *taps = program.constants[arguments(node)["weight"].target].shape
+    if not taps:
+        return f"{C}, {K}"
+    a = arguments(node)
+    return f"{C * a['groups']}, {K}, kernel_size={tuple(taps)}, stride={tuple(a['stride'])}"
+
+
+def _volume(node: object) -> int:
+    """Bytes of a node's value, at the example's size; a tuple's tensors together."""
+    values = node.meta.get("val")
+    values = values if isinstance(values, (tuple, list)) else [values]
+    return sum(math.prod(map(int, v.shape)) * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def _bytes(node: fx.Node) -> int:
+    """What a node reads and writes, if it is no view."""
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    if node.op != "call_function" or is_view or not isinstance(node.meta.get("val"), Tensor):
+        return 0
+    return _volume(node) + sum(_volume(source) for source in node.all_input_nodes)
+
+
+def _macs(program: Program, node: fx.Node) -> int:
+    if node.target not in (nodes.convolution, nodes.linear):
+        return 0
+    weight = program.constants[arguments(node)["weight"].target]
+    return math.prod(map(int, size_of(node))) * weight[0].numel()
+
+
+# --- part by part ---
+
+
+def _frozen_parts(model: nn.Module, example: tuple, dynamic_batch: bool, reason: str) -> FrozenParts:
+    """Freezes the largest parts that can be captured, each with what it is called with on the example."""
+    twin = copy.deepcopy(model).requires_grad_(False)
+    report = Report()
+    report.left.append(Entry("", type(model).__name__, "", reason))
+    with torch.no_grad():
+        calls = _calls(twin, example)
+        for name, module, parent in list(_children(twin)):
+            _freeze_part(name, module, parent, calls, dynamic_batch, report)
+        twin(*example)  # what does not fit together fails here
+    return FrozenParts(twin, report)
+
+
+def _calls(model: nn.Module, example: tuple) -> dict[nn.Module, list[tuple[tuple, dict]]]:
+    seen: dict[nn.Module, list[tuple[tuple, dict]]] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.setdefault(module, []).append((args, kwargs)), with_kwargs=True
+        )
+        for module in model.modules()
+    ]
+    try:
+        model(*example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    for name, child in module.named_children():
+        yield f"{prefix}{name}", child, module
+
+
+def _freeze_part(
+    name: str, module: nn.Module, parent: nn.Module, calls: dict, dynamic_batch: bool, report: Report
+) -> None:
+    if not any(isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) for m in module.modules()):
+        return
+    if not any(part in calls for part in module.modules()):
+        report.left.append(Entry(name, type(module).__name__, "", "it is not called on the example"))
+        return
+    reason = ""
+    if module in calls:
+        (args, kwargs), *more = calls[module]
+        reason = "it is called with keywords" if kwargs else ""
+        if not reason:
+            try:
+                part = _frozen(module, args, dynamic_batch)
+                for others, _ in more:
+                    part._check(part._flat(others, {}))
+                setattr(parent, name.rpartition(".")[2], part)
+                _add(report, part.report, name)
+                return
+            except (Uncapturable, RuntimeError, TypeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+    if reason:
+        report.left.append(Entry(name, type(module).__name__, "", reason))
+    for child_name, child, holder in _children(module, f"{name}."):
+        _freeze_part(child_name, child, holder, calls, dynamic_batch, report)
+
+
+def _add(report: Report, part: Report, prefix: str) -> None:
+    for kind in ("replaced", "skipped", "fused", "folded", "blocks"):
+        for entry in getattr(part, kind):
+            names = " -> ".join(f"{prefix}.{name}" if name else prefix for name in entry.name.split(" -> "))
+            getattr(report, kind).append(Entry(names, entry.family, entry.summary, entry.reason))
+    for what, (before, after) in part.costs.items():
+        so_far = report.costs.get(what, (0, 0))
+        report.costs[what] = (so_far[0] + before, so_far[1] + after)

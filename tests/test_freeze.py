@@ -1,0 +1,561 @@
+"""freeze: what it finds, what it computes, and how what it returns behaves."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness import random
+from sepconv_ext import convert_, freeze
+from sepconv_ext.nn import SeparableConv2d
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """In eval(), norms with statistics, scales and shifts of their own."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+def conv_norm(*sizes: int, act: type[nn.Module] = nn.ReLU6, **arguments) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(*sizes, bias=False, **arguments), nn.BatchNorm2d(sizes[1]), act())
+
+
+class Block(nn.Module):
+    """expand -> depthwise -> project, and the input added."""
+
+    def __init__(self, channels: int = 8, act: type[nn.Module] = nn.ReLU6) -> None:
+        super().__init__()
+        wide = 3 * channels
+        self.expand = conv_norm(channels, wide, 1, act=act)
+        self.depthwise = conv_norm(wide, wide, 3, padding=1, groups=wide, act=act)
+        self.project = conv_norm(wide, channels, 1, act=nn.Identity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(self.depthwise(self.expand(x)))
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(1)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 5))
+    return lived_in(nn.Sequential(conv_norm(3, 8, 3, stride=2, padding=1), Block(), head))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return small_network()
+
+
+@pytest.fixture(scope="module")
+def frozen(model: nn.Module) -> nn.Module:
+    return freeze(model, torch.randn(1, 3, 16, 16))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return random((2, 3, 16, 16), torch.float32, "cpu")
+
+
+def ops(frozen: nn.Module) -> Counter[str]:
+    """How often each op stands in a frozen network's graph."""
+    calls = (node.target for node in frozen.graph.nodes if node.op == "call_function")
+    return Counter(getattr(target, "_opname", str(target)) for target in calls)
+
+
+def assert_says_the_same(model: nn.Module, frozen: nn.Module, *inputs: Tensor, classes: bool = False) -> None:
+    """No further from the float64 network than three times what torch's own float32 layers are."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(*(x.double() for x in inputs))
+        expected, actual = model(*inputs), frozen(*inputs)
+    assert actual.shape == expected.shape and actual.stride() == expected.stride()
+    error, torchs = ((y - exact).abs().max().item() for y in (actual, expected))
+    floor = 16 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+    assert error <= 3 * torchs + floor, f"error {error:.3g}, torch's {torchs:.3g}, floor {floor:.3g}"
+    if classes:
+        assert torch.equal(actual.topk(5).indices, exact.topk(5).indices)
+
+
+def check(model: nn.Module, *inputs: Tensor) -> Counter[str]:
+    """The ops of the frozen model, which says the same."""
+    frozen = freeze(lived_in(model), inputs)
+    assert_says_the_same(model, frozen, *inputs)
+    return ops(frozen)
+
+
+# --- what is found ---
+
+
+def test_a_block_with_its_residual(model: nn.Module, frozen: nn.Module, x: Tensor) -> None:
+    assert_says_the_same(model, frozen, x)
+    report = frozen.report
+    assert [entry.name for entry in report.replaced if entry.family != "linear"] == [
+        *("0.0", "1.expand.0", "1.depthwise.0", "1.project.0")
+    ]
+    assert [entry.name for entry in report.folded] == ["0.1", "1.expand.1", "1.depthwise.1", "1.project.1"]
+    chains = {entry.name: entry.summary for entry in report.fused}
+    assert chains["0.0"] == "dense, batch norm, relu6"
+    assert "pointwise, batch norm, residual" in chains.get("1.project.0", chains.get("1.depthwise.0 -> 1.project.0"))
+    assert [entry.name for entry in report.blocks] == ["1.expand.0 -> 1.depthwise.0 -> 1.project.0"]
+    assert report.costs["parameters"][1] < report.costs["parameters"][0]
+    assert report.costs["bytes"][1] < report.costs["bytes"][0]
+    assert "4 batch norms folded" in report.headline and report.headline[:40] in str(report)
+    assert not {"batch_norm", "hardtanh", "hardtanh_", "dropout"} & ops(frozen).keys()
+
+
+ACTIVATIONS = {
+    "relu": (nn.ReLU(), F.relu, torch.relu, lambda t: t.clamp(min=0), lambda t: t.clamp_min(0)),
+    "relu6": (nn.ReLU6(), F.relu6, nn.Hardtanh(0, 6), lambda t: t.clamp(0, 6)),
+    "leaky_relu": (nn.LeakyReLU(), F.leaky_relu),
+    "gelu": (nn.GELU(), F.gelu, lambda t: 0.5 * t * (1 + torch.erf(t / 2**0.5))),
+    "silu": (nn.SiLU(inplace=True), F.silu, lambda t: t * torch.sigmoid(t), lambda t: torch.sigmoid(t) * t),
+    "hardswish": (
+        *(nn.Hardswish(), F.hardswish, lambda t: t * F.hardsigmoid(t), lambda t: t * F.relu6(t + 3) / 6),
+        *(lambda t: t * (F.relu6(t + 3) / 6), lambda t: t * (t + 3).clamp(0, 6) * (1 / 6)),
+    ),
+    "sigmoid": (nn.Sigmoid(), torch.sigmoid),
+    "tanh": (nn.Tanh(), torch.tanh),
+}
+
+
+class Called(nn.Module):
+    """A convolution, and a function of its output."""
+
+    def __init__(self, function, conv: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = conv or nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        first, *rest = inputs
+        return self.function(self.conv(first), *rest)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_however_it_is_written(name: str) -> None:
+    x = random((2, 4, 6, 7), torch.float32, "cpu")
+    model = lived_in(nn.Sequential(*map(Called, ACTIVATIONS[name])))
+    frozen = freeze(model, x)
+    assert_says_the_same(model, frozen, x)
+    assert ops(frozen) == {"contiguous": 2, "conv2d": len(ACTIVATIONS[name])}
+    assert {entry.summary for entry in frozen.report.fused} == {f"depthwise, {name}"}
+
+
+OTHERS = {
+    "slope": lambda t: F.leaky_relu(t, 0.2),
+    "tanh gelu": lambda t: F.gelu(t, approximate="tanh"),
+    "other bounds": lambda t: t.clamp(0, 5),
+    "shifted": lambda t: t * F.relu6(t + 2) / 6,
+    "mish": F.mish,
+}
+
+
+def test_what_only_looks_like_an_activation() -> None:
+    x = random((2, 4, 6, 7), torch.float32, "cpu")
+    model = lived_in(nn.Sequential(*map(Called, OTHERS.values())))
+    assert_says_the_same(model, freeze(model, x), x)
+    assert not [entry for entry in freeze(model, x).report.fused if entry.summary != "depthwise, relu6"]
+
+
+CONSTANTS = {
+    "a factor": lambda t: t * 0.5,
+    "a factor for each channel": lambda t: t * torch.arange(1.0, 5).reshape(4, 1, 1),
+    "a quotient": lambda t: t / torch.full((1, 4, 1, 1), 3.0),
+    "a term": lambda t: 1.5 + t,
+    "a difference": lambda t: t - torch.arange(4.0).reshape(1, 4, 1, 1),
+}
+
+
+def test_constants_behind_a_convolution() -> None:
+    x = random((2, 4, 6, 7), torch.float32, "cpu")
+    assert check(nn.Sequential(*map(Called, CONSTANTS.values())), x) == {"contiguous": 2, "conv2d": len(CONSTANTS)}
+
+
+def test_constants_that_do_not_fold() -> None:
+    x = random((2, 4, 6, 7), torch.float32, "cpu")
+    found = check(nn.Sequential(Called(lambda t: t * torch.linspace(0, 1, 7)), Called(lambda t: 2 - t)), x)
+    assert found["conv2d"] == 2 and found["mul"] + found["mul_"] == 1 and found["rsub"] + found["sub"] == 1
+
+
+def test_residuals() -> None:
+    def added(conv: Tensor, other: Tensor) -> Tensor:
+        return F.relu(other + conv)
+
+    x, y = (random((2, 4, 6, 7), torch.float32, "cpu", seed=seed) for seed in (0, 1))
+    model = lived_in(Called(added))
+    frozen = freeze(model, (x, y))
+    assert_says_the_same(model, frozen, x, y)
+    (entry,) = frozen.report.fused
+    assert entry.summary == "depthwise, residual, relu"
+    # A sum that broadcasts, a scaled one, and a value that is needed besides are no residuals.
+    for function in (
+        lambda conv, y: conv + y[:1],
+        lambda conv, y: torch.add(conv, y, alpha=2),
+        lambda conv, y: (conv + y) * conv,
+    ):
+        model = lived_in(Called(function))
+        frozen = freeze(model, (x, y))
+        assert_says_the_same(model, frozen, x, y)
+        assert not frozen.report.fused
+
+
+def test_in_place_activations_seen_by_others() -> None:
+    """Xception's skips read what a ReLU has written."""
+
+    def forward(conv: Tensor) -> Tensor:
+        return conv + F.max_pool2d(F.relu(conv, inplace=True), 3, 1, 1)
+
+    check(Called(forward), random((2, 4, 6, 7), torch.float32, "cpu"))
+
+    def through_a_view(conv: Tensor) -> Tensor:
+        conv[:, :2].relu_()
+        return conv
+
+    check(Called(through_a_view), random((2, 4, 6, 7), torch.float32, "cpu"))
+
+
+def test_norms_before_and_behind() -> None:
+    """A norm before a 1x1 convolution folds; before a padded one only its statistics would be wrong at the border."""
+    x = random((2, 4, 6, 7), torch.float32, "cpu")
+    assert check(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)), x) == {"contiguous": 2, "conv2d": 1}
+    grouped = nn.Conv2d(4, 6, 3, groups=2)
+    assert check(nn.Sequential(nn.BatchNorm2d(4), grouped), x) == {"contiguous": 2, "conv2d": 1}
+    assert check(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)), x)["addcmul"] == 1
+    tokens = random((2, 5, 8), torch.float32, "cpu")
+    assert check(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6)), tokens)["layer_norm"] == 1
+    assert check(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), tokens[0])["addcmul"] == 0
+
+
+class Mixed(nn.Module):
+    """MixNet: kernels of several sizes, then one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, k, padding=k // 2, groups=4, bias=False) for k in (3, 5))
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [conv(part) for conv, part in zip(self.convs, x.chunk(2, 1), strict=True)]
+        return F.silu(self.norm(torch.cat(parts, 1)), inplace=True)
+
+
+def test_a_norm_behind_a_concatenation() -> None:
+    found = check(Mixed(), random((2, 8, 6, 7), torch.float32, "cpu"))
+    assert found["conv2d"] == 2 and not {"silu", "silu_", "addcmul"} & found.keys()
+
+
+class ConvNeXt(nn.Module):
+    """Its block, with the pixels' channels last for LayerNorm and the two linear layers."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.up, self.down = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.scale = nn.Parameter(torch.rand(channels, 1, 1))
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.scale * self.down(F.gelu(self.up(pixels))).permute(0, 3, 1, 2)
+
+
+def test_convnext() -> None:
+    x = random((2, 8, 9, 8), torch.float32, "cpu")
+    model = lived_in(ConvNeXt())
+    frozen = freeze(model, x)
+    assert_says_the_same(model, frozen, x)
+    found = ops(frozen)
+    assert found["layer_norm"] == 1 and not {"linear", "gelu", "gelu_", "mul", "mul_"} & found.keys()
+    assert [(entry.name, entry.summary) for entry in frozen.report.fused] == [
+        ("up", "pointwise, layer norm's scale and shift, gelu"),
+        ("down", "pointwise, constant, residual"),
+    ]
+
+
+def test_channel_shuffle() -> None:
+    def shuffled(x: Tensor) -> Tensor:
+        N, C, H, W = x.shape
+        return x.view(N, 2, C // 2, H, W).transpose(1, 2).contiguous().view(N, C, H, W)
+
+    x = random((2, 4, 6, 7), torch.float32, "cpu")
+    assert check(Called(shuffled), x)["channel_shuffle"] == 1
+    assert "channel_shuffle" not in check(Called(lambda x: x.view(2, 2, 2, 7, 6).transpose(1, 2).reshape(x.shape)), x)
+
+
+def test_layers_of_this_package(x: Tensor) -> None:
+    torch.manual_seed(0)
+    separable = SeparableConv2d(8, 12, 3, norm="batch", activation="relu")
+    model = lived_in(nn.Sequential(conv_norm(3, 8, 3), separable, Block(12)))
+    convert_(model, fuse=True)
+    frozen = freeze(model, x)
+    assert_says_the_same(model, frozen, x)
+    assert len(frozen.report.replaced) == 6 and not {"addcmul", "relu", "relu_"} & ops(frozen).keys()
+
+
+def test_weights_that_are_computed_are_constants(x: Tensor) -> None:
+    conv = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 1))
+    assert check(nn.Sequential(conv), x) == {"contiguous": 2, "conv2d": 1}
+
+
+def test_weights_of_the_input_stay(x: Tensor) -> None:
+    class Dynamic(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return F.conv2d(x, w)
+
+    frozen = freeze(Dynamic().eval(), (x, torch.randn(4, 3, 1, 1)))
+    weight = torch.randn(4, 3, 1, 1)
+    torch.testing.assert_close(frozen(x, weight), F.conv2d(x, weight))
+    assert [entry.reason for entry in frozen.report.skipped] == ["no convolution of images by constants"]
+
+
+def test_other_padding_and_other_ranks(x: Tensor) -> None:
+    check(nn.Sequential(nn.Conv2d(3, 6, (3, 4), padding="same", dilation=2), nn.ReLU()), x)
+    check(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3, padding_mode="reflect"), nn.ReLU()), x)
+    check(nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU()), random((2, 3, 9), torch.float32, "cpu"))
+    check(nn.Sequential(nn.ConvTranspose2d(3, 6, 2, stride=2), nn.BatchNorm2d(6)), x)
+
+
+# --- how it behaves ---
+
+
+def test_any_batch_and_other_sizes(model: nn.Module, frozen: nn.Module) -> None:
+    """Frozen with one image of 16x16."""
+    for size in ((1, 3, 16, 16), (5, 3, 16, 16), (0, 3, 16, 16), (2, 3, 23, 9), (1, 3, 1, 1)):
+        x = random(size, torch.float32, "cpu")
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_channels_last_in_is_taken(model: nn.Module, frozen: nn.Module, x: Tensor) -> None:
+    assert_says_the_same(model, frozen, x.to(memory_format=torch.channels_last))
+    body = lived_in(Block(3))
+    image = x.to(memory_format=torch.channels_last)
+    assert freeze(body, image)(image).is_contiguous(memory_format=torch.channels_last)
+    assert freeze(body, x)(x).is_contiguous()
+
+
+def test_errors_by_name(model: nn.Module, frozen: nn.Module, x: Tensor) -> None:
+    with pytest.raises(RuntimeError, match=r"input must have size \[any, 3, any, any\], but has \[2, 4, 16, 16\]"):
+        frozen(random((2, 4, 16, 16), torch.float32, "cpu"))
+    with pytest.raises(RuntimeError, match="input must have size"):
+        frozen(x[0])
+    with pytest.raises(TypeError, match="input must be a Tensor, but is a str"):
+        frozen("x")
+    with pytest.raises(TypeError, match="takes its arguments as the example had them"):
+        frozen(x, x)
+    with pytest.raises(RuntimeError, match=r"input requires gradients.*convert_"):
+        frozen(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=r"training mode: 1\.expand\.1.*convert_"):
+        training = copy.deepcopy(model)
+        training[1].expand[1].train()
+        freeze(training, x)
+    with pytest.raises(TypeError, match="example_inputs must be a tensor or a tuple with one, but is str"):
+        freeze(model, "x")
+
+
+def test_a_fixed_batch(model: nn.Module, x: Tensor) -> None:
+    fixed = freeze(model, x, dynamic_batch=False)
+    fixed(x)
+    with pytest.raises(RuntimeError, match=r"input must have size \[2, 3, any, any\], but has \[1, 3, 16, 16\]"):
+        fixed(x[:1])
+
+
+def test_ways_that_depend_on_the_size() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) if x.shape[2] > 8 else -self.conv(x)
+
+    model = Branch().eval()
+    frozen = freeze(model, torch.randn(2, 3, 16, 16))
+    x = torch.randn(1, 3, 9, 9)
+    torch.testing.assert_close(frozen(x), model(x))
+    with pytest.raises(RuntimeError, match="another way through its forward for inputs of size"):
+        frozen(torch.randn(1, 3, 8, 8))
+
+
+def test_the_model_is_untouched(x: Tensor) -> None:
+    model = small_network()
+    seen = []
+    model[1].expand[0].register_forward_hook(lambda *_: seen.append("hook"))
+    before = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    frozen = freeze(model, x)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert id(tensor) == before[name][0] and torch.equal(tensor, before[name][1]), name
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes
+    # And the frozen one is its own: neither weights nor hooks of the model are seen any more.
+    with torch.no_grad():
+        expected = frozen(x)
+        for parameter in model.parameters():
+            parameter.zero_()
+        seen.clear()
+        assert torch.equal(frozen(x), expected) and not seen
+
+
+def test_copies(frozen: nn.Module, x: Tensor) -> None:
+    saved = io.BytesIO()
+    torch.save(frozen, saved)
+    saved.seek(0)
+    expected = frozen(x)
+    for copied in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), torch.load(saved, weights_only=False)):
+        assert torch.equal(copied(x), expected)
+        assert str(copied.report) == str(frozen.report)
+        for buffer in copied.buffers():
+            buffer.zero_()
+        assert not torch.equal(copied(x), expected) and torch.equal(frozen(x), expected)
+        copied.load_state_dict(frozen.state_dict())
+        assert torch.equal(copied(x), expected)
+    assert not list(frozen.parameters())
+
+
+def test_threads(frozen: nn.Module) -> None:
+    """One network, eight threads, images of several sizes; and somebody who registers hooks meanwhile."""
+    inputs = [torch.randn(1 + i % 3, 3, 12 + 2 * i, 16) for i in range(8)]
+    expected = [frozen(x) for x in inputs]
+    wrong = []
+
+    def serve(x: Tensor, want: Tensor) -> None:
+        for _ in range(20):
+            try:
+                if not torch.equal(frozen(x), want):
+                    wrong.append(tuple(x.shape))
+            except Exception as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=serve, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for _ in range(50):
+        frozen.network.register_forward_hook(lambda *_: None).remove()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_half_types(model: nn.Module, x: Tensor) -> None:
+    half = copy.deepcopy(model).bfloat16()
+    frozen = freeze(half, x.bfloat16())
+    with torch.no_grad():
+        exact, expected = copy.deepcopy(half).double()(x.bfloat16().double()), half(x.bfloat16())
+        actual = frozen(x.bfloat16())
+    assert actual.dtype == torch.bfloat16
+    error, torchs = ((y.double() - exact).abs().max().item() for y in (actual, expected))
+    assert error <= torchs + 0.01 * exact.abs().max().item()
+
+
+def test_nested_arguments_and_results(model: nn.Module) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, images: list[Tensor], scale: float) -> dict[str, Tensor | list[Tensor]]:
+            done = [self.conv(image) for image in images]
+            return {"first": done[0] * scale, "all": done}
+
+    model = Nested().eval()
+    images = [torch.randn(2, 3, 5, 5), torch.randn(2, 3, 7, 7)]
+    frozen = freeze(model, (images, 0.5))
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images, 0.5), model(images, 0.5))
+    with pytest.raises(ValueError, match=r"was 0\.5 when the network was frozen, but is 2\.0"):
+        frozen(images, 2.0)
+
+
+def test_exported_again(frozen: nn.Module, x: Tensor) -> None:
+    program = torch.export.export(frozen, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+    torch.testing.assert_close(program.module()(x), frozen(x))
+
+
+class Unexportable(nn.Module):
+    """A branch that depends on values, between two parts that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv_norm(3, 8, 3), Block())
+        self.heads = nn.ModuleList([nn.Conv2d(8, 4, 1), conv_norm(8, 4, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        return self.heads[int(features.sum().item() > 0)](features)
+
+
+def test_part_by_part(x: Tensor) -> None:
+    torch.manual_seed(0)
+    model = lived_in(Unexportable())
+    frozen = freeze(model, x)
+    assert_says_the_same(model, frozen, x)
+    assert_says_the_same(model, frozen, -3 * x[:1])  # the other head, which the example did not take
+    report = frozen.report
+    assert [entry.name for entry in report.replaced][:4] == [
+        *("body.0.0", "body.1.expand.0", "body.1.depthwise.0", "body.1.project.0")
+    ]
+    whole, other_head = report.left
+    assert whole.name == "" and "Unexportable" in whole.family and whole.reason
+    assert other_head.name.startswith("heads.") and other_head.reason == "it is not called on the example"
+    assert "left" in str(report)
+    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+
+
+# --- whole networks ---
+
+NETWORKS = {
+    # convolutions and linear layers; norms folded; blocks
+    "mobilenet_v2": (53, 52, 16),
+    "mobilenet_v3_large": (64, 46, 14),
+    "efficientnet_b0": (82, 49, 15),
+    "convnext_tiny": (59, 0, 0),
+    "shufflenet_v2_x1_0": (57, 56, 0),
+    "mnasnet1_0": (53, 52, 16),
+    "resnext50_32x4d": (54, 53, 0),
+    "regnet_y_400mf": (86, 53, 0),
+    "mobilenetv1_100": (28, 27, 0),
+    "legacy_xception": (75, 40, 0),
+    "ghostnet_100": (96, 80, 0),
+    "mixnet_s": (124, 49, 0),
+}
+TIMM = ("mobilenetv1_100", "legacy_xception", "ghostnet_100", "mixnet_s")
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name in TIMM:
+        model = pytest.importorskip("timm", reason="timm is an extra").create_model(name)
+    else:
+        models = pytest.importorskip("torchvision", reason="torchvision is an extra").models
+        model = models.get_model(name, weights=None)
+    for key, parameter in model.named_parameters():
+        if key.endswith("layer_scale"):  # ConvNeXt starts them at 1e-6, which would switch its blocks off
+            nn.init.constant_(parameter, 0.2)
+    return lived_in(model)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_frozen_network_says_what_it_said(name: str) -> None:
+    model = network(name)
+    x = random((2, 3, 64, 64), torch.float32, "cpu")
+    frozen = freeze(model, x)
+    assert_says_the_same(model, frozen, x, classes=True)
+    products, norms, blocks = NETWORKS[name]
+    report = frozen.report
+    assert len(report.replaced) + len(report.skipped) == products
+    assert sum(entry.family == "batch norm" for entry in report.folded) == norms
+    assert len(report.blocks) == blocks
+    assert not {"batch_norm", "addcmul", "silu", "hardswish", "relu6", "view"} & ops(frozen).keys()
