@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 __all__ = ["Input", "Program", "Uncapturable", "capture"]
 
@@ -26,11 +28,10 @@ class _Aliased(Uncapturable):
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a captured graph: a tensor with these sizes, None where any size will do; or a plain value."""
+    """One input of a captured graph: a tensor with sizes in these ranges (lowest, highest); or a plain value."""
 
     name: str
-    size: tuple[int | None, ...] | None = None
-    dtype: torch.dtype | None = None
+    sizes: tuple[tuple[int, float], ...] | None = None
     value: object = None
 
 
@@ -91,11 +92,13 @@ def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> P
             return torch.cat([leaf, leaf]) if one else leaf
 
         widened, batch = pytree.tree_map(doubled, arguments), 2
-    problem = None
+    problem, names = None, _names(model)
     for spatial in (True, False):
         for example in dict.fromkeys([id(widened), id(arguments)]):
             example = widened if example == id(widened) else arguments
             sizes = pytree.tree_map(lambda leaf: _dynamic_sizes(leaf, dynamic_batch, spatial), example)  # noqa: B023
+            star = next((i for i, name in enumerate(names) if name.startswith("*")), len(sizes))
+            sizes = sizes if star >= len(sizes) else (*sizes[:star], sizes[star:])  # as torch.export nests *args
             try:
                 with torch.no_grad():
                     exported = torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
@@ -106,7 +109,7 @@ def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> P
                 program = _program(exported)
             except _Aliased:
                 program = _program(exported.run_decompositions({}))
-            program.names = _names(model)
+            program.names = names
             return program
     raise Uncapturable(f"{type(problem).__name__}: {_first_line(problem)}")
 
@@ -141,7 +144,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
         if node.op == "placeholder" and node.target in where:
             _to_constant(program, node, where[node.target], tensors[where[node.target]])
         elif node.op == "placeholder":
-            program.inputs.append(_input(node))
+            program.inputs.append(_input(node, exported))
         elif node.op == "get_attr":
             raise Uncapturable("its forward has control flow that depends on values (a branch or loop as an op)")
     _remove_mutation(program)
@@ -178,11 +181,23 @@ def _to_constant(program: Program, node: fx.Node, target: str, tensor: Tensor) -
     program.graph.erase_node(node)
 
 
-def _input(node: fx.Node) -> Input:
+def _input(node: fx.Node, exported: torch.export.ExportedProgram) -> Input:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
-        return Input(node.target, value=value)
-    return Input(node.target, tuple(n if isinstance(n, int) else None for n in value.shape), value.dtype)
+        arguments = [spec.arg for spec in exported.graph_signature.input_specs if spec.arg.name == node.target]
+        return Input(node.target, value=getattr(arguments[0], "value", value))
+    return Input(node.target, tuple(_range(n, exported.range_constraints) for n in value.shape))
+
+
+def _range(size: int | torch.SymInt, ranges: dict) -> tuple[int, float]:
+    """torch.export starts from 2 on, since it tells a size of 1 apart; the graph itself does not mind."""
+    if isinstance(size, int):
+        return size, size
+    known = ranges.get(size.node.expr)
+    if known is None:
+        return 0, math.inf
+    highest = math.inf if known.upper == int_oo else int(known.upper)
+    return (0 if known.lower <= 2 else int(known.lower)), highest
 
 
 # --- in-place ops become plain ones ---

@@ -67,15 +67,17 @@ class Frozen(nn.Module):
 
     def _check(self, flat: object) -> None:
         for input, value in zip(self._inputs, flat, strict=True):
-            if input.size is None:
+            if input.sizes is None:
                 if value != input.value:
                     raise ValueError(f"{input.name} was {input.value!r} when the network was frozen, but is {value!r}")
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{input.name} must be a Tensor, but is a {type(value).__name__}")
             size = value.shape
-            if len(size) != len(input.size) or any(m not in (None, n) for m, n in zip(input.size, size, strict=True)):
-                wanted = ", ".join("any" if n is None else str(n) for n in input.size)
+            if len(size) != len(input.sizes) or any(
+                not low <= n <= high for n, (low, high) in zip(size, input.sizes, strict=True)
+            ):
+                wanted = ", ".join(_in_words(*ends) for ends in input.sizes)
                 raise RuntimeError(f"{input.name} must have size [{wanted}], but has {list(size)}")
             if value.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError(
@@ -98,6 +100,14 @@ class Frozen(nn.Module):
 
     def extra_repr(self) -> str:
         return self.report.headline
+
+
+def _in_words(low: int, high: float) -> str:
+    if low == high:
+        return str(low)
+    if high == math.inf:
+        return f"at least {low}" if low else "any"
+    return f"{low} to {int(high)}"
 
 
 class FrozenParts(nn.Module):
