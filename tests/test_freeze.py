@@ -541,7 +541,7 @@ NETWORKS = {
     "mobilenet_v3_large": (64, 46, 14),
     "efficientnet_b0": (82, 49, 15),
     "convnext_tiny": (59, 0, 0),
-    "shufflenet_v2_x1_0": (57, 56, 16),
+    "shufflenet_v2_x1_0": (57, 56, 0),
     "mnasnet1_0": (53, 52, 16),
     "resnext50_32x4d": (54, 53, 0),
     "regnet_y_400mf": (86, 53, 0),

@@ -45,6 +45,12 @@ def is_pointwise(program: Program, node: fx.Node) -> bool:
     return a["groups"] == 1 and tuple(taps) == (1, 1) and not any(a["padding"])
 
 
+def is_projection(program: Program, node: fx.Node) -> bool:
+    """A 1x1 convolution to fewer channels."""
+    K, C = program.constants[arguments(node)["weight"].target].shape[:2]
+    return is_pointwise(program, node) and K < C
+
+
 def same_size(a: fx.Node, b: object) -> bool:
     if not isinstance(b, fx.Node):
         return False

@@ -156,9 +156,9 @@ PAIR = convolution(
 _expand = convolution().where(do.is_pointwise).as_("expand")
 _depthwise = shared(convolution(_expand).where(do.is_depthwise).as_("depthwise"))
 BLOCKS = (
-    ("expand, depthwise, project", convolution(_depthwise).where(do.is_pointwise).as_("project")),
+    ("expand, depthwise, project", convolution(_depthwise).where(do.is_projection).as_("project")),
     (
         "expand, depthwise, squeeze-and-excitation, project",
-        convolution(mul(_depthwise, Any("gate"))).where(do.is_pointwise).as_("project"),
+        convolution(mul(_depthwise, Any("gate"))).where(do.is_projection).as_("project"),
     ),
 )
