@@ -22,6 +22,12 @@ from .rewrite import rewrite
 __all__ = ["Frozen", "FrozenParts", "freeze"]
 
 
+class FreezeReport(Report):
+    """A Report without convert_'s note: there is nothing to revert."""
+
+    note = ""
+
+
 class Frozen(nn.Module):
     """A frozen network: `network` is the fx.GraphModule that computes it, its buffers are the packed constants.
 
@@ -185,7 +191,7 @@ def _frozen(model: nn.Module, example: tuple, dynamic_batch: bool) -> Frozen:
 
 
 def _report(program: Program, rewriter: Rewriter, lowered: Lowered) -> Report:
-    report = Report()
+    report = FreezeReport()
     in_pairs = {node for pair in lowered.pairs for node in pair}
     for node in program.graph.nodes:
         if node.target in (nodes.convolution, nodes.linear):
@@ -269,7 +275,7 @@ def _macs(program: Program, node: fx.Node) -> int:
 def _frozen_parts(model: nn.Module, example: tuple, dynamic_batch: bool, reason: str) -> FrozenParts:
     """Freezes the largest parts that can be captured, each with what it is called with on the example."""
     twin = copy.deepcopy(model).requires_grad_(False)
-    report = Report()
+    report = FreezeReport()
     report.left.append(Entry("", type(model).__name__, "", reason))
     with torch.no_grad():
         calls = _calls(twin, example)
