@@ -162,6 +162,8 @@ def from_our_conv2d(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 def from_our_separable_conv2d(r: Rewriter, node: fx.Node) -> fx.Node | None:
     a = arguments(node)
+    if len(size_of(a["input"])) != 4:
+        return None
     weights = [a[f"{stage}_{part}"] for stage in ("depthwise", "pointwise") for part in ("weight", "bias")]
     if any(weight is not None and r.program.constant(weight) is None for weight in weights):
         return None
