@@ -56,6 +56,7 @@ def test_the_sources_are_seen():
 
 def test_kernels_see_no_torch():
     bindings = {f"csrc/{name}/bindings.cpp": f"the {name} dispatch key" for name in ("cpu", "cuda")}
+    bindings["csrc/cpu/packed_bindings.cpp"] = "the packed products' dispatch key"
     torch_headers = r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)(?!/Parallel\.h)\b"
     assert not found(torch_headers, CUDA + CPU, bindings, keep_strings=True)
     assert not found(r"#\s*include\s*[<\"]ATen/Parallel\.h", CUDA, bindings, keep_strings=True)

@@ -1,0 +1,201 @@
+// Matrix products of float32, a block of sums in registers at a time:
+//
+//   out[i, j] = activation(bias + sum over t of factors[i, t] * panels[t, j] + residual[i, j])
+//
+// Like simd.h, read once for each instruction set by the files that need it, in their second half: hence no include
+// guard and no include.
+//
+// The factors are read number by number, so they lie anyhow. The columns are read by whole vectors, from panels
+// [columns / kPanelColumns][terms][kPanelColumns] whose last one is padded: one cache line a term, for every
+// instruction set. Every sum begins with its bias and goes through the terms in their order, kChain at a time: it does not
+// depend on the blocks.
+
+// A block has up to kRows x kVectors sums: 28 of AVX-512's 32 registers, 12 of the others' 16; then the columns, and one
+// for the factor.
+inline constexpr int kRows = SEPCONV_ISA_LEVEL == 2 ? 14 : 6;
+inline constexpr int kVectors = 2;
+inline constexpr int64_t kColumns = kVectors * kLanes<float>;
+// Of few rows a block has twice the vectors: two sums alone would wait for each other's multiply-adds.
+inline constexpr int kFewRows = SEPCONV_ISA_LEVEL == 2 ? 6 : 2;
+inline constexpr int64_t columns_of(int64_t rows) { return rows <= kFewRows ? 2 * kColumns : kColumns; }
+
+inline constexpr int64_t kChain = 256;         // terms that are added one by one: longer sums are less exact
+inline constexpr int64_t kPrefetchTerms = 32;  // how far ahead panels are fetched: 2 KiB
+
+struct Factors {
+  const float* data;
+  int64_t row, term;  // strides in elements, here and below
+  Factors from(int64_t i) const { return {data + i * row, row, term}; }
+};
+
+struct Panels {
+  const float* data;
+  int64_t terms;
+  Panels from(int64_t j) const { return {data + j / kPanelColumns * kPanelColumns * terms + j % kPanelColumns, terms}; }
+};
+
+struct Outputs {
+  float* data;
+  int64_t row;
+  const float* residual = nullptr;  // may be `data` itself: the product is then added to what stands there
+  int64_t residual_row = 0;
+  const float* row_bias = nullptr;  // of both biases one at most
+  const float* column_bias = nullptr;
+  Activation activation = Activation::identity;
+
+  Outputs from(int64_t i, int64_t j) const {
+    Outputs at = *this;
+    at.data += i * row + j;
+    if (residual != nullptr) at.residual += i * residual_row + j;
+    if (row_bias != nullptr) at.row_bias += i;
+    if (column_bias != nullptr) at.column_bias += j;
+    return at;
+  }
+};
+
+// Activations that are a clamp happen in registers; the others in a pass over the block just stored, since their code,
+// repeated for every sum, would be far longer than the product's.
+inline bool is_clamp(Activation a) { return a == Activation::relu || a == Activation::relu6; }
+inline float highest(Activation a) { return a == Activation::relu6 ? 6.0f : std::numeric_limits<float>::infinity(); }
+
+// Adds the residual, clamps, stores. kWhole: the last vector too has all its lanes; else `rest` of them.
+template <bool kWhole, int kI, int kV>
+SEPCONV_INLINE void finish(Vector<float> (&sums)[kI][kV], const Outputs& out, int rest) {
+  constexpr int L = kLanes<float>;
+  if (out.residual != nullptr) {
+#pragma GCC unroll 14
+    for (int i = 0; i < kI; ++i) {
+      const float* from = out.residual + i * out.residual_row;
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) {
+        sums[i][v] += kWhole || v + 1 < kV ? load(from + v * L) : load_first(from + v * L, rest);
+      }
+    }
+  }
+  if (is_clamp(out.activation)) {
+    const float most = highest(out.activation);
+#pragma GCC unroll 14
+    for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) sums[i][v] = clamp_lanes<float>(sums[i][v], most);
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kI; ++i) {
+    float* to = out.data + i * out.row;
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) {
+      if (kWhole || v + 1 < kV) {
+        store(to + v * L, sums[i][v]);
+      } else {
+        store_first(to + v * L, sums[i][v], rest);
+      }
+    }
+  }
+}
+
+inline void activate_block(const Outputs& out, int rows, int64_t columns) {
+  for (int i = 0; i < rows; ++i) {
+    float* to = out.data + i * out.row;
+    int64_t j = 0;
+    for (; j + kLanes<float> <= columns; j += kLanes<float>) {
+      store(to + j, activate_lanes<float>(out.activation, load(to + j)));
+    }
+    const int rest = static_cast<int>(columns - j);
+    if (rest > 0) store_first(to + j, activate_lanes<float>(out.activation, load_first(to + j, rest)), rest);
+  }
+}
+
+template <int kI, int kV>
+SEPCONV_INLINE void add(Vector<float> (&sums)[kI][kV], const Vector<float> (&before)[kI][kV]) {
+#pragma GCC unroll 14
+  for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) sums[i][v] += before[i][v];
+  }
+}
+
+// kI rows of kV vectors, the last of which has `rest` columns. The rows of factors are reached from every third
+// pointer, which the address modes of the processor can do without a register for each.
+template <int kI, int kV>
+void multiply_block(const Factors& factors, const Panels& panels, const Outputs& out, int rest) {
+  constexpr int L = kLanes<float>, kStarts = (kI + 2) / 3;
+  Vector<float> sums[kI][kV];
+#pragma GCC unroll 4
+  for (int v = 0; v < kV; ++v) {
+    Vector<float> bias{};
+    if (out.column_bias != nullptr) {
+      const float* from = out.column_bias + v * L;
+      bias = v + 1 < kV || rest == L ? load(from) : load_first(from, rest);
+    }
+#pragma GCC unroll 14
+    for (int i = 0; i < kI; ++i) sums[i][v] = out.row_bias != nullptr ? broadcast<float>(out.row_bias[i]) : bias;
+  }
+  const int64_t row = factors.row, term = factors.term, panel = kPanelColumns * panels.terms;
+  const float *starts[kStarts], *columns = panels.data;
+#pragma GCC unroll 5
+  for (int i = 0; i < kStarts; ++i) starts[i] = factors.data + 3 * i * row;
+  Vector<float> before[kI][kV];  // the sums of the chains that are done
+  for (int64_t t = 0;;) {
+    const bool first = t == 0;
+    for (int64_t end = std::min(t + kChain, panels.terms); t < end; ++t) {
+      Vector<float> line[kV];
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) {
+        const float* from = columns + v * L / kPanelColumns * panel + v * L % kPanelColumns;
+        line[v] = load(from);
+        if (v * L % kPanelColumns == 0) __builtin_prefetch(from + kPrefetchTerms * kPanelColumns);
+      }
+#pragma GCC unroll 14
+      for (int i = 0; i < kI; ++i) {
+        const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; ++v) sums[i][v] += factor * line[v];
+      }
+      columns += kPanelColumns;
+#pragma GCC unroll 5
+      for (int i = 0; i < kStarts; ++i) starts[i] += term;
+    }
+    if (!first) add<kI, kV>(sums, before);
+    if (t == panels.terms) break;
+#pragma GCC unroll 14
+    for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) before[i][v] = sums[i][v], sums[i][v] = Vector<float>{};
+    }
+  }
+  if (rest == L) {
+    finish<true>(sums, out, rest);
+  } else {
+    finish<false>(sums, out, rest);
+  }
+  if (out.activation != Activation::identity && !is_clamp(out.activation)) {
+    activate_block(out, kI, (kV - 1) * L + rest);
+  }
+}
+
+using MultiplyBlock = void (*)(const Factors&, const Panels&, const Outputs&, int);
+
+template <int kV, int... kI>
+MultiplyBlock block_of_rows(int64_t rows, std::integer_sequence<int, kI...>) {
+  static constexpr MultiplyBlock blocks[] = {multiply_block<kI + 1, kV>...};
+  return blocks[rows - 1];
+}
+
+inline MultiplyBlock block_of(int64_t rows, int64_t vectors) {
+  const std::make_integer_sequence<int, kRows> all;
+  const std::make_integer_sequence<int, kFewRows> few;
+  switch (vectors) {
+    case 1: return block_of_rows<1>(rows, all);
+    case 2: return block_of_rows<2>(rows, all);
+    case 3: return block_of_rows<3>(rows, few);
+    default: return block_of_rows<4>(rows, few);
+  }
+}
+
+// `rows` (1 to kRows) x `columns` (1 to columns_of(rows)) outputs.
+inline void multiply(const Factors& factors, const Panels& panels, const Outputs& out, int64_t rows, int64_t columns) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t vectors = ceil_div(columns, L);
+  block_of(rows, vectors)(factors, panels, out, static_cast<int>(columns - (vectors - 1) * L));
+}
