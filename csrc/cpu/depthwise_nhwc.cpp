@@ -89,10 +89,10 @@ struct Phase {
 
 template <typename T>
 struct GradInputTask {
-  const std::vector<Correlation<T>>& phases;  // [stride_h][stride_w], of image 0
+  const std::vector<Correlation<T>>& phases;  // [rows][columns], of image 0
   const std::vector<Kernel<T>>& kernels;
   const ConvShape& shape;
-  int64_t strips;
+  int64_t columns, strips;
   void operator()(int64_t task) const {
     const int64_t n = task / strips, strip = task % strips;
     const int64_t h0 = shape.H * strip / strips, h1 = shape.H * (strip + 1) / strips,
@@ -103,7 +103,7 @@ struct GradInputTask {
         k.x += n * shape.y.n;
         k.y += n * shape.x.n;
         // Rows i of the phase: those with h <= i * stride_h + f < the group's end.
-        const int64_t f = static_cast<int64_t>(phase) / shape.stride_w;
+        const int64_t f = static_cast<int64_t>(phase) / columns;
         const int64_t end = std::min(h + group, h1);
         correlate(k, kernels[phase], (h - f + shape.stride_h - 1) / shape.stride_h,
                   (end - f + shape.stride_h - 1) / shape.stride_h);
@@ -121,9 +121,10 @@ void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* gr
   A* next = packed.data();
   std::vector<Correlation<T>> phases;
   std::vector<Kernel<T>> kernels;
-  for (int64_t fh = 0; fh < shape.stride_h; ++fh) {
+  const int64_t phase_rows = std::min(shape.stride_h, shape.H), phase_columns = std::min(shape.stride_w, shape.W);
+  for (int64_t fh = 0; fh < phase_rows; ++fh) {
     const Phase h(fh, shape.H, shape.R, shape.stride_h, shape.pad_h, shape.dilation_h);
-    for (int64_t fw = 0; fw < shape.stride_w; ++fw) {
+    for (int64_t fw = 0; fw < phase_columns; ++fw) {
       const Phase v(fw, shape.W, shape.S, shape.stride_w, shape.pad_w, shape.dilation_w);
       Correlation<T> k;
       k.x = grad_y, k.y = grad_x + fh * shape.x.h + fw * shape.x.w, k.w = next, k.bias = zeros.data();
@@ -139,7 +140,7 @@ void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* gr
     }
   }
   const int64_t strips = strips_per_image(shape.N, shape.H);
-  parallel(shape.N * strips, GradInputTask<T>{phases, kernels, shape, strips});
+  parallel(shape.N * strips, GradInputTask<T>{phases, kernels, shape, phase_columns, strips});
 }
 
 void forward(const ConvShape& shape, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y) {

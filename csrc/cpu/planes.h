@@ -88,10 +88,8 @@ inline Axis grad_input_axis(int64_t in, int64_t taps, int64_t out, int64_t strid
             .run_step = dilation / common,
             .index_step = -stride / common};
   int64_t lowest = 0;
-  for (int64_t remainder = 0; remainder < stride; ++remainder) {
-    const int64_t start = ceil_div(pad - remainder, stride);
-    const int64_t first = start * stride + remainder - pad;
-    if (first >= out) continue;
+  for (int64_t first = 0; first < std::min(stride, out); ++first) {
+    const int64_t remainder = (first + pad) % stride, start = (first + pad) / stride;
     AxisClass positions{.first = first, .count = (out - 1 - first) / stride + 1};
     for (int64_t r = taps - 1; r >= 0; --r) {
       if (r * dilation % stride == remainder) positions.taps.push_back({r, 0, start - r * dilation / stride});

@@ -121,9 +121,7 @@ SEPCONV_INLINE void copy_out_row(T* image, int64_t step, const accumulate_t<T>* 
   const Vector<A> offset = broadcast<A>(bias);
   const auto& classes = axis.classes;
   if (step == 1 && axis.out_step == 2 && classes.size() == 2) {
-    const bool swapped = classes[0].first != 0;
-    const A* even = sums + (swapped ? pitch : 0);
-    const A* odd = sums + (swapped ? 0 : pitch);
+    const A *even = sums, *odd = sums + pitch;
     const int64_t total = classes[0].count + classes[1].count;
     for (int64_t i = 0; 2 * i < total; i += kCount) {
       if (ahead != 0) {
