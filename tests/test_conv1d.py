@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import sepconv_ext
-from harness import DTYPES, assert_as_accurate, dtype_name, only_our_kernels, strictness
+from harness import DTYPES, assert_as_accurate, dtype_name, only_our_kernels, random, strictness
 from sepconv_ext import functional
 
 
@@ -330,6 +332,38 @@ def test_autocast_and_transforms() -> None:
         assert functional.conv1d(x, w, b, padding="causal", groups=24).dtype == torch.bfloat16
     mapped = torch.func.vmap(lambda t: functional.conv1d(t, w, b, padding=1, groups=24))(x)
     torch.testing.assert_close(mapped, F.conv1d(x, w, b, padding=1, groups=24))
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast, by its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.sizes[args[0].numel()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_autocast_casts_a_weight_once(unbatched: bool, checkpointed: bool) -> None:
+    """Used twice under one autocast, in a checkpoint too, and with the gradients of torch's layer."""
+    theirs = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+    ours = copy.deepcopy(theirs)
+    sepconv_ext.convert_(ours)
+    x = random((8, 10) if unbatched else (2, 8, 10), torch.float32, "cpu")
+    results = []
+    for layer in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+            run = (lambda t: checkpoint(layer, t, use_reentrant=False)) if checkpointed else layer  # noqa: B023
+            y = run(run(x))
+        y.float().square().mean().backward()
+        results.append((casts.sizes, y, layer.weight.grad, layer.bias.grad))
+    assert results[0][0] == results[1][0] and results[0][0][layer.weight.numel()] == 1
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=2e-2, atol=2e-2)
 
 
 def test_types_without_a_kernel_go_to_torch() -> None:
