@@ -276,8 +276,8 @@ void packed::check_weight(const Tensor& weight) {
 }
 
 Checked packed::check_pointwise(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias,
-                                  const std::optional<Tensor>& residual, int64_t out_channels, IntArrayRef stride,
-                                  const Tensor* output) {
+                                const std::optional<Tensor>& residual, int64_t out_channels, IntArrayRef stride,
+                                const Tensor* output) {
   check_tensor("input", input, input, "input");
   check_float32("input", input);
   check_weight_rank("input", input.dim(), /*sequence=*/false);
