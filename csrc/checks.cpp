@@ -110,8 +110,9 @@ void check_tensor(const char* name, const Tensor& t, const Tensor& reference, co
   check_storage(name, t);
 }
 
-void check_float32(const char* name, const Tensor& t) {
+void check_packable(const char* name, const Tensor& t) {
   TORCH_CHECK(t.scalar_type() == at::kFloat, name, " must be float32, but is ", t.scalar_type());
+  TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, but has ", t.dim());
 }
 
 void check_entries(const char* name, IntArrayRef values, size_t entries, int64_t minimum) {
@@ -269,8 +270,7 @@ Checked check_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
 
 void packed::check_weight(const Tensor& weight) {
   check_tensor("weight", weight, weight, "weight");
-  check_float32("weight", weight);
-  check_weight_rank("weight", weight.dim(), /*sequence=*/false);
+  check_packable("weight", weight);
   TORCH_CHECK(weight.size(2) == 1 && weight.size(3) == 1, "weight must have a kernel of 1x1, but has ", weight.size(2),
               "x", weight.size(3));
 }
@@ -279,9 +279,9 @@ Checked packed::check_pointwise(const Tensor& input, const Tensor& packed, const
                                 const std::optional<Tensor>& residual, int64_t out_channels, IntArrayRef stride,
                                 const Tensor* output) {
   check_tensor("input", input, input, "input");
-  check_float32("input", input);
-  check_weight_rank("input", input.dim(), /*sequence=*/false);
+  check_packable("input", input);
   check_tensor("packed", packed, input, "input");
+  check_entries("stride", stride, 2, 1);
   const std::array<int64_t, 3> panels{(out_channels + 15) / 16, input.size(1), 16};
   TORCH_CHECK(packed.sizes() == IntArrayRef(panels) && packed.is_contiguous(), "packed must be contiguous, of size ",
               IntArrayRef(panels), " (", out_channels, " output and ", input.size(1), " input channels), but has size ",
@@ -289,25 +289,24 @@ Checked packed::check_pointwise(const Tensor& input, const Tensor& packed, const
   ConvShape shape =
       check_geometry(input.sizes(), {out_channels, input.size(1), 1, 1}, {stride, {0, 0}, {1, 1}, /*groups=*/1});
   check_bias("bias", bias, input, shape.K, "packed");
-  const Image x(input, /*sequence=*/false);
+  const Image x(input, false);
   shape.x = x;
   shape.y = dense_strides(shape.K, shape.P, shape.Q, fresh_layout(x.suggests_channels_last()));
-  const Four size{shape.N, shape.K, shape.P, shape.Q};
+  const Result result = output_of(shape, /*batched=*/true, /*sequence=*/false);
   const auto check_like_result = [&](const char* name, const Tensor& t) {
     check_tensor(name, t, input, "input");
-    TORCH_CHECK(t.sizes() == IntArrayRef(size), name, " must have the result's size ", IntArrayRef(size), ", but has ",
-                t.sizes());
+    TORCH_CHECK(t.sizes() == IntArrayRef(result.size), name, " must have the result's size ", IntArrayRef(result.size),
+                ", but has ", t.sizes());
   };
   if (residual && residual->defined()) check_like_result("residual", *residual);
   if (output != nullptr) {
     check_like_result("output", *output);
-    shape.y = Image(*output, /*sequence=*/false);
+    shape.y = Image(*output, false);
     TORCH_CHECK(cpu::product_can_write(shape),
-                "output must have dense planes, or dense channels and pixels at one "
-                "distance, but has strides ",
+                "output must have dense planes, or dense channels and pixels at one distance, but has strides ",
                 output->strides());
   }
-  return {shape, result_of(size, shape.y, /*batched=*/true, /*sequence=*/false)};
+  return {shape, result};
 }
 
 CheckedSeparable check_separable(const Tensor& input, const Tensor& depthwise_weight,
