@@ -98,6 +98,17 @@ SEPCONV_INLINE void store(T* p, Vector<accumulate_t<T>> v) {
   }
 }
 
+#if SEPCONV_ISA_LEVEL == 1
+// The masks of the first `count` lanes. A loop over lanes would do, but its branches may part a product from the sum
+// that it is added to: they are then rounded apart, and a result would depend on where a line is cut.
+SEPCONV_INLINE __m256i first_lanes(int count, float) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+SEPCONV_INLINE __m256i first_lanes(int count, double) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+#endif
+
 // The first `count` numbers at p (0 <= count <= kLanes), zero in the other lanes; nothing beyond them is read.
 template <typename T>
 SEPCONV_INLINE Vector<accumulate_t<T>> load_first(const T* p, int count) {
@@ -111,6 +122,10 @@ SEPCONV_INLINE Vector<accumulate_t<T>> load_first(const T* p, int count) {
     return (Vector<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
   }
 #else
+#if SEPCONV_ISA_LEVEL == 1
+  if constexpr (std::is_same_v<T, float>) return (Floats)_mm256_maskload_ps(p, first_lanes(count, T{}));
+  if constexpr (std::is_same_v<T, double>) return (Vector<double>)_mm256_maskload_pd(p, first_lanes(count, T{}));
+#endif
   T lanes[kLanes<accumulate_t<T>>] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
   return load(lanes);
@@ -130,6 +145,10 @@ SEPCONV_INLINE void store_first(T* p, Vector<accumulate_t<T>> v, int count) {
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
   }
 #else
+#if SEPCONV_ISA_LEVEL == 1
+  if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, first_lanes(count, T{}), (__m256)v);
+  if constexpr (std::is_same_v<T, double>) return _mm256_maskstore_pd(p, first_lanes(count, T{}), (__m256d)v);
+#endif
   T lanes[kLanes<accumulate_t<T>>];
   store(lanes, v);
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
