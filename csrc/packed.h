@@ -1,5 +1,6 @@
-// Pointwise convolution of float32 on the CPU with a weight that was packed once: what frozen networks call. Not
-// differentiable. The ops' schemas stand in cpu/packed_bindings.cpp; these functions pass the dispatcher by.
+// Pointwise convolution of float32 on the CPU with a weight that was packed once: made for frozen networks, which do
+// not call it yet. Not differentiable. The ops' schemas stand in cpu/packed_bindings.cpp; these functions pass the
+// dispatcher by.
 #pragma once
 
 #include <ATen/core/Tensor.h>
