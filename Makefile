@@ -65,9 +65,9 @@ test-mutations: build
 FUZZ_SECONDS ?= 600
 FUZZ_SANITIZE ?= address
 # The sanitizer's checks as calls compile in half of the time of checks in line.
-FUZZ_CXXFLAGS := -std=c++20 -O1 -g1 -fno-omit-frame-pointer -fsanitize=$(FUZZ_SANITIZE) -ffp-contract=fast \
+FUZZ_CXXFLAGS := -Icsrc -std=c++20 -O1 -g1 -fno-omit-frame-pointer -fsanitize=$(FUZZ_SANITIZE) -ffp-contract=fast \
   --param=asan-instrumentation-with-call-threshold=0 -fno-math-errno -DEMULATOR_ASAN -Wno-psabi -pthread
-FUZZ_OBJECTS := $(patsubst %.cpp,build/fuzz/%.o,$(filter-out %bindings.cpp,$(wildcard csrc/cpu/*.cpp)) \
+FUZZ_OBJECTS := $(patsubst %.cpp,build/fuzz/%.o,$(filter-out %bindings.cpp,$(sort $(shell find csrc/cpu -name '*.cpp'))) \
   $(wildcard tests/fuzz/*.cpp) tests/emulator/reference.cpp tests/emulator/tensor.cpp)
 
 build/fuzz/%.o: %.cpp

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from glob import glob
+from pathlib import Path
 
 import torch
 from setuptools import setup
@@ -114,7 +114,9 @@ def main():
 
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     macros = [("SEPCONV_DEBUG", str(int(debug)))]
-    sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
+    device = Path("csrc/cuda")
+    sources = [path for path in Path("csrc").rglob("*.cpp") if device not in path.parents]
+    include = [f"-I{Path('csrc').absolute()}"]  # every include starts there
     cxx = "-std=c++20 -ffp-contract=fast -fno-math-errno -fvisibility=hidden -fopenmp -Wall -Wextra".split()
     cxx += ["-O0", "-g"] if debug else ["-O3", "-g0"]
     nvcc = f"-std=c++20 -O{1 if debug else 3} -lineinfo -Xfatbin=-compress-all -Xcompiler=-fvisibility=hidden".split()
@@ -124,17 +126,17 @@ def main():
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         archs = choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported, gpus)
         message += ", for " + " ".join(archs)
-        sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
+        sources += [*device.rglob("*.cpp"), *device.rglob("*.cu")]
         macros += [("SEPCONV_WITH_CUDA", "1"), ("SEPCONV_CUDA_ARCHS", '"' + " ".join(archs) + '"')]
         # torch switches the half types' own operators off; kernels here use them.
         names = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
         nvcc += gencode(archs) + [f"-U__CUDA_NO_{name}__" for name in names]
     print("sepconv_ext:", message, flush=True)
     kind = CUDAExtension if home else CppExtension
-    extension = kind("sepconv_ext._C", sorted(sources), define_macros=macros, extra_link_args=["-fopenmp"])
+    extension = kind("sepconv_ext._C", sorted(map(str, sources)), define_macros=macros, extra_link_args=["-fopenmp"])
     # As system headers torch's give no warnings; kernels (.cu) do not see them at all.
-    cxx += [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
-    extension.include_dirs, extension.extra_compile_args = [], {"cxx": cxx, "nvcc": nvcc}
+    cxx += include + [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
+    extension.include_dirs, extension.extra_compile_args = [], {"cxx": cxx, "nvcc": nvcc + include}
 
     class Build(BuildExtension):
         def finalize_options(self):  # the objects of one torch do not fit another

@@ -124,7 +124,7 @@ def code(functions: list[Function]) -> dict[tuple[str, str], set[str]]:
 
 
 def test_every_kernel_file_is_in_the_binary(functions: list[Function]) -> None:
-    sources = Path(__file__).resolve().parent.parent.joinpath("csrc", "cuda").glob("*.cu")
+    sources = Path(__file__).resolve().parent.parent.joinpath("csrc", "cuda").rglob("*.cu")
     assert {f.file for f in functions} == {source.stem for source in sources}
 
 

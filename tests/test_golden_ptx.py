@@ -37,7 +37,7 @@ def emulated_output(build: str) -> dict[str, str]:
 
 def wrappers() -> list[str]:
     """The functions of ptx.cuh that kernels call."""
-    text = without_comments((emulate.KERNELS / "ptx.cuh").read_text())
+    text = without_comments(next(emulate.KERNELS.rglob("ptx.cuh")).read_text())
     names = re.findall(r"__device__ (?:__forceinline__ )?[\w<>]+ (\w+)(?:<[\w]+>)?\(", text)
     return sorted(set(names) - {"shared_address"})  # a helper of the wrappers
 
@@ -125,8 +125,8 @@ def test_a_gpu_agrees_bit_for_bit(tmp_path: Path) -> None:
     major, minor = torch.cuda.get_device_capability()
     program = tmp_path / "golden"
     architecture = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
-    command = [nvcc, "-std=c++20", architecture, "-o", str(program), str(GOLDEN)]
-    command.append(str(emulate.KERNELS / "tensor_map.cpp"))
+    command = [nvcc, "-std=c++20", f"-I{emulate.CSRC}", architecture, "-o", str(program), str(GOLDEN)]
+    command.append(str(next(emulate.KERNELS.rglob("tensor_map.cpp"))))
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)

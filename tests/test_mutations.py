@@ -129,19 +129,27 @@ class Copy:
     runners: dict[str, Path]
 
 
+def _files(source: Path) -> list[Path]:
+    """The source, and the headers that are mutated with it."""
+    return [source, *(find_header(name) for name in HEADERS.get(source.name, ()))]
+
+
+def find_header(name: str) -> Path:
+    (path,) = emulate.KERNELS.rglob(name)
+    return path
+
+
 def _texts(source: Path, planted: list[mutate.Mutant]) -> tuple[str, dict[str, str]]:
-    files = (source, *(source.parent / name for name in HEADERS.get(source.name, ())))
     texts = {}
-    for path in {*files, *source.parent.glob("*.cuh")}:  # all, so that no header pulls in the original of another
+    for path in {*_files(source), *emulate.KERNELS.rglob("*.cuh")}:  # all, so that no header pulls in the original of another
         numbers = [i for i, m in enumerate(planted) if m.file == path]
         text = mutate.plant(path.read_text(), [planted[i] for i in numbers], numbers)
-        texts[path.name] = mutate.limit_dtypes(text)
-    return texts.pop(source.name), texts
+        texts[str(path.relative_to(emulate.CSRC))] = mutate.limit_dtypes(text)
+    return texts.pop(str(source.relative_to(emulate.CSRC))), texts
 
 
 def compile_copy(source: Path) -> Copy:
-    files = (source, *(source.parent / name for name in HEADERS.get(source.name, ())))
-    planted = [m for path in files for m in mutate.find(path, path.read_text())]
+    planted = [m for path in _files(source) for m in mutate.find(path, path.read_text())]
     while True:  # faults that no compiler accepts (a switch in a constant expression) are not faults
         try:
             emulate.compile_object(source, "race", *_texts(source, planted), check=True)

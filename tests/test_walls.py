@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CPP = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
-CUDA = [path for path in CPP if path.parent.name == "cuda"]
-CPU = [path for path in CPP if path.parent.name == "cpu"]
+CUDA = [path for path in CPP if ROOT / "csrc" / "cuda" in path.parents]
+CPU = [path for path in CPP if ROOT / "csrc" / "cpu" in path.parents]
 KERNELS = [path for path in CUDA if path.suffix in {".cu", ".cuh"}]
-PYTHON = sorted((ROOT / "sepconv_ext").glob("*.py"))
+PYTHON = sorted((ROOT / "sepconv_ext").rglob("*.py"))
 
 _NOT_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 
@@ -49,6 +49,40 @@ def found(pattern: str, paths: list[Path], allowed: dict[str, str] | None = None
 
 def test_the_sources_are_seen():
     assert CUDA and CPU and KERNELS and PYTHON
+
+
+# --- every source has a room, and is named from csrc ---
+
+ROOMS = {
+    "": "what torch sees, and plain numbers",
+    "cpu": "the CPU kernels",
+    "cuda": "the CUDA kernels",
+}
+
+
+def test_every_source_is_in_a_room():
+    """A source anywhere else is in no list of this file, of setup.py or of the emulator."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    homeless = [name_of(path) for path in sources if folder_of(path) not in ROOMS or path not in CPP]
+    assert not homeless, f"name the room in ROOMS, or use one of these: {', '.join(ROOMS)}"
+    empty = [room for room in ROOMS if room not in map(folder_of, sources)]
+    assert not empty
+
+
+def folder_of(path: Path) -> str:
+    return path.parent.relative_to(ROOT / "csrc").as_posix().removeprefix(".")
+
+
+def test_includes_start_at_csrc():
+    emulator = {"ptx_emulated.h": "what ptx.cuh becomes under the emulator"}
+    hits = []
+    for path in CPP:
+        code = re.sub(r"//[^\n]*", "", path.read_text())
+        names = re.findall(r'(?m)^\s*#\s*(?:include|define SEPCONV_KERNELS)\s+"([^"]+)"', code)
+        hits += [f"{name_of(path)}: {n}" for n in names if n not in emulator and not (ROOT / "csrc" / n).is_file()]
+        own = re.findall(r'define SEPCONV_KERNELS\s+"([^"]+)"', code)
+        hits += [f"{name_of(path)} reads {n} again" for n in own if ROOT / "csrc" / n != path]
+    assert not hits
 
 
 # --- what a room may see ---
@@ -163,7 +197,7 @@ def returns_before_a_barrier(code: str, shared_code: str = "") -> list[str]:
 
 @pytest.mark.parametrize("path", [path for path in KERNELS if path.suffix == ".cu"], ids=name_of)
 def test_no_return_before_a_barrier(path):
-    assert not returns_before_a_barrier(code_of(path), code_of(ROOT / "csrc" / "cuda" / "common.cuh"))
+    assert not returns_before_a_barrier(code_of(path), code_of(next(path for path in CUDA if path.name == "common.cuh")))
 
 
 def test_the_barrier_check_can_fail():

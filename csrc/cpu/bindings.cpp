@@ -3,13 +3,13 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "../aten_route.h"
-#include "../convolve.h"
-#include "../explain.h"
-#include "../runtime.h"
-#include "huge_pages.h"
-#include "kernels.h"
-#include "plan.h"
+#include "aten_route.h"
+#include "convolve.h"
+#include "cpu/huge_pages.h"
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+#include "explain.h"
+#include "runtime.h"
 
 namespace sepconv::cpu {
 

@@ -10,10 +10,10 @@
 // The gradient by the input is the same correlation of grad_y with the filter turned round; with a stride its pixels
 // fall into classes, each with its own taps.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "blocked.cpp"
-#include "blocked.h"
+#define SEPCONV_KERNELS "cpu/blocked.cpp"
+#include "cpu/blocked.h"
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -30,10 +30,10 @@ void blocked_grad_input(const ConvShape& s, DType dtype, const void* grad_y, con
 }  // namespace sepconv::cpu
 #else
 
-#include "scratch_simd.h"
-#include "transpose_simd.h"
+#include "cpu/scratch_simd.h"
+#include "cpu/transpose_simd.h"
 
-#include "blocked_simd.h"
+#include "cpu/blocked_simd.h"
 
 inline constexpr int kBlock = 8;  // pixels
 

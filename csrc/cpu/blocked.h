@@ -6,7 +6,7 @@
 // (oneDNN's blocked layouts are the same idea, but are written to memory.)
 #pragma once
 
-#include "planes.h"
+#include "cpu/planes.h"
 
 namespace sepconv::cpu {
 

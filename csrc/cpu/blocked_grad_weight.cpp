@@ -9,10 +9,10 @@
 // the strips are shared among several units, whose sums are added at the end, in order: all this depends on the shape
 // alone, and the result not on the number of threads.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "blocked_grad_weight.cpp"
-#include "blocked.h"
+#define SEPCONV_KERNELS "cpu/blocked_grad_weight.cpp"
+#include "cpu/blocked.h"
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -24,10 +24,10 @@ void blocked_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, co
 }  // namespace sepconv::cpu
 #else
 
-#include "scratch_simd.h"
-#include "transpose_simd.h"
+#include "cpu/scratch_simd.h"
+#include "cpu/transpose_simd.h"
 
-#include "blocked_simd.h"
+#include "cpu/blocked_simd.h"
 
 inline constexpr int64_t kShortSum = 32;  // pixels, about; up to twice as many along a row
 

@@ -8,10 +8,10 @@
 // sides where rows have stride 1 and groups one channel; what remains (strided or scattered memory) is computed number by
 // number. Sums are formed in one fixed order.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "borders.cpp"
-#include "borders.h"
+#define SEPCONV_KERNELS "cpu/borders.cpp"
+#include "cpu/borders.h"
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace sepconv::cpu {
 
@@ -32,7 +32,7 @@ struct BordersJob {
 
 }  // namespace sepconv::cpu
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../padding_mode.h"
+#include "padding_mode.h"
 
 namespace sepconv::cpu {
 

@@ -5,10 +5,10 @@
 // task is one filter plane, tap by tap; a vector holds neighbouring columns where both images have them dense. An image's
 // products are summed first, then the images, in a fixed order.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "borders_grad_weight.cpp"
-#include "borders.h"
+#define SEPCONV_KERNELS "cpu/borders_grad_weight.cpp"
+#include "cpu/borders.h"
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace sepconv::cpu {
 
@@ -20,7 +20,7 @@ struct PaddingTap {
 
 }  // namespace sepconv::cpu
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 

@@ -1,5 +1,5 @@
 // The tables of borders.h.
-#include "borders.h"
+#include "cpu/borders.h"
 
 namespace sepconv::cpu {
 

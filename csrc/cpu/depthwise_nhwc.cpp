@@ -13,10 +13,10 @@
 // split into stride_h x stride_w phases; each is a correlation of stride 1 over grad_y with every stride-th tap of
 // the filter.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "depthwise_nhwc.cpp"
+#define SEPCONV_KERNELS "cpu/depthwise_nhwc.cpp"
 #include <numeric>
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -34,7 +34,7 @@ void depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* 
 }  // namespace sepconv::cpu
 #else
 
-#include "depthwise_nhwc_correlate.h"
+#include "cpu/depthwise_nhwc_correlate.h"
 
 // How many strips of rows to cut each image into, so that there is work for every thread.
 inline int64_t strips_per_image(int64_t images, int64_t rows) {

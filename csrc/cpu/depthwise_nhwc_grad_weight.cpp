@@ -16,8 +16,8 @@
 // The parts depend on the shape alone, and are added in order, by a second pass where there are several: the result does
 // not depend on the number of threads.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "depthwise_nhwc_grad_weight.cpp"
-#include "foreach_isa.h"
+#define SEPCONV_KERNELS "cpu/depthwise_nhwc_grad_weight.cpp"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -29,9 +29,9 @@ void depthwise_nhwc_grad_weight(const ConvShape& shape, DType dtype, const void*
 }  // namespace sepconv::cpu
 #else
 
-#include "depthwise_nhwc_grad_weight_block.h"
-#include "depthwise_nhwc_grad_weight_stream.h"
-#include "transpose_simd.h"
+#include "cpu/depthwise_nhwc_grad_weight_block.h"
+#include "cpu/depthwise_nhwc_grad_weight_stream.h"
+#include "cpu/transpose_simd.h"
 
 inline constexpr int64_t kRowGroup = 14;         // output rows of a tile, about; divides 14, 28, 56, 112
 inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at

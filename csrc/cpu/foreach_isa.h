@@ -6,7 +6,7 @@
 //
 //   #ifndef SEPCONV_KERNELS
 //   #define SEPCONV_KERNELS "this_file.cpp"
-//   #include "foreach_isa.h"                       // and every header that the kernels need
+//   #include "cpu/foreach_isa.h"  // and every header that the kernels need
 //   namespace sepconv::cpu {
 //   void door(...) { SEPCONV_BEST_ISA(kernel)(...); }
 //   }
@@ -36,7 +36,7 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #define SEPCONV_INLINE inline __attribute__((always_inline))
 
@@ -84,7 +84,7 @@ void parallel(int64_t tasks, const Body& body) {
 namespace sepconv::cpu::baseline {
 namespace {
 inline constexpr int kVectorBytes = 16;
-#include "simd.h"
+#include "cpu/simd.h"
 #include SEPCONV_KERNELS
 }  // namespace
 }  // namespace sepconv::cpu::baseline
@@ -102,7 +102,7 @@ inline constexpr int kVectorBytes = 16;
 namespace sepconv::cpu::avx2 {
 namespace {
 inline constexpr int kVectorBytes = 32;
-#include "simd.h"
+#include "cpu/simd.h"
 #include SEPCONV_KERNELS
 }  // namespace
 }  // namespace sepconv::cpu::avx2
@@ -124,7 +124,7 @@ inline constexpr int kVectorBytes = 32;
 namespace sepconv::cpu::avx512 {
 namespace {
 inline constexpr int kVectorBytes = 64;
-#include "simd.h"
+#include "cpu/simd.h"
 #include SEPCONV_KERNELS
 }  // namespace
 }  // namespace sepconv::cpu::avx512

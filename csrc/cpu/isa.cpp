@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace sepconv::cpu {
 namespace {

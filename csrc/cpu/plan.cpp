@@ -1,8 +1,8 @@
-#include "plan.h"
+#include "cpu/plan.h"
 
 #include <algorithm>
 
-#include "torch_faults.h"
+#include "cpu/torch_faults.h"
 
 namespace sepconv::cpu {
 namespace {

@@ -8,8 +8,8 @@
 // are fewer than multiplications. Output goes straight to memory, or through a tile of sums where rows must be interleaved
 // (grad_input of a strided convolution), converted (half types) or scattered (other layouts).
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "planes.cpp"
-#include "planes.h"
+#define SEPCONV_KERNELS "cpu/planes.cpp"
+#include "cpu/planes.h"
 
 namespace sepconv::cpu {
 
@@ -26,7 +26,7 @@ struct PlanesJob {
 
 }  // namespace sepconv::cpu
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -79,9 +79,9 @@ void planes_grad_input(const ConvShape& s, DType dtype, const void* grad_y, cons
 }  // namespace sepconv::cpu
 #else
 
-#include "planes_simd.h"
+#include "cpu/planes_simd.h"
 
-#include "planes_rows.h"
+#include "cpu/planes_rows.h"
 
 template <typename T>
 class Planes {

@@ -16,7 +16,7 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace sepconv::cpu {
 

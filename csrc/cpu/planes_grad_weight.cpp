@@ -7,10 +7,10 @@
 // added at the very end. Images are split among tasks only where there are few groups, by the shape alone; the partial sums
 // are then added in that order.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "planes_grad_weight.cpp"
-#include "planes.h"
+#define SEPCONV_KERNELS "cpu/planes_grad_weight.cpp"
+#include "cpu/planes.h"
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -22,7 +22,7 @@ void planes_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, con
 }  // namespace sepconv::cpu
 #else
 
-#include "planes_simd.h"
+#include "cpu/planes_simd.h"
 
 // Sums of kSize lanes of a, then of b, alternating: where vectors a and b hold sums of kSize vectors each, those of all.
 template <typename A, int kSize>

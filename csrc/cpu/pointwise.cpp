@@ -10,8 +10,8 @@
 //   NCHW (one row a plane)              forward, grad_input WeightedRows, image by image; grad_weight DotRows
 // A task is a range of output rows or columns.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "pointwise.cpp"
-#include "foreach_isa.h"
+#define SEPCONV_KERNELS "cpu/pointwise.cpp"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 

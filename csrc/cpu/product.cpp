@@ -12,11 +12,11 @@
 //
 // Floor: C multiply-adds an output at the rate of the registers; for few pixels the bytes of the weight.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "product.cpp"
-#include "product_shared.h"
-#include "thread_scratch.h"
+#define SEPCONV_KERNELS "cpu/product.cpp"
+#include "cpu/product_shared.h"
+#include "cpu/thread_scratch.h"
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 namespace {
@@ -71,10 +71,10 @@ void product_pack(int64_t K, int64_t C, const float* w, int64_t w_output, int64_
 }  // namespace sepconv::cpu
 #else
 
-#include "transpose_simd.h"
+#include "cpu/transpose_simd.h"
 
-#include "product_pack_simd.h"
-#include "product_simd.h"
+#include "cpu/product_pack_simd.h"
+#include "cpu/product_simd.h"
 
 inline constexpr int64_t kNearWeight = 512 << 10;   // bytes of a weight that stays in the second-level cache
 inline constexpr int64_t kNearPixels = 384 << 10;   // of a block of pixels that does, beside a panel of the weight

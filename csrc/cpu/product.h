@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "../activation.h"
-#include "../conv_shape.h"
+#include "activation.h"
+#include "conv_shape.h"
 
 namespace sepconv::cpu {
 

@@ -10,11 +10,11 @@
 //
 // Floor: N * P * Q multiply-adds a weight at the rate of the registers; for few channels the bytes of x and grad_y.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "product_grad_weight.cpp"
-#include "product_shared.h"
-#include "thread_scratch.h"
+#define SEPCONV_KERNELS "cpu/product_grad_weight.cpp"
+#include "cpu/product_shared.h"
+#include "cpu/thread_scratch.h"
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -25,10 +25,10 @@ void product_grad_weight(const ConvShape& s, const float* grad_y, const float* x
 }  // namespace sepconv::cpu
 #else
 
-#include "transpose_simd.h"
+#include "cpu/transpose_simd.h"
 
-#include "product_pack_simd.h"
-#include "product_simd.h"
+#include "cpu/product_pack_simd.h"
+#include "cpu/product_simd.h"
 
 inline constexpr int64_t kFewestPixels = 64, kMostPixels = 256;  // of a block
 inline constexpr int64_t kNearRows = 256 << 10;                  // bytes of packed grad_y, and

@@ -1,8 +1,8 @@
 // What the files of the products share (product.h has their doors).
 #pragma once
 
-#include "kernels.h"
-#include "product.h"
+#include "cpu/kernels.h"
+#include "cpu/product.h"
 
 namespace sepconv::cpu {
 

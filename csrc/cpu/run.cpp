@@ -2,8 +2,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
-#include "plan.h"
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
 
 namespace sepconv::cpu {
 namespace {

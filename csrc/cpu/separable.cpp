@@ -14,10 +14,10 @@
 //
 // Floor: the bytes of x and y once, and the multiplications at the rate of a matrix product.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "separable.cpp"
+#define SEPCONV_KERNELS "cpu/separable.cpp"
 #include <numeric>
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -29,9 +29,9 @@ void separable_forward(const SeparableShape& shape, DType dtype, const Separable
 }  // namespace sepconv::cpu
 #else
 
-#include "depthwise_nhwc_correlate.h"
-#include "separable_planes.h"
-#include "separable_product.h"
+#include "cpu/depthwise_nhwc_correlate.h"
+#include "cpu/separable_planes.h"
+#include "cpu/separable_product.h"
 
 inline constexpr int64_t kTileBytes =
     192 * 1024;  // of intermediate: with a panel of the weight it fits the second-level cache

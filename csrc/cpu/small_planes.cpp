@@ -9,8 +9,8 @@
 //
 // The gradient by the input is the same correlation of grad_y with the filter turned round.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "small_planes.cpp"
-#include "planes.h"
+#define SEPCONV_KERNELS "cpu/small_planes.cpp"
+#include "cpu/planes.h"
 
 namespace sepconv::cpu {
 
@@ -43,7 +43,7 @@ constexpr int64_t kMaxTasks = 64;
 
 }  // namespace sepconv::cpu
 
-#include "foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 
@@ -61,9 +61,9 @@ void small_planes_grad_input(const ConvShape& s, DType dtype, const void* grad_y
 }  // namespace sepconv::cpu
 #else
 
-#include "planes_simd.h"
+#include "cpu/planes_simd.h"
 
-#include "scratch_simd.h"
+#include "cpu/scratch_simd.h"
 
 inline constexpr int kTaps = 3;
 inline constexpr int kRows = 7;  // divides the sizes of most networks' last planes: 7, 14, 28

@@ -14,8 +14,8 @@
 // Filters are widened once a call. For channels_last with a filter for each channel, tap by tap, they are repeated
 // beyond their end by a vector, so that the vector of filter values from any channel on is one load.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "spatial_separable.cpp"
-#include "foreach_isa.h"
+#define SEPCONV_KERNELS "cpu/spatial_separable.cpp"
+#include "cpu/foreach_isa.h"
 
 namespace sepconv::cpu {
 

@@ -1,4 +1,4 @@
-#include "thread_scratch.h"
+#include "cpu/thread_scratch.h"
 
 namespace sepconv::cpu {
 namespace {

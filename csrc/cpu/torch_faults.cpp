@@ -3,7 +3,7 @@
 //
 // One fault is not of a shape and is kept out by aten_route.cpp: "grad_weight must be contiguous", which torch 2.14.1
 // raises for a permuted weight of float64 and float16. There the gradient is asked for in a layout that torch has.
-#include "torch_faults.h"
+#include "cpu/torch_faults.h"
 
 namespace sepconv::cpu {
 namespace {

@@ -14,11 +14,11 @@
 #include <array>
 #include <atomic>
 
-#include "../convolve.h"
-#include "../explain.h"
-#include "../runtime.h"
-#include "plan.h"
-#include "tiling.h"
+#include "convolve.h"
+#include "cuda/plan.h"
+#include "cuda/tiling.h"
+#include "explain.h"
+#include "runtime.h"
 
 namespace sepconv::cuda {
 namespace {

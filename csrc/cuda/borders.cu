@@ -8,7 +8,7 @@
 // add up their sums in a fixed order. Where channels are dense, a block has 32 weights, of neighbouring output channels, one
 // a lane, and its eight warps take turns.
 // Frames are small, so every index is of 64 bits and divided where it is needed.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace sepconv::cuda {
 namespace {

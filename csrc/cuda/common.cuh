@@ -11,9 +11,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../activation.h"
-#include "../conv_shape.h"
-#include "launch.h"
+#include "activation.h"
+#include "conv_shape.h"
+#include "cuda/launch.h"
 
 #ifndef CUDA_ON_CPU
 #include <cuda_runtime.h>

@@ -12,7 +12,7 @@
 // Neighbouring threads take neighbouring channel vectors where channels are dense, else neighbouring columns.
 #include <numeric>
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace sepconv::cuda {
 namespace {

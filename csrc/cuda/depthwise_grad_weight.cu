@@ -9,7 +9,7 @@
 //
 // The order of all additions is fixed: a thread's own places in turn, the slots of a block by a tree in shared
 // memory, the blocks (splits) by launch_sum_partials. Nothing is added atomically.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace sepconv::cuda {
 namespace {

@@ -12,7 +12,7 @@
 //
 // Where tensors are not aligned or rows have gaps, and where an input channel has several outputs, the copies go element by
 // element.
-#include "depthwise_grad_weight.cuh"
+#include "cuda/depthwise_grad_weight.cuh"
 
 namespace sepconv::cuda {
 namespace {

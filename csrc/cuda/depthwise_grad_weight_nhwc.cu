@@ -11,7 +11,7 @@
 // what is one or two stages ahead, then each takes the present rows into its registers (depthwise_grad_weight.cuh).
 //
 // Where pixels do not begin on 16 bytes, and where an input channel has several outputs, the copies go element by element.
-#include "depthwise_grad_weight.cuh"
+#include "cuda/depthwise_grad_weight.cuh"
 
 namespace sepconv::cuda {
 namespace {

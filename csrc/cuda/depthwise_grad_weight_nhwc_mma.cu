@@ -20,9 +20,9 @@
 // Borders are zeros that are multiplied like other numbers: an infinite one that meets them makes a NaN.
 #include <algorithm>
 
-#include "common.cuh"
-#include "ptx.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

@@ -5,7 +5,7 @@
 // for the columns of the padding, and the filters of its channels, turned around for grad_input. Its threads then keep
 // tiles of kKeep x 8 results each in registers (depthwise_large.cuh has the map and the loop), which are bound by the
 // multiply-adds: shared memory gives each of 32 kKeep of them kKeep + 1 loads.
-#include "depthwise_large.cuh"
+#include "cuda/depthwise_large.cuh"
 
 namespace sepconv::cuda {
 namespace {

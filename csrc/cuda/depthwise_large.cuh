@@ -10,9 +10,9 @@
 // Threads: columns fastest, then planes, rows, and parts of the filter's rows, so that a warp meets few rows of the image.
 #pragma once
 
-#include "common.cuh"
-#include "depthwise_large.h"
-#include "ptx.cuh"
+#include "cuda/common.cuh"
+#include "cuda/depthwise_large.h"
+#include "cuda/ptx.cuh"
 
 namespace sepconv::cuda::large {
 

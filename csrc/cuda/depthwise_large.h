@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace sepconv::cuda {
 

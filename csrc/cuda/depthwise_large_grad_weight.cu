@@ -9,7 +9,7 @@
 // thread keeps kKeep x 8 taps of one channel in registers, to the end, and takes one of the images and one part of the
 // strip's rows. At the end the sums of a tap are added up in the order of parts and
 // images, and launch_sum_partials adds up the splits: nothing is added atomically.
-#include "depthwise_large.cuh"
+#include "cuda/depthwise_large.cuh"
 
 namespace sepconv::cuda {
 namespace {

@@ -5,7 +5,7 @@
 // of one plane, and walks down `rows` rows; neighbouring threads take neighbouring runs, then the next strip of rows, then
 // the next plane. The filter is in registers. An image row is read once on the way down and added at once to
 // all output rows that it meets: these are a ring of registers, whose oldest is complete after each step.
-#include "depthwise_nchw.cuh"
+#include "cuda/depthwise_nchw.cuh"
 
 #include <cstring>
 

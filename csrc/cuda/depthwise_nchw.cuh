@@ -9,9 +9,9 @@
 // wait in shared memory as they lie in memory, and leave by stores of whole vectors.
 #pragma once
 
-#include "common.cuh"
-#include "ptx.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 

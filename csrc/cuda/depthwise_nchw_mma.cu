@@ -17,8 +17,8 @@
 //
 // A window reaches up to 7 columns beyond a tap's own: an infinite x there meets a zero of T and makes a NaN. So results
 // that are NaN are computed again, tap by tap.
-#include "depthwise_nchw_mma.cuh"
-#include "depthwise_single_output.cuh"
+#include "cuda/depthwise_nchw_mma.cuh"
+#include "cuda/depthwise_single_output.cuh"
 
 #include <cstring>
 

@@ -10,9 +10,9 @@
 
 #include <algorithm>
 
-#include "common.cuh"
-#include "ptx.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 

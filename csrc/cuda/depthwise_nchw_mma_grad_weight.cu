@@ -12,7 +12,7 @@
 // the warps. The warps' sums are added in order, then launch_sum_partials adds the parts, where there are several.
 //
 // Rows and columns beyond grad_y count as zeros: an infinite x there makes a NaN, also for taps that do not meet it.
-#include "depthwise_nchw_mma.cuh"
+#include "cuda/depthwise_nchw_mma.cuh"
 
 namespace sepconv::cuda {
 namespace {

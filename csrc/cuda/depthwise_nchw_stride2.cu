@@ -8,7 +8,7 @@
 // columns (u even, u + 1) of one plane of grad_x, and walks down `rows` pairs of rows (v even, v + 1); neighbouring threads take
 // neighbouring runs of columns, then the next strip of rows, then the next plane. The filter is in registers, and so are
 // the last rows of grad_y: a step reads one more and finishes one pair of rows.
-#include "depthwise_nchw.cuh"
+#include "cuda/depthwise_nchw.cuh"
 
 namespace sepconv::cuda {
 namespace {

@@ -13,7 +13,7 @@
 //
 // grad_input of stride 1 is the forward walk with the filter turned around. A dilated convolution is as many plain ones as
 // there are phases, each of every dilation-th row and column of both images: a place belongs to one of them.
-#include "depthwise_nhwc.cuh"
+#include "cuda/depthwise_nhwc.cuh"
 
 namespace sepconv::cuda {
 namespace {

@@ -6,9 +6,9 @@
 // complete after the step, is stored, and leaves the ring.
 #pragma once
 
-#include "common.cuh"
-#include "ptx.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 

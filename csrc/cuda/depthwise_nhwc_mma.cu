@@ -25,9 +25,9 @@
 // computed again, one by one from global memory.
 //
 // grad_input is forward with the filter turned around.
-#include "common.cuh"
-#include "ptx.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

@@ -17,7 +17,7 @@
 // The price: columns at the border of two warps' boxes come from L2 twice.
 //
 // Banks: half a warp is served at a time, and its 16 lanes read 128 consecutive bytes of a pixel. No swizzle is needed.
-#include "depthwise_nhwc.cuh"
+#include "cuda/depthwise_nhwc.cuh"
 
 namespace sepconv::cuda {
 namespace {

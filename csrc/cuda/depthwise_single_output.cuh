@@ -2,7 +2,7 @@
 // with zeros beside a filter's row make a NaN of an infinite x that no tap of the output meets.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace sepconv::cuda {
 

@@ -8,8 +8,8 @@
 //
 // A window reaches up to seven columns beyond a tap's own: an infinite x there meets a zero and makes a NaN. So results that
 // are NaN are computed again, tap by tap.
-#include "depthwise_single_output.cuh"
-#include "depthwise_toeplitz.cuh"
+#include "cuda/depthwise_single_output.cuh"
+#include "cuda/depthwise_toeplitz.cuh"
 
 #include <utility>
 

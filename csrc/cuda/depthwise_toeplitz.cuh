@@ -10,9 +10,9 @@
 // the output rows of all its images, one after the other, are then dealt to the warps.
 #pragma once
 
-#include "common.cuh"
-#include "ptx.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 

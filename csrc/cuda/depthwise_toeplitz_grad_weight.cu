@@ -7,7 +7,7 @@
 // added in order, then launch_sum_partials adds the parts.
 //
 // A window reaches up to seven columns beyond a tap's own: an infinite x there meets a zero and makes a NaN.
-#include "depthwise_toeplitz.cuh"
+#include "cuda/depthwise_toeplitz.cuh"
 
 #include <algorithm>
 

@@ -17,8 +17,8 @@
 // channels.
 #include <numeric>
 
-#include "common.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

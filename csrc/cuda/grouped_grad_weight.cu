@@ -10,8 +10,8 @@
 //   warps of a block own the same tiles and take turns at the pixels of the split.
 //   otherwise: the whole block owns one tile, and its 256 threads take turns at the pixels, which are neighbours in memory.
 // A thread walks its pixels by adding a fixed step to (n, p, q) with carries: the loop does not divide.
-#include "common.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

@@ -1,9 +1,9 @@
-#include "plan.h"
+#include "cuda/plan.h"
 
 #include <algorithm>
 
-#include "plan_parts.h"
-#include "tiling.h"
+#include "cuda/plan_parts.h"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

@@ -3,10 +3,10 @@
 // microsecond.
 #pragma once
 
-#include "../conv_shape.h"
-#include "../explain.h"
-#include "../operand_layout.h"
-#include "launch.h"
+#include "conv_shape.h"
+#include "cuda/launch.h"
+#include "explain.h"
+#include "operand_layout.h"
 
 namespace sepconv::cuda {
 

@@ -1,8 +1,8 @@
 // The plan of the depthwise family: which kernel, how it is cut, and why.
 #include <limits>
 
-#include "plan_parts.h"
-#include "tiling.h"
+#include "cuda/plan_parts.h"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

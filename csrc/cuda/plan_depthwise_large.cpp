@@ -1,10 +1,10 @@
 // The plan of large depthwise kernels in plain arithmetic (depthwise_large*.cu).
-#include "depthwise_large.h"
+#include "cuda/depthwise_large.h"
 
 #include <numeric>
 
-#include "plan_parts.h"
-#include "tiling.h"
+#include "cuda/plan_parts.h"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

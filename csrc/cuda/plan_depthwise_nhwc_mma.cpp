@@ -1,8 +1,8 @@
 // The plan of depthwise forward and grad_input, channels_last, on tensor cores (depthwise_nhwc_mma.cu).
 #include <limits>
 
-#include "plan_parts.h"
-#include "tiling.h"
+#include "cuda/plan_parts.h"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 

@@ -4,8 +4,8 @@
 // At 3x3, two rows ahead of 16 warps are enough, and memory is all that both kernels wait for.
 #include <limits>
 
-#include "plan_parts.h"
-#include "tiling.h"
+#include "cuda/plan_parts.h"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

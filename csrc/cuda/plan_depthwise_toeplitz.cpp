@@ -1,8 +1,8 @@
 // The plan of depthwise convolutions as products with Toeplitz matrices (depthwise_nchw_mma.cu, depthwise_toeplitz.cu).
 #include <limits>
 
-#include "plan_parts.h"
-#include "tiling.h"
+#include "cuda/plan_parts.h"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

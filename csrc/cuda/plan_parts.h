@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "plan.h"
+#include "cuda/plan.h"
 
 namespace sepconv::cuda {
 

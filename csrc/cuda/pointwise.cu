@@ -4,7 +4,7 @@
 // threads, each thread 8 rows x 4 neighbouring columns in registers. The sum goes in steps of 16 along k: while a step is
 // multiplied out of shared memory, where both tiles lie as [k][64] in the accumulation type, the next step is on its way
 // from global memory into registers; two buffers in shared memory, so that one barrier a step is enough.
-#include "pointwise.cuh"
+#include "cuda/pointwise.cuh"
 
 namespace sepconv::cuda {
 namespace {

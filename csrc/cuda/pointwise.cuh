@@ -16,7 +16,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace sepconv::cuda::pointwise {
 

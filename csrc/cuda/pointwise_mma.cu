@@ -7,8 +7,8 @@
 // 16 bytes, so that the eight rows of an ldmatrix fall on different banks.
 //
 // The result goes through shared memory once more, in fp32, so that bias, activation and stores see whole rows of 8.
-#include "pointwise.cuh"
-#include "ptx.cuh"
+#include "cuda/pointwise.cuh"
+#include "cuda/ptx.cuh"
 
 namespace sepconv::cuda {
 namespace {

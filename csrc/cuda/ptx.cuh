@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "common.cuh"
-#include "tensor_map.h"
+#include "cuda/common.cuh"
+#include "cuda/tensor_map.h"
 
 #ifdef CUDA_ON_CPU
 #include "ptx_emulated.h"

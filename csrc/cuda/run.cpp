@@ -1,6 +1,6 @@
 // From a plan to the door that it names.
-#include "launch.h"
-#include "plan.h"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
 
 namespace sepconv::cuda {
 namespace {

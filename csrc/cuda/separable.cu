@@ -3,7 +3,7 @@
 // Threads to data: a block of 256 threads computes 64 pixels x kColumns output channels; thread (i, j) of 16 x 16 sums
 // 4 neighbouring pixels x kColumns / 16 channels (in groups of 4, 64 apart) in registers. Chunk by chunk the threads lay
 // down h as [channel][pixel] and v as [channel][output], so that the product reads both in vectors of four.
-#include "separable.cuh"
+#include "cuda/separable.cuh"
 
 namespace sepconv::cuda {
 namespace {

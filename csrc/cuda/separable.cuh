@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "../separable_shape.h"
-#include "common.cuh"
+#include "cuda/common.cuh"
+#include "separable_shape.h"
 
 namespace sepconv::cuda::separable {
 

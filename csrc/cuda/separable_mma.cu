@@ -7,8 +7,8 @@
 // read x while the other multiplies.
 //
 // The result goes through shared memory once more, behind bias and activation, in the order in which y is dense.
-#include "ptx.cuh"
-#include "separable.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/separable.cuh"
 
 namespace sepconv::cuda {
 namespace {

@@ -10,8 +10,8 @@
 // barrier they go over the elements of a line of output, and read the lines of t shifted by one column a tap. So t never
 // reaches memory, and a half type is rounded once. Neighbouring threads read and write neighbouring addresses in both
 // passes. Strides of memory are any; offsets are 64 bits wide.
-#include "common.cuh"
-#include "tiling.h"
+#include "cuda/common.cuh"
+#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {

@@ -4,7 +4,7 @@
 // j + kSlices, ... in turn, and the slices are then added in their order. Neighbouring threads own neighbouring
 // weights, so that a warp reads whole sectors; the partial sums are few and still in L2, so the kernel costs little
 // more than its launch.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace sepconv::cuda {
 namespace {

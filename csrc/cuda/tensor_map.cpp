@@ -1,5 +1,5 @@
 // The only file that speaks to the driver's own interface, through the runtime: nothing links against libcuda.
-#include "tensor_map.h"
+#include "cuda/tensor_map.h"
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>

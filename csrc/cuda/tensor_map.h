@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../conv_shape.h"
+#include "conv_shape.h"
 
 namespace sepconv::cuda {
 

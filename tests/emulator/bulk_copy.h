@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../../csrc/cuda/tensor_map.h"
+#include "cuda/tensor_map.h"
 #include "machine.h"
 
 namespace emulator {

@@ -4,7 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "../../csrc/cuda/tiling.h"
+#include "cuda/tiling.h"
 #include "tensor.h"
 
 namespace emulator {

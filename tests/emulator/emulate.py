@@ -25,8 +25,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-KERNELS = ROOT / "csrc" / "cuda"
-PLAN = tuple(sorted(KERNELS.glob("plan*.cpp")))
+CSRC = ROOT / "csrc"  # every include starts there
+KERNELS = CSRC / "cuda"
+PLAN = tuple(sorted(KERNELS.rglob("plan*.cpp")))
 CACHE = Path(os.environ.get("SEPCONV_EMULATOR_CACHE", ROOT / ".emulator-cache"))
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 
@@ -122,7 +123,7 @@ def kernels() -> list[tuple[Path, str]]:
 def kernel_sources() -> list[Path]:
     """Every .cu file; EMULATOR_ONLY=grouped,sum_partials narrows the list while working on a kernel."""
     only = os.environ.get("EMULATOR_ONLY")
-    return sorted(p for p in KERNELS.glob("*.cu") if not only or p.stem in only.split(","))
+    return sorted(p for p in KERNELS.rglob("*.cu") if not only or p.stem in only.split(","))
 
 
 def _closure(source: Path, text: str, folders: Sequence[Path]) -> dict[Path, bytes]:
@@ -146,14 +147,14 @@ def _closure(source: Path, text: str, folders: Sequence[Path]) -> dict[Path, byt
 def compile_object(
     source: Path, build: str, text: str | None = None, headers: Mapping[str, str] | None = None, check: bool = False
 ) -> Path:
-    """The object file of one source. `text` replaces what stands in it and `headers` what stands in headers of its
-    folder (for planted faults); `check` looks for errors only and returns no file."""
+    """The object file of one source. `text` replaces what stands in it and `headers` what stands in headers, by
+    their path below csrc (for planted faults); `check` looks for errors only and returns no file."""
     content = source.read_text() if text is None else text
     kernel = source.suffix == ".cu"
     flags = [*COMMON, BUILDS[build]["define"]]
     if kernel:
         flags += [*BUILDS[build]["kernel"], "-include", str(HERE / "emulator.h")]
-    folders = [HERE, KERNELS]
+    folders = [HERE, CSRC]
     digest = hashlib.sha256()
     for part in (compiler_version(), *flags, source.name, str(cuda_include()), content, *(headers or {}).values()):
         digest.update(part.encode() + b"\0")
@@ -170,6 +171,7 @@ def compile_object(
         folder = CACHE / "headers" / key
         folder.mkdir(parents=True, exist_ok=True)
         for name, header in headers.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(header)
         folders.insert(0, folder)
     command = [compiler(), "-x", "c++", *flags, *(f"-I{f}" for f in folders), f"-I{cuda_include()}"]

@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "../../csrc/cuda/ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace sepconv::cuda {
 namespace {

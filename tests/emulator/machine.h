@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cuda/tensor_map.h"
+#include "cuda/tensor_map.h"
 #include "fiber.h"
 
 namespace emulator {

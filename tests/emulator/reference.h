@@ -3,9 +3,9 @@
 
 #include <vector>
 
-#include "../../csrc/activation.h"
-#include "../../csrc/conv_shape.h"
-#include "../../csrc/padding_mode.h"
+#include "activation.h"
+#include "conv_shape.h"
+#include "padding_mode.h"
 #include "tensor.h"
 
 namespace emulator {

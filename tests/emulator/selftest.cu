@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "../../csrc/cuda/ptx.cuh"
+#include "cuda/ptx.cuh"
 #include "machine.h"
 #include "race.h"
 

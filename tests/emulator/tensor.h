@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/conv_shape.h"
+#include "conv_shape.h"
 
 namespace emulator {
 

@@ -23,10 +23,10 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#include "../../csrc/cpu/kernels.h"
-#include "../../csrc/cpu/plan.h"
 #include "../emulator/reference.h"
 #include "../emulator/tensor.h"
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
 
 namespace sepconv::cpu {
 
