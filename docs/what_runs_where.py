@@ -1,7 +1,7 @@
 """Writes docs/what-runs-where.md by asking the plan, over a grid of calls: `python -m docs.what_runs_where`.
 
 A cell tells which kernel runs on planes of which size. Nothing is computed. The CPU's plan is asked through
-`sepconv_ext.explain`. The GPU's is csrc/cuda/plan*.cpp compiled by g++, as the tests have it; it needs no GPU.
+`sepconv_ext.explain`. The GPU's is the plan*.cpp of csrc/cuda compiled by g++, as the tests have it; it needs no GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The packed products as torch's own machinery sees them: shapes and strides without data, and operation counts.
 
 ``torch.ops.sepconv_ext.pack_pointwise`` and ``.packed_pointwise`` are made for frozen networks, which do not call
-them yet: CPU, float32, inference (csrc/packed.h says what they compute). The schemas and the kernels are registered
+them yet: CPU, float32, inference (csrc/ops/packed.h says what they compute). The schemas and the kernels are registered
 by ``_C``.
 """
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import _C  # noqa: F401  (registers the schemas)
 
-PANEL_COLUMNS = 16  # output channels of a panel: kPanelColumns of csrc/cpu/product.h
+PANEL_COLUMNS = 16  # output channels of a panel: kPanelColumns of csrc/cpu/pointwise/product.h
 
 
 @torch.library.register_fake("sepconv_ext::pack_pointwise")

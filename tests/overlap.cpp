@@ -1,5 +1,5 @@
-// OverlapAxis (csrc/overlap.h) against all pairs of taps and outputs, on random axes; built and run by test_overlap.py.
-#include "overlap.h"
+// OverlapAxis (csrc/core/overlap.h) against all pairs of taps and outputs, on random axes; built and run by test_overlap.py.
+#include "core/overlap.h"
 
 #include <algorithm>
 #include <cstdio>

@@ -1,6 +1,6 @@
 """The CUDA plan, which is a pure function: which kernel, which tile and why, for GPUs that need not be there.
 
-tests/emulator/planner.cpp is csrc/cuda/plan*.cpp compiled by g++.
+tests/emulator/planner.cpp is the plan*.cpp of csrc/cuda compiled by g++.
 """
 
 from __future__ import annotations

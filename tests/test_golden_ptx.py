@@ -1,6 +1,6 @@
 """The warp instructions as a real GPU executes them, compared bit for bit with the emulator (tests/emulator/golden.cu).
 
-The emulator and the wrappers of csrc/cuda/ptx.cuh were written from one reading of the PTX manual; only a GPU can say
+The emulator and the wrappers of ptx.cuh were written from one reading of the PTX manual; only a GPU can say
 that the reading is right. The comparison needs one (mark `cuda`); that the emulator's half runs, and that no wrapper
 is left out, is checked everywhere.
 """
@@ -50,8 +50,8 @@ def test_every_wrapper_has_a_golden_test() -> None:
     golden = without_comments(GOLDEN.read_text())
     emulated = (emulate.HERE / "ptx_emulated.h").read_text()
     for name in wrappers():
-        assert re.search(rf"\b{name}\b", golden), f"{name} of csrc/cuda/ptx.cuh is missing in tests/emulator/golden.cu"
-        assert re.search(rf"\b{name}\b", emulated), f"{name} of csrc/cuda/ptx.cuh has no body in the emulator"
+        assert re.search(rf"\b{name}\b", golden), f"{name} of ptx.cuh is missing in tests/emulator/golden.cu"
+        assert re.search(rf"\b{name}\b", emulated), f"{name} of ptx.cuh has no body in the emulator"
 
 
 @pytest.mark.parametrize("build", emulate.BUILDS)

@@ -141,7 +141,8 @@ def find_header(name: str) -> Path:
 
 def _texts(source: Path, planted: list[mutate.Mutant]) -> tuple[str, dict[str, str]]:
     texts = {}
-    for path in {*_files(source), *emulate.KERNELS.rglob("*.cuh")}:  # all, so that no header pulls in the original of another
+    # All headers, so that none of them pulls in the original of another.
+    for path in {*_files(source), *emulate.KERNELS.rglob("*.cuh")}:
         numbers = [i for i, m in enumerate(planted) if m.file == path]
         text = mutate.plant(path.read_text(), [planted[i] for i in numbers], numbers)
         texts[str(path.relative_to(emulate.CSRC))] = mutate.limit_dtypes(text)

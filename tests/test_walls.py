@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CPP = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
+CORE = [path for path in CPP if ROOT / "csrc" / "core" in path.parents]
 CUDA = [path for path in CPP if ROOT / "csrc" / "cuda" in path.parents]
 CPU = [path for path in CPP if ROOT / "csrc" / "cpu" in path.parents]
 KERNELS = [path for path in CUDA if path.suffix in {".cu", ".cuh"}]
@@ -54,9 +55,28 @@ def test_the_sources_are_seen():
 # --- every source has a room, and is named from csrc ---
 
 ROOMS = {
-    "": "what torch sees, and plain numbers",
-    "cpu": "the CPU kernels",
-    "cuda": "the CUDA kernels",
+    "core": "plain numbers, without torch: shapes, activations, layouts, words",
+    "ops": "what torch sees: the op table, checks, the way of a call, derivatives",
+    "cpu": "the CPU's bindings, plan and run",
+    "cpu/simd": "vectors, instruction sets and scratch memory",
+    "cpu/depthwise": "one input channel a group",
+    "cpu/pointwise": "1x1: matrix products",
+    "cpu/grouped": "any groups",
+    "cpu/separable": "depthwise and 1x1 in one pass",
+    "cpu/spatial": "a vertical and a horizontal filter in one pass",
+    "cpu/borders": "reflected, replicated and circular borders",
+    "cuda": "the GPU's bindings, plan and run",
+    "cuda/device": "what kernels share: launch(), PTX, copies, sums",
+    "cuda/depthwise": "one input channel a group; its folders are by method",
+    "cuda/depthwise/nhwc": "channels_last",
+    "cuda/depthwise/nchw": "planes",
+    "cuda/depthwise/large": "large kernels",
+    "cuda/depthwise/toeplitz": "large kernels on tensor cores",
+    "cuda/pointwise": "1x1: matrix products",
+    "cuda/grouped": "any groups",
+    "cuda/separable": "depthwise and 1x1 in one kernel",
+    "cuda/spatial": "a vertical and a horizontal filter in one kernel",
+    "cuda/borders": "reflected, replicated and circular borders",
 }
 
 
@@ -93,33 +113,34 @@ def test_kernels_see_no_torch():
     bindings["csrc/cpu/packed_bindings.cpp"] = "the packed products' dispatch key"
     torch_headers = r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)(?!/Parallel\.h)\b"
     assert not found(torch_headers, CUDA + CPU, bindings, keep_strings=True)
+    assert not found(torch_headers, CORE, keep_strings=True)
     assert not found(r"#\s*include\s*[<\"]ATen/Parallel\.h", CUDA, bindings, keep_strings=True)
-    assert not found(r"\b(at|c10|torch)::", CUDA + CPU, bindings)
+    assert not found(r"\b(at|c10|torch)::", CORE + CUDA + CPU, bindings)
 
 
 def test_inline_ptx_has_one_home():
-    assert not found(r"\b(asm|__asm__)\b", CPP, {"csrc/cuda/ptx.cuh": "its home"})
+    assert not found(r"\b(asm|__asm__)\b", CPP, {"csrc/cuda/device/ptx.cuh": "its home"})
 
 
 def test_kernels_start_through_launch():
     assert not found(r"<<<", CPP)
-    launch = {"csrc/cuda/common.cuh": "launch() itself"}
+    launch = {"csrc/cuda/device/common.cuh": "launch() itself"}
     assert not found(r"\bcuda(LaunchKernel\w*|FuncSetAttribute)\b", CPP, launch)
 
 
 def test_shared_memory_is_taken_through_the_macros():
-    assert not found(r"\b__shared__\b", CPP, {"csrc/cuda/common.cuh": "the macros themselves"})
+    assert not found(r"\b__shared__\b", CPP, {"csrc/cuda/device/common.cuh": "the macros themselves"})
 
 
 def test_no_foreign_device_libraries():
-    driver = {"csrc/cuda/tensor_map.cpp": "the driver's types; it finds its one function through the runtime"}
+    driver = {"csrc/cuda/device/tensor_map.cpp": "the driver's types; it finds its one function through the runtime"}
     assert not found(r"#\s*include\s*<(cub|cooperative_groups|cuda|thrust|cute|cutlass)[/.]", CUDA, driver)
     assert not found(r"\b(cub|cooperative_groups|thrust)::", CUDA)
     assert not found(r"(?<![\w:])cuda::(std|ptx|atomic|barrier|pipeline)", CUDA)
 
 
 def test_arithmetic_does_not_ask_for_the_architecture():
-    assert not found(r"\b__CUDA_ARCH\w*", CPP, {"csrc/cuda/ptx.cuh": "instructions that some GPUs lack"})
+    assert not found(r"\b__CUDA_ARCH\w*", CPP, {"csrc/cuda/device/ptx.cuh": "instructions that some GPUs lack"})
 
 
 # --- what keeps kernels deterministic, and runnable under the emulator ---
@@ -197,7 +218,7 @@ def returns_before_a_barrier(code: str, shared_code: str = "") -> list[str]:
 
 @pytest.mark.parametrize("path", [path for path in KERNELS if path.suffix == ".cu"], ids=name_of)
 def test_no_return_before_a_barrier(path):
-    assert not returns_before_a_barrier(code_of(path), code_of(next(path for path in CUDA if path.name == "common.cuh")))
+    assert not returns_before_a_barrier(code_of(path), code_of(ROOT / "csrc" / "cuda" / "device" / "common.cuh"))
 
 
 def test_the_barrier_check_can_fail():
@@ -215,8 +236,8 @@ def test_the_barrier_check_can_fail():
 
 def test_devices_are_chosen_by_dispatch():
     allowed = {
-        "csrc/library.cpp": "explain() tells which plan a device has; it runs nothing",
-        "csrc/aten_route.cpp": "addresses without memory, for ATen, are the CPU's",
+        "csrc/ops/library.cpp": "explain() tells which plan a device has; it runs nothing",
+        "csrc/ops/aten_route.cpp": "addresses without memory, for ATen, are the CPU's",
     }
     assert not found(r"\bis_(cuda|cpu)\s*\(", CPP, allowed)
     assert not found(r"\.is_(cuda|cpu)\b|\.device\.type\s*==", PYTHON)
@@ -224,12 +245,12 @@ def test_devices_are_chosen_by_dispatch():
 
 def test_arguments_are_validated_in_one_place():
     allowed = {
-        "csrc/checks.cpp": "the place",
-        "csrc/checks.h": "its helpers",
-        "csrc/runtime.cpp": "SEPCONV_STRICT's own error",
+        "csrc/ops/checks.cpp": "the place",
+        "csrc/ops/checks.h": "its helpers",
+        "csrc/ops/runtime.cpp": "SEPCONV_STRICT's own error",
         "csrc/cuda/bindings.cpp": "a launch that fails",
-        "csrc/library.cpp": "explain()'s word for a map, which no op takes",
-        "csrc/functional.cpp": "one value or a pair, which an op's list no longer tells",
+        "csrc/ops/library.cpp": "explain()'s word for a map, which no op takes",
+        "csrc/ops/functional.cpp": "one value or a pair, which an op's list no longer tells",
     }
     assert not found(r"\bTORCH_CHECK\w*\s*\(", CPP, allowed)
 

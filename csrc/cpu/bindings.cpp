@@ -3,13 +3,13 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "aten_route.h"
-#include "convolve.h"
-#include "cpu/huge_pages.h"
+#include "core/explain.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
-#include "explain.h"
-#include "runtime.h"
+#include "cpu/simd/huge_pages.h"
+#include "ops/aten_route.h"
+#include "ops/convolve.h"
+#include "ops/runtime.h"
 
 namespace sepconv::cpu {
 

@@ -3,11 +3,11 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include "checks.h"
-#include "cpu/huge_pages.h"
-#include "cpu/product.h"
-#include "packed.h"
-#include "runtime.h"
+#include "cpu/pointwise/product.h"
+#include "cpu/simd/huge_pages.h"
+#include "ops/checks.h"
+#include "ops/packed.h"
+#include "ops/runtime.h"
 
 TORCH_LIBRARY_FRAGMENT(sepconv_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};

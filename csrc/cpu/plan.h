@@ -1,11 +1,11 @@
 // Which CPU kernel runs a call, and why: a pure function of the call. No torch, no processor queries.
 #pragma once
 
-#include "activation.h"
-#include "conv_shape.h"
-#include "operand_layout.h"
-#include "padding_mode.h"
-#include "separable_shape.h"
+#include "core/activation.h"
+#include "core/conv_shape.h"
+#include "core/operand_layout.h"
+#include "core/padding_mode.h"
+#include "core/separable_shape.h"
 
 namespace sepconv::cpu {
 

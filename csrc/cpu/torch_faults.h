@@ -1,7 +1,7 @@
 // Where torch's own CPU convolution is known to fail: the one list, which the plan asks before it makes torch's call.
 #pragma once
 
-#include "conv_shape.h"
+#include "core/conv_shape.h"
 
 namespace sepconv::cpu {
 

@@ -14,11 +14,11 @@
 #include <array>
 #include <atomic>
 
-#include "convolve.h"
+#include "core/explain.h"
 #include "cuda/plan.h"
 #include "cuda/tiling.h"
-#include "explain.h"
-#include "runtime.h"
+#include "ops/convolve.h"
+#include "ops/runtime.h"
 
 namespace sepconv::cuda {
 namespace {

@@ -8,10 +8,10 @@
 
 #include <driver_types.h>  // cudaStream_t and cudaError_t, nothing else of CUDA
 
-#include "activation.h"
-#include "conv_shape.h"
-#include "padding_mode.h"
-#include "separable_shape.h"
+#include "core/activation.h"
+#include "core/conv_shape.h"
+#include "core/padding_mode.h"
+#include "core/separable_shape.h"
 
 namespace sepconv::cuda {
 

@@ -3,10 +3,10 @@
 // microsecond.
 #pragma once
 
-#include "conv_shape.h"
+#include "core/conv_shape.h"
+#include "core/explain.h"
+#include "core/operand_layout.h"
 #include "cuda/launch.h"
-#include "explain.h"
-#include "operand_layout.h"
 
 namespace sepconv::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "conv_shape.h"
+#include "core/conv_shape.h"
 
 namespace sepconv::cuda {
 

@@ -144,7 +144,7 @@ void copy_box(void* destination, const sepconv::cuda::TensorMap& map, int c, int
 
 }  // namespace emulator
 
-// In the place of csrc/cuda/tensor_map.cpp, with the demands of the driver's manual.
+// In the place of csrc/cuda/device/tensor_map.cpp, with the demands of the driver's manual.
 namespace sepconv::cuda {
 
 bool has_tensor_maps() { return true; }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/tensor_map.h"
+#include "cuda/device/tensor_map.h"
 #include "machine.h"
 
 namespace emulator {

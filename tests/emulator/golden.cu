@@ -1,4 +1,4 @@
-// Every wrapper of csrc/cuda/ptx.cuh once, on fixed inputs, its result printed bit by bit. nvcc compiles this file for a GPU
+// Every wrapper of csrc/cuda/device/ptx.cuh once, on fixed inputs, its result printed bit by bit. nvcc compiles this file for a GPU
 // and g++ for the emulator; tests/test_golden_ptx.py compares the two outputs. So a misreading of a fragment layout that the
 // wrappers' author and the emulator's share is found the first time that a GPU is at hand.
 //
@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "cuda/ptx.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace sepconv::cuda {
 namespace {

@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/tensor_map.h"
+#include "cuda/device/tensor_map.h"
 #include "fiber.h"
 
 namespace emulator {

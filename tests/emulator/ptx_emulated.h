@@ -1,4 +1,4 @@
-// What csrc/cuda/ptx.cuh becomes on a CPU: every wrapper of inline PTX, by the same name, with an emulated body.
+// What csrc/cuda/device/ptx.cuh becomes on a CPU: every wrapper of inline PTX, by the same name, with an emulated body.
 #pragma once
 
 #include <cstdint>

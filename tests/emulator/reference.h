@@ -3,9 +3,9 @@
 
 #include <vector>
 
-#include "activation.h"
-#include "conv_shape.h"
-#include "padding_mode.h"
+#include "core/activation.h"
+#include "core/conv_shape.h"
+#include "core/padding_mode.h"
 #include "tensor.h"
 
 namespace emulator {

@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "cuda/ptx.cuh"
+#include "cuda/device/ptx.cuh"
 #include "machine.h"
 #include "race.h"
 

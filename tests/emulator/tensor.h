@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "conv_shape.h"
+#include "core/conv_shape.h"
 
 namespace emulator {
 

@@ -1,0 +1,160 @@
+// Depthwise convolution (multiplier 1) of images whose channels are dense: forward and gradient by the input. Images, rows
+// and pixels may lie apart in any way: slices of channels, crops, expanded gradients.
+//
+// Loop-to-data map. A vector holds neighbouring channels of one pixel. A task is a strip of output rows of one image;
+// inside it the loops go: a group of kRowGroup output rows, block of neighbouring output columns, chunk of channels
+// that fits the first-level cache, output row, channel group (one or two vectors). The sums of a block stay in
+// registers while the R x S taps pass; an input vector is loaded once for each kernel row and feeds every sum that
+// sees it. Going down the rows of a group, a block finds all but the newest input row in the first-level cache, and
+// it prefetches what the next block needs. Columns outside the image are skipped by comparing with a range, uniformly
+// for the block; rows outside are not visited: nothing is padded or copied.
+//
+// The gradient by the input is the same correlation with the filter turned round. With a stride, the pixels of grad_x
+// split into stride_h x stride_w phases; each is a correlation of stride 1 over grad_y with every stride-th tap of
+// the filter.
+#ifndef SEPCONV_KERNELS
+#define SEPCONV_KERNELS "cpu/depthwise/depthwise_nhwc.cpp"
+#include <numeric>
+
+#include "cpu/simd/foreach_isa.h"
+
+namespace sepconv::cpu {
+
+void depthwise_nhwc_forward(const ConvShape& shape, DType dtype, const void* x, const void* w, const Epilogue& epilogue,
+                            void* y) {
+  if (shape.output_elements() == 0) return;
+  SEPCONV_BEST_ISA(forward)(shape, dtype, x, w, epilogue, y);
+}
+
+void depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w, void* grad_x) {
+  if (shape.input_elements() == 0) return;
+  SEPCONV_BEST_ISA(grad_input)(shape, dtype, grad_y, w, grad_x);
+}
+
+}  // namespace sepconv::cpu
+#else
+
+#include "cpu/depthwise/depthwise_nhwc_correlate.h"
+
+// How many strips of rows to cut each image into, so that there is work for every thread.
+inline int64_t strips_per_image(int64_t images, int64_t rows) {
+  const int64_t threads = num_threads();
+  const int64_t wanted = threads == 1 ? 1 : (4 * threads + images - 1) / images;
+  return std::min(wanted, rows);
+}
+
+template <typename T>
+struct ForwardTask {
+  Correlation<T> image0;
+  const Kernel<T>& kernel;
+  const ConvShape& shape;
+  int64_t strips;
+  void operator()(int64_t task) const {
+    const int64_t n = task / strips, strip = task % strips;
+    Correlation<T> k = image0;
+    k.x += n * shape.x.n;
+    k.y += n * shape.y.n;
+    correlate(k, kernel, k.P * strip / strips, k.P * (strip + 1) / strips);
+  }
+};
+
+template <typename T>
+void forward_typed(const ConvShape& shape, const T* x, const T* w, const Epilogue& epilogue, T* y) {
+  using A = accumulate_t<T>;
+  const Kernel<T> kernel(shape.C, shape.S, shape.stride_w, shape.dilation_w);
+  std::vector<A> packed;
+  const Correlation<T> k = forward_correlation(shape, x, w, epilogue, kernel.groups, packed, y);
+  const int64_t strips = strips_per_image(shape.N, shape.P);
+  parallel(shape.N * strips, ForwardTask<T>{k, kernel, shape, strips});
+}
+
+// Phase f of one dimension of grad_x: pixels f, f + stride, ... They see the taps `last`, `last` - step, ... (`count`
+// of them, in the order in which they meet the rows of grad_y), and tap t of pixel i meets grad_y's i - pad + t *
+// dilation.
+struct Phase {
+  int64_t size, last = 0, step = 1, count = 0, pad = 0, dilation = 1;
+  Phase(int64_t f, int64_t pixels, int64_t taps, int64_t stride, int64_t padding, int64_t tap_distance) {
+    size = pixels > f ? (pixels - f + stride - 1) / stride : 0;
+    const int64_t common = std::gcd(stride, tap_distance);
+    step = stride / common;
+    dilation = tap_distance / common;
+    for (int64_t first = 0; first < std::min(step, taps); ++first) {
+      if ((f + padding - first * tap_distance) % stride != 0) continue;
+      count = (taps - 1 - first) / step + 1;
+      last = first + (count - 1) * step;
+      pad = -(f + padding - last * tap_distance) / stride;
+    }
+  }
+};
+
+template <typename T>
+struct GradInputTask {
+  const std::vector<Correlation<T>>& phases;  // [rows][columns], of image 0
+  const std::vector<Kernel<T>>& kernels;
+  const ConvShape& shape;
+  int64_t columns, strips;
+  void operator()(int64_t task) const {
+    const int64_t n = task / strips, strip = task % strips;
+    const int64_t h0 = shape.H * strip / strips, h1 = shape.H * (strip + 1) / strips,
+                  group = kRowGroup * shape.stride_h;
+    for (int64_t h = h0; h < h1; h += group) {
+      for (size_t phase = 0; phase < phases.size(); ++phase) {
+        Correlation<T> k = phases[phase];
+        k.x += n * shape.y.n;
+        k.y += n * shape.x.n;
+        // Rows i of the phase: those with h <= i * stride_h + f < the group's end.
+        const int64_t f = static_cast<int64_t>(phase) / columns;
+        const int64_t end = std::min(h + group, h1);
+        correlate(k, kernels[phase], (h - f + shape.stride_h - 1) / shape.stride_h,
+                  (end - f + shape.stride_h - 1) / shape.stride_h);
+      }
+    }
+  }
+};
+
+template <typename T>
+void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* grad_x) {
+  using A = accumulate_t<T>;
+  const int64_t C = shape.C;
+  const int64_t padded = C + 2 * kVectors * kLanes<A>;  // no less than ChannelGroups::padded()
+  std::vector<A> packed(padded * shape.R * shape.S), zeros(padded);
+  A* next = packed.data();
+  std::vector<Correlation<T>> phases;
+  std::vector<Kernel<T>> kernels;
+  const int64_t phase_rows = std::min(shape.stride_h, shape.H), phase_columns = std::min(shape.stride_w, shape.W);
+  for (int64_t fh = 0; fh < phase_rows; ++fh) {
+    const Phase h(fh, shape.H, shape.R, shape.stride_h, shape.pad_h, shape.dilation_h);
+    for (int64_t fw = 0; fw < phase_columns; ++fw) {
+      const Phase v(fw, shape.W, shape.S, shape.stride_w, shape.pad_w, shape.dilation_w);
+      Correlation<T> k;
+      k.x = grad_y, k.y = grad_x + fh * shape.x.h + fw * shape.x.w, k.w = next, k.bias = zeros.data();
+      k.C = C, k.H = shape.P, k.W = shape.Q, k.P = h.size, k.Q = v.size;
+      k.R = v.count > 0 ? h.count : 0, k.S = v.count;  // without taps, all zeros
+      k.x_row = shape.y.h, k.x_pixel = shape.y.w;
+      k.y_row = shape.stride_h * shape.x.h, k.y_pixel = shape.stride_w * shape.x.w;
+      k.pad_h = h.pad, k.pad_w = v.pad, k.dilation_h = h.dilation, k.dilation_w = v.dilation;
+      phases.push_back(k);
+      const Kernel<T>& kernel = kernels.emplace_back(C, k.R == 0 ? 0 : k.S, 1, k.dilation_w);
+      pack(shape, w, kernel.groups, h.last, -h.step, k.R, v.last, -v.step, k.S, next);
+      next += k.R * k.S * kernel.groups.padded();
+    }
+  }
+  const int64_t strips = strips_per_image(shape.N, shape.H);
+  parallel(shape.N * strips, GradInputTask<T>{phases, kernels, shape, phase_columns, strips});
+}
+
+void forward(const ConvShape& shape, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    forward_typed(shape, static_cast<const T*>(x), static_cast<const T*>(w), epilogue, static_cast<T*>(y));
+  });
+}
+
+void grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w, void* grad_x) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    grad_input_typed(shape, static_cast<const T*>(grad_y), static_cast<const T*>(w), static_cast<T*>(grad_x));
+  });
+}
+
+#endif

@@ -1,0 +1,254 @@
+// What every kernel file shares: launching, shared memory, element types, vectors, fast division, the epilogue.
+//
+// The same files compile for a CPU under an emulator of the execution model (tests/emulator), which then provides
+// LaunchConfig, launch() (which returns cudaSuccess, or throws), compiled_for(), SMEM_ARRAY, DYN_SMEM and the CUDA built-ins before
+// this file is seen, and defines CUDA_ON_CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/activation.h"
+#include "core/conv_shape.h"
+#include "cuda/launch.h"
+
+#ifndef CUDA_ON_CPU
+#include <cuda_runtime.h>
+
+#include <utility>
+
+// Shared memory has two spellings only: a static array, SMEM_ARRAY(float, tile, [8][33]), and the dynamic bytes of the
+// launch, DYN_SMEM(bytes), which begin on a 1024-byte boundary.
+#define SMEM_ARRAY(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__
+#define DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
+
+struct LaunchConfig {
+  dim3 grid, block;
+  size_t smem_bytes = 0;
+  cudaStream_t stream = nullptr;
+  int cluster = 1;  // blocks a cluster, along x
+};
+
+// The only way to start a kernel. Arguments are converted to the kernel's parameter types here, at compile time.
+template <typename... Params, typename... Args>
+[[nodiscard]] cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
+  constexpr size_t kStaticLimit = 48 << 10;  // more than this has to be asked for
+  if (config.smem_bytes > kStaticLimit) {
+    // Always the same number, as it belongs to the kernel and not to the launch: a lower one could forbid a launch of the
+    // same kernel that another thread is about to make, or that a CUDA graph has captured.
+    if (config.smem_bytes > sepconv::cuda::kMostShared) return cudaErrorInvalidConfiguration;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{sepconv::cuda::kMostShared});
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster[1];
+  cluster[0].id = cudaLaunchAttributeClusterDimension;
+  cluster[0].val.clusterDim.x = static_cast<unsigned>(config.cluster);
+  cluster[0].val.clusterDim.y = 1;
+  cluster[0].val.clusterDim.z = 1;
+  cudaLaunchConfig_t c{};
+  c.gridDim = config.grid;
+  c.blockDim = config.block;
+  c.dynamicSmemBytes = config.smem_bytes;
+  c.stream = config.stream;
+  c.attrs = cluster;
+  c.numAttrs = config.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&c, kernel, std::forward<Args>(args)...);
+}
+
+// The virtual architecture (90 for 9.0) of the code that the current device runs for a kernel, 0 where there is none: PTX for
+// an older architecture runs on a newer device, without what was compiled for that one alone.
+template <typename... Params>
+int compiled_for(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion;
+  (void)cudaGetLastError();  // the answer is none: later calls should not meet an error
+  return 0;
+}
+#endif
+
+namespace sepconv::cuda {
+
+// ---- element types
+
+template <typename T>
+struct AccumulateTraits {
+  using type = float;
+};
+template <>
+struct AccumulateTraits<double> {
+  using type = double;
+};
+// The type that sums are kept in.
+template <typename T>
+using acc_t = typename AccumulateTraits<T>::type;
+
+__host__ __device__ inline float to_acc(float v) { return v; }
+__host__ __device__ inline double to_acc(double v) { return v; }
+__host__ __device__ inline float to_acc(__half v) { return __half2float(v); }
+__host__ __device__ inline float to_acc(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__host__ __device__ inline T from_acc(acc_t<T> v) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(v);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(v);
+  } else {
+    return v;
+  }
+}
+
+inline constexpr int64_t element_bytes(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Calls f(TypeTag<T>{}) with the element type of dtype; f returns a cudaError_t.
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+template <typename F>
+cudaError_t dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(TypeTag<float>{});
+    case DType::float64: return f(TypeTag<double>{});
+    case DType::float16: return f(TypeTag<__half>{});
+    case DType::bfloat16: return f(TypeTag<__nv_bfloat16>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// The same for the half types; others have no kernel where this is used.
+template <typename F>
+cudaError_t dispatch_half(DType dtype, F&& f) {
+  if (dtype == DType::float16) return f(TypeTag<__half>{});
+  if (dtype == DType::bfloat16) return f(TypeTag<__nv_bfloat16>{});
+  return cudaErrorInvalidValue;
+}
+
+// A number as a type, for a kernel's template parameter.
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+
+// ---- vectors: kN neighbouring elements that move as one load or store
+
+template <typename T, int kN>
+struct alignas(sizeof(T) * kN) Vec {
+  static_assert(sizeof(T) * kN <= 16 && (kN & (kN - 1)) == 0, "one memory instruction moves 1, 2, 4, 8 or 16 bytes");
+  T v[kN];
+};
+
+// Elements in a 16-byte vector.
+template <typename T>
+inline constexpr int kVec16 = 16 / static_cast<int>(sizeof(T));
+
+// p must be aligned to the vector: the plan has seen to it.
+template <int kN, typename T>
+__device__ __forceinline__ void load_vec(acc_t<T> (&out)[kN], const T* p) {
+  const Vec<T, kN> in = *reinterpret_cast<const Vec<T, kN>*>(p);
+#pragma unroll
+  for (int i = 0; i < kN; ++i) out[i] = to_acc(in.v[i]);
+}
+template <int kN, typename T>
+__device__ __forceinline__ void store_vec(T* p, const acc_t<T> (&in)[kN]) {
+  Vec<T, kN> out;
+#pragma unroll
+  for (int i = 0; i < kN; ++i) out.v[i] = from_acc<T>(in[i]);
+  *reinterpret_cast<Vec<T, kN>*>(p) = out;
+}
+
+// ---- whole numbers
+
+template <typename I>
+__host__ __device__ constexpr I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+
+// Kernels with 32-bit indices take numbers below this one.
+inline constexpr int64_t kNarrowLimit = int64_t{1} << 31;
+
+// Division of a 32-bit number below 2^31 by a fixed divisor in 1 .. 2^31 - 1: a multiplication and a shift.
+// (Granlund and Montgomery, "Division by Invariant Integers using Multiplication", 1994.)
+struct FastDiv {
+  uint32_t divisor = 1, multiplier = 0, shift = 0;
+  FastDiv() : FastDiv(1) {}
+  explicit FastDiv(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+  }
+  __host__ __device__ __forceinline__ uint32_t div(uint32_t a) const {
+    const auto high = static_cast<uint32_t>((static_cast<uint64_t>(a) * multiplier) >> 32);
+    return (high + a) >> shift;
+  }
+  // Returns the quotient, leaves the remainder in a.
+  __host__ __device__ __forceinline__ uint32_t split(uint32_t& a) const {
+    const uint32_t quotient = div(a);
+    a -= quotient * divisor;
+    return quotient;
+  }
+};
+
+// The same interface for 64-bit numbers, where speed is not the matter.
+struct WideDiv {
+  int64_t divisor = 1;
+  WideDiv() = default;
+  explicit WideDiv(int64_t d) : divisor(d) {}
+  __host__ __device__ __forceinline__ int64_t div(int64_t a) const { return a / divisor; }
+  __host__ __device__ __forceinline__ int64_t split(int64_t& a) const {
+    const int64_t quotient = a / divisor;
+    a -= quotient * divisor;
+    return quotient;
+  }
+};
+
+// The divider that belongs to an index type: uint32_t (numbers below 2^31) or int64_t.
+template <typename Index>
+using Divider = std::conditional_t<sizeof(Index) == 4, FastDiv, WideDiv>;
+
+// Strides as the index type that a kernel computes in.
+template <typename I>
+struct Offsets {
+  I n, c, h, w;
+  explicit Offsets(const Strides& s)
+      : n(static_cast<I>(s.n)), c(static_cast<I>(s.c)), h(static_cast<I>(s.h)), w(static_cast<I>(s.w)) {}
+};
+
+// ---- the epilogue
+
+// One activation, known at compile time, over all values of a thread.
+template <Activation kActivation, int kN, typename A>
+__device__ __forceinline__ void activate_unrolled(A (&v)[kN]) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) v[i] = activate(kActivation, v[i]);
+}
+
+// Applies a to all values of a thread, which stay in registers. The cheap activations are unrolled; the others are
+// long, so their code stands once for four values, and the values pass under it like beads on a string.
+template <int kN, typename A>
+__device__ __forceinline__ void activate_all(Activation a, A (&v)[kN]) {
+  switch (a) {
+    case Activation::identity: return;
+    case Activation::relu: return activate_unrolled<Activation::relu>(v);
+    case Activation::relu6: return activate_unrolled<Activation::relu6>(v);
+    case Activation::leaky_relu: return activate_unrolled<Activation::leaky_relu>(v);
+    case Activation::hardswish: return activate_unrolled<Activation::hardswish>(v);
+    default: break;
+  }
+  constexpr int kChunk = kN % 4 == 0 ? 4 : (kN % 2 == 0 ? 2 : 1);
+#pragma unroll 1
+  for (int pass = 0; pass < kN / kChunk; ++pass) {
+    A done[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) done[i] = activate(a, v[i]);
+#pragma unroll
+    for (int i = 0; i + kChunk < kN; ++i) v[i] = v[i + kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) v[kN - kChunk + i] = done[i];
+  }
+}
+
+}  // namespace sepconv::cuda

@@ -1,0 +1,432 @@
+// The way of a call from the dispatcher to the kernel, written once for every device:
+//
+//   check      tensors and arguments become a ConvShape (checks.h)
+//   overlap    where the call reaches far beyond the image, a smaller one takes its place (overlap.h)
+//   plan       the device says which kernel runs, and why (its plan.h)
+//   by ATen    where the plan says so, torch's own convolution (aten_route.h), brought to the promised strides
+//   copy       what the plan's kernel does not take as it lies is exchanged for a dense copy (operand_layout.h)
+//   allocate   the result, with the strides that the check promised
+//   run        the kernel, through the device's door
+//   borders    what depends on the padding where that is not zeros
+//   copy       a result that the kernel could not write where the check promised it
+//
+// A device is a policy: a struct of types and static functions. Each bindings.cpp defines one and registers it:
+//
+//   Guard                        makes the device of a tensor the current one while it lives
+//   kBorders                     the name of the border kernel, as counted
+//   kKeepsIntermediate           whether the fused separable kernel can write what lies between its stages
+//   plan(Call)                   the plan of one of the three maps: name, reason, is_aten(), is_torchs()
+//   aten(plan, Call)             the call of torch's that the plan names
+//   prepared(out)                the result's memory, just before it is written as a whole
+//   run(plan, Call, out)         the kernel that the plan names
+//   run_borders(Call, out)       the border kernel
+//   plan_separable, run_separable, spatial_kernel, run_spatial: the same for the fused ops
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "core/operand_layout.h"
+#include "core/overlap.h"
+#include "ops/aten_route.h"
+#include "ops/checks.h"
+#include "ops/runtime.h"
+#include "ops/separable.h"
+#include "ops/spatial_passes.h"
+
+namespace sepconv {
+
+// One call of one of the three maps, checked. It refers to the op's arguments, and lives no longer than they do.
+struct Call {
+  using Operand = c10::MaybeOwned<at::Tensor>;
+  static Operand borrowed(const at::Tensor& t) { return Operand::borrowed(t); }
+
+  Map map;
+  Operand first, second;  // (x, w), (grad_y, w) or (grad_y, x)
+  ConvArgs args;
+  ConvShape shape;
+  Result result;
+  at::IntArrayRef size{}, stride{};  // grad_input and grad_weight: what the result was asked to look like
+  std::optional<at::Tensor> bias{};  // forward: dense
+  Activation activation = Activation::identity;
+
+  DType dtype() const { return dtype_of(*first); }
+  const void* first_data() const { return first->const_data_ptr(); }
+  const void* second_data() const { return second->const_data_ptr(); }
+  Epilogue epilogue() const { return {bias ? bias->const_data_ptr() : nullptr, activation}; }
+};
+
+inline Call forward_call(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const ConvArgs& args, Activation activation) {
+  Checked checked = check_forward(input, weight, bias, args);
+  Call call{Map::forward, Call::borrowed(input), Call::borrowed(weight),
+            args,         checked.shape,         std::move(checked.result)};
+  if (bias && bias->defined()) call.bias = bias->contiguous();
+  call.activation = activation;
+  return call;
+}
+
+inline Call grad_input_call(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef size,
+                            at::IntArrayRef stride, const ConvArgs& args) {
+  Checked checked = check_grad_input(grad_output, weight, size, stride, args);
+  return {Map::grad_input,
+          Call::borrowed(grad_output),
+          Call::borrowed(weight),
+          args,
+          checked.shape,
+          std::move(checked.result),
+          size,
+          stride};
+}
+
+inline Call grad_weight_call(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef size,
+                             at::IntArrayRef stride, const ConvArgs& args) {
+  Checked checked = check_grad_weight(grad_output, input, size, stride, args);
+  return {Map::grad_weight,
+          Call::borrowed(grad_output),
+          Call::borrowed(input),
+          args,
+          checked.shape,
+          std::move(checked.result),
+          size,
+          stride};
+}
+
+// The call by torch's own convolution, on the tensors as they came.
+inline at::Tensor by_aten(const Call& c) {
+  const auto stride = aten::sym(c.args.stride), padding = aten::sym(c.args.padding),
+             dilation = aten::sym(c.args.dilation), size = aten::sym(c.size), strides = aten::sym(c.stride);
+  const int64_t groups = c.args.groups;
+  const char *mode = name_of(c.args.padding_mode), *activation = name_of(c.activation);
+  switch (c.map) {
+    case Map::forward:
+      return aten::conv2d(*c.first, *c.second, c.bias, stride, padding, dilation, groups, activation, mode);
+    case Map::grad_input:
+      return aten::conv2d_grad_input(*c.first, *c.second, size, strides, stride, padding, dilation, groups, mode);
+    case Map::grad_weight:
+      return aten::conv2d_grad_weight(*c.first, *c.second, size, strides, stride, padding, dilation, groups, mode);
+  }
+  return {};
+}
+
+// The result of a call that has nothing to compute, for which no plan is made.
+inline std::optional<at::Tensor> without_work(const Call& c) {
+  const bool written_nowhere = c.map != Map::forward && c.shape.input_elements() == 0;
+  if (c.shape.output_elements() != 0 && !written_nowhere) return std::nullopt;
+  at::Tensor result = c.result.empty(*c.first);
+  return c.map == Map::grad_weight ? result.zero_() : result;
+}
+
+template <typename Device>
+at::Tensor convolve(const Call& call);
+
+// The image, sequence or weight in dense memory of that layout. An expanded batch stays one, unless `all_images` are wanted.
+inline at::Tensor dense_copy(const at::Tensor& t, Layout layout, bool sequence, bool all_images = true) {
+  const at::Tensor image = as_image(t, sequence);
+  const bool once = !all_images && image.size(0) > 1 && image.stride(0) == 0;
+  const at::Tensor images = once ? image.narrow(0, 0, 1) : image;
+  const Strides s = dense_strides(images.size(1), images.size(2), images.size(3), layout);
+  const at::Tensor copy = at::empty_strided(images.sizes(), {s.n, s.c, s.h, s.w}, t.options()).copy_(images);
+  const at::Tensor all = once ? copy.expand(image.sizes()) : copy;
+  return t.dim() == 4 ? all : all.view(t.sizes());
+}
+
+// The call as the kernel is to see it, with the copies that its plan asks for.
+inline Call with_copies(const Call& c, const Copies& copies) {
+  const bool sequence = c.args.for_sequences();
+  const auto operand = [&](const at::Tensor& t, bool copied, Layout layout, bool all_images) {
+    return copied ? Call::Operand::owned(dense_copy(t, layout, sequence, all_images)) : Call::borrowed(t);
+  };
+  const bool gradient_first = c.map != Map::forward, weight_second = c.map != Map::grad_weight;
+  const ConvShape shape = with_copies(c.shape, copies);
+  const Strides& written = c.map == Map::forward ? shape.y : c.map == Map::grad_input ? shape.x : shape.w;
+  return {c.map,
+          operand(*c.first, gradient_first ? copies.y : copies.x, copies.layout, copies.all_images),
+          weight_second ? operand(*c.second, copies.weight, Layout::nchw, true)
+                        : operand(*c.second, copies.x, copies.layout, copies.all_images),
+          c.args,
+          shape,
+          c.result.laid_out(written, sequence),
+          c.size,
+          c.stride,
+          c.bias,
+          c.activation};
+}
+
+// The kernels' part of a call.
+template <typename Device, typename Plan>
+at::Tensor run_kernels(const Call& call, const Plan& plan, BorderExtent border) {
+  const at::Tensor out = Device::prepared(call.result.empty(*call.first));
+  if (border != BorderExtent::all) {
+    count_kernel(plan.name);
+    Device::run(plan, call, out);
+  }
+  if (border != BorderExtent::none) {
+    count_kernel(Device::kBorders);
+    Device::run_borders(call, out);
+  }
+  return out;
+}
+
+// Everything that follows the plan.
+template <typename Device, typename Plan>
+at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
+  if (plan.is_torchs()) {
+    count_aten(plan.reason);
+    const at::Tensor computed =
+        plan.copies.any() ? Device::aten(plan, with_copies(call, plan.copies)) : Device::aten(plan, call);
+    return call.result.with_strides(computed);
+  }
+  const PaddingMode mode = call.args.padding_mode;
+  const BorderExtent border = border_extent(call.map, call.shape, mode);
+  if (border != BorderExtent::none && call.map == Map::grad_weight && call.first->element_size() == 2) {
+    // What two kernels add to a half type would be rounded twice: here alone the input is padded by a copy.
+    const at::Tensor padded = aten::pad(*call.second, aten::sym(call.args.padding), call.args.stride.size(), mode);
+    const at::DimVector none(call.args.stride.size(), 0);
+    const ConvArgs args{call.args.stride, none, call.args.dilation, call.args.groups};
+    return convolve<Device>(grad_weight_call(*call.first, padded, call.size, call.stride, args));
+  }
+  if (!plan.copies.any()) return run_kernels<Device>(call, plan, border);
+  return call.result.with_strides(run_kernels<Device>(with_copies(call, plan.copies), plan, border));
+}
+
+// A call that reaches far beyond the image: what overlaps is computed by a call of its own, and the rest is known.
+template <typename Device>
+at::Tensor convolve_overlap(const Call& call, const Overlap& overlap) {
+  const auto &h = overlap.h, &w = overlap.w;
+  const bool has_rows = !call.args.for_sequences();
+  const auto part = [&](const at::Tensor& t, const Span& rows, const Span& columns) {
+    const at::Tensor some = t.narrow(-1, columns.begin, columns.count());
+    return has_rows ? some.narrow(-2, rows.begin, rows.count()) : some;
+  };
+  const auto image = [&](const at::Tensor& t) { return part(t, h.pixels, w.pixels); };
+  const auto filter = [&](const at::Tensor& t) { return part(t, h.taps, w.taps); };
+  const auto outputs = [&](const at::Tensor& t) { return part(t, h.outputs, w.outputs); };
+
+  at::Tensor result = call.result.empty(*call.first), place, computed;
+  if (!overlap.is_empty()) {
+    const std::array<int64_t, 2> strides{h.stride, w.stride}, both_sides{h.pad_before, w.pad_before};
+    const std::array<int64_t, 4> sides{h.pad_before, h.pad_after, w.pad_before, w.pad_after};
+    const bool symmetric = h.pad_before == h.pad_after && w.pad_before == w.pad_after;
+    const at::IntArrayRef stride(strides), padding = symmetric ? at::IntArrayRef(both_sides) : at::IntArrayRef(sides);
+    const auto own = [&](at::IntArrayRef entries) { return has_rows ? entries : entries.slice(entries.size() / 2); };
+    const ConvArgs args{own(stride), own(padding), call.args.dilation, call.args.groups};
+    const auto compute = [&](const Call& c) { return convolve_as_planned<Device>(c, Device::plan(c)); };
+    switch (call.map) {
+      case Map::forward:
+        place = outputs(result);
+        computed = compute(forward_call(image(*call.first), filter(*call.second), call.bias, args, call.activation));
+        break;
+      case Map::grad_input:
+        place = image(result);
+        computed =
+            compute(grad_input_call(outputs(*call.first), filter(*call.second), place.sizes(), place.strides(), args));
+        break;
+      case Map::grad_weight:
+        place = filter(result);
+        computed =
+            compute(grad_weight_call(outputs(*call.first), image(*call.second), place.sizes(), place.strides(), args));
+    }
+    if (place.sizes() == result.sizes()) return call.result.with_strides(computed);
+  }
+  if (call.map == Map::forward && call.bias) {
+    result.copy_(has_rows ? call.bias->view({-1, 1, 1}) : call.bias->view({-1, 1}));
+  } else {
+    result.zero_();
+  }
+  if (call.map == Map::forward) result = aten::activate_in_place(result, call.activation);
+  if (place.defined()) place.copy_(computed);
+  return result;
+}
+
+// A checked call.
+template <typename Device>
+at::Tensor convolve(const Call& call) {
+  const typename Device::Guard guard(*call.first);
+  if (const auto result = without_work(call)) return *result;
+  if (const auto overlap = Overlap::worth_taking(call.shape, call.args.padding_mode)) {
+    return convolve_overlap<Device>(call, *overlap);
+  }
+  return convolve_as_planned<Device>(call, Device::plan(call));
+}
+
+template <typename Device>
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                  std::string_view activation, std::string_view padding_mode) {
+  if (const char* reason = no_kernel_for(input, stride.size())) {  // autograd asks too, but not in inference mode
+    count_aten(reason);
+    return aten::conv2d(input, weight, bias, aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups,
+                        activation, padding_mode);
+  }
+  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
+  return convolve<Device>(forward_call(input, weight, bias, args, parse_activation(activation)));
+}
+
+template <typename Device>
+at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size,
+                             at::IntArrayRef input_stride, at::IntArrayRef stride, at::IntArrayRef padding,
+                             at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode) {
+  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
+  return convolve<Device>(grad_input_call(grad_output, weight, input_size, input_stride, args));
+}
+
+template <typename Device>
+at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size,
+                              at::IntArrayRef weight_stride, at::IntArrayRef stride, at::IntArrayRef padding,
+                              at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode) {
+  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
+  return convolve<Device>(grad_weight_call(grad_output, input, weight_size, weight_stride, args));
+}
+
+// One call of ATen's where the plans send both maps there: it brings grad_output into oneDNN's layout once.
+template <typename Device>
+std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& weight, at::IntArrayRef stride,
+                                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                                     std::string_view padding_mode) {
+  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
+  const Call by_input = grad_input_call(grad_output, weight, input.sizes(), input.strides(), args),
+             by_weight = grad_weight_call(grad_output, input, weight.sizes(), weight.strides(), args);
+  const typename Device::Guard guard(grad_output);
+  if (const auto grad_input = without_work(by_input)) return {*grad_input, convolve<Device>(by_weight)};
+  if (Overlap::worth_taking(by_input.shape, args.padding_mode)) {
+    at::Tensor grad_input = convolve<Device>(by_input);
+    return {std::move(grad_input), convolve<Device>(by_weight)};
+  }
+  const auto input_plan = Device::plan(by_input), weight_plan = Device::plan(by_weight);
+  const bool symmetric_zeros = args.padding_mode == PaddingMode::zeros && padding.size() == stride.size();
+  if (symmetric_zeros && input_plan.is_aten() && weight_plan.is_aten()) {
+    count_aten(input_plan.reason), count_aten(weight_plan.reason);
+    const auto [grad_input, grad_weight] = aten::conv2d_both_grads(grad_output, input, weight, aten::sym(stride),
+                                                                   aten::sym(padding), aten::sym(dilation), groups);
+    return {by_input.result.with_strides(grad_input), by_weight.result.with_strides(grad_weight)};
+  }
+  const Copies &first = input_plan.copies, &second = weight_plan.copies;
+  if (first.y && second.y && first.layout == second.layout) {  // both read one copy
+    const at::Tensor copy =
+        dense_copy(grad_output, first.layout, args.for_sequences(), first.all_images || second.all_images);
+    return conv2d_both_grads<Device>(copy, input, weight, stride, padding, dilation, groups, padding_mode);
+  }
+  at::Tensor grad_input = convolve_as_planned<Device>(by_input, input_plan);
+  return {std::move(grad_input), convolve_as_planned<Device>(by_weight, weight_plan)};
+}
+
+// Whether the depthwise stage, called alone, would be made smaller.
+inline bool reaches_far(const SeparableShape& shape) {
+  return Overlap::worth_taking(shape.depthwise, PaddingMode::zeros).has_value();
+}
+
+// (output, intermediate) by the fused kernel of a plan, each empty where it is not wanted.
+template <typename Device, typename Plan>
+std::tuple<at::Tensor, at::Tensor> separable_fused(const Plan& plan, const CheckedSeparable& checked,
+                                                   const separable::Call& call, bool output, bool intermediate) {
+  const SeparableShape& shape = checked.shape;
+  const auto dense = [](const std::optional<at::Tensor>& t) {
+    return t && t->defined() ? t->contiguous() : at::Tensor();
+  };
+  const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
+  const at::Tensor none = at::empty({0}, call.input.options());
+  const at::Tensor y = output ? Device::prepared(checked.output.empty(call.input)) : none;
+  const at::Tensor h = intermediate ? Device::prepared(checked.intermediate.empty(call.input)) : none;
+  const at::Tensor depthwise_bias = dense(call.depthwise_bias), pointwise_bias = dense(call.pointwise_bias);
+  if (shape.depthwise.N == 0) return {y, h};
+  count_kernel(plan.name);
+  const at::Tensor x = plan.copies.x ? dense_copy(call.input, plan.copies.layout, false, false) : call.input;
+  const SeparableShape taken{with_copies(shape.depthwise, plan.copies), shape.pointwise};
+  Device::run_separable(plan, taken, dtype_of(call.input),
+                        {x.const_data_ptr(),
+                         call.depthwise_weight.const_data_ptr(),
+                         {data(depthwise_bias), call.depthwise_activation},
+                         call.pointwise_weight.const_data_ptr(),
+                         {data(pointwise_bias), call.pointwise_activation},
+                         output ? y.mutable_data_ptr() : nullptr,
+                         intermediate ? h.mutable_data_ptr() : nullptr});
+  return {y, h};
+}
+
+template <typename Device>
+at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
+                            const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
+                            const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
+                            at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view depthwise_activation,
+                            std::string_view pointwise_activation, bool save_intermediate) {
+  const separable::Call call =
+      separable::call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, aten::sym(stride),
+                         aten::sym(padding), aten::sym(dilation), depthwise_activation, pointwise_activation);
+  if (const char* reason = no_kernel_for(input, 2)) {  // in inference mode only, as in conv2d
+    count_aten(reason);
+    return separable::by_aten(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias,
+                              aten::sym(stride), aten::sym(padding), aten::sym(dilation), depthwise_activation,
+                              pointwise_activation, save_intermediate);
+  }
+  const CheckedSeparable checked = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                                   pointwise_bias, stride, padding, dilation);
+  const typename Device::Guard guard(input);
+  const auto plan = Device::plan_separable(checked.shape, input);
+  if (plan.is_composite() || reaches_far(checked.shape)) return separable::composite(call);
+  return std::get<0>(separable_fused<Device>(plan, checked, call, /*output=*/true, /*intermediate=*/false));
+}
+
+template <typename Device>
+std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
+    const at::Tensor& input, const at::Tensor& depthwise_weight, const std::optional<at::Tensor>& depthwise_bias,
+    const at::Tensor& pointwise_weight, const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view depthwise_activation,
+    std::string_view pointwise_activation, bool output, bool intermediate) {
+  const separable::Call call =
+      separable::call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, aten::sym(stride),
+                         aten::sym(padding), aten::sym(dilation), depthwise_activation, pointwise_activation);
+  const CheckedSeparable checked = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
+                                                   pointwise_bias, stride, padding, dilation);
+  const typename Device::Guard guard(input);
+  // Kept or computed again, the intermediate has the same bits. So a kernel that cannot write it does not make the output
+  // either. Nor does one that keeps it before the activation, rounded to a half type: without it nothing is rounded there.
+  const bool rounded = input.element_size() == 2 && !derivative_from_output(call.depthwise_activation);
+  if (!Device::kKeepsIntermediate || rounded) return separable::composite_training(call, output, intermediate);
+  const auto plan = Device::plan_separable(checked.shape, input);
+  if (plan.is_composite() || reaches_far(checked.shape))
+    return separable::composite_training(call, output, intermediate);
+  return separable_fused<Device>(plan, checked, call, output, intermediate);
+}
+
+// One kernel where the device has one for these filters, else two depthwise convolutions.
+template <typename Device>
+at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
+                                    at::IntArrayRef padding) {
+  if (const char* reason = no_kernel_for(input, 2)) {  // in inference mode only, as in conv2d
+    count_aten(reason);
+    return aten::spatial_separable_conv2d(input, column, row, aten::sym(padding));
+  }
+  const auto [shape, result] = check_spatial_separable(input, column, row, padding);
+  const typename Device::Guard guard(input);
+  const DType dtype = dtype_of(input);
+  const char* kernel = Device::spatial_kernel(shape, dtype);
+  if (kernel == nullptr) return SpatialPasses(shape.C, column, row, aten::sym(padding)).run(input, ops::conv2d);
+  const at::Tensor output = Device::prepared(result.empty(input));
+  if (output.numel() == 0) return output;
+  count_kernel(kernel);
+  const SpatialTensors filters(column, row);
+  const Copies copies = spatial_copies(shape);
+  const at::Tensor x = copies.x ? dense_copy(input, copies.layout, false, false) : input;
+  Device::run_spatial(with_copies(shape, copies), dtype, x.const_data_ptr(), filters.raw(), output.mutable_data_ptr());
+  return output;
+}
+
+// The whole op table for one dispatch key.
+template <typename Device>
+void register_ops(torch::Library& m) {
+  m.impl("conv2d", conv2d<Device>);
+  m.impl("conv2d_grad_input", conv2d_grad_input<Device>);
+  m.impl("conv2d_grad_weight", conv2d_grad_weight<Device>);
+  m.impl("conv2d_both_grads", conv2d_both_grads<Device>);
+  m.impl("separable_conv2d", separable_conv2d<Device>);
+  m.impl("separable_conv2d_training", separable_conv2d_training<Device>);
+  m.impl("spatial_separable_conv2d", spatial_separable_conv2d<Device>);
+}
+
+}  // namespace sepconv
