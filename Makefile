@@ -99,8 +99,10 @@ docs-data: build
 	$(PY) -m docs.what_runs_where
 	$(PY) -m docs.plots
 
-lint: $(VENV)/.lint
+# mypy reads torch's own types, so torch is there first.
+lint: $(INSTALLED) $(VENV)/.lint
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.lint
@@ -108,7 +110,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info sepconv_ext/_C*.so .pytest_cache .ruff_cache .hypothesis .emulator-cache
+	rm -rf build dist *.egg-info sepconv_ext/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .emulator-cache
 
 # On a machine with a GPU where nothing can be downloaded: the system's python3 holds torch and what the tests need.
 # Each part has its time limit, in seconds, and can be run alone.

@@ -111,11 +111,9 @@ def main():
     if home:
         os.environ["CUDA_HOME"] = home  # before torch makes its own guess
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     macros = [("SEPCONV_DEBUG", str(int(debug)))]
-    device = Path("csrc/cuda")
-    sources = [path for path in Path("csrc").rglob("*.cpp") if device not in path.parents]
+    sources = [path for path in Path("csrc").rglob("*.cpp") if path.parts[1] != "cuda"]
     include = [f"-I{Path('csrc').absolute()}"]  # every include starts there
     cxx = "-std=c++20 -ffp-contract=fast -fno-math-errno -fvisibility=hidden -fopenmp -Wall -Wextra".split()
     cxx += ["-O0", "-g"] if debug else ["-O3", "-g0"]
@@ -126,7 +124,7 @@ def main():
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         archs = choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported, gpus)
         message += ", for " + " ".join(archs)
-        sources += [*device.rglob("*.cpp"), *device.rglob("*.cu")]
+        sources += [path for path in Path("csrc/cuda").rglob("*") if path.suffix in (".cpp", ".cu")]
         macros += [("SEPCONV_WITH_CUDA", "1"), ("SEPCONV_CUDA_ARCHS", '"' + " ".join(archs) + '"')]
         # torch switches the half types' own operators off; kernels here use them.
         names = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")

@@ -11,8 +11,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from itertools import zip_longest
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -45,7 +48,7 @@ def register_strategies() -> None:
     propagator = DTensor._op_dispatcher.sharding_propagator
 
     def register(op: torch._ops.OpOverload, results: str, tensors: str, stride: int | None) -> None:
-        def strategies(*arguments: object) -> Sequence[tuple[list, list]]:
+        def strategies(*arguments: Any) -> Sequence[tuple[list, list]]:
             dims = 2 if stride is None else len(arguments[stride])
             given = [role if a is not None else None for role, a in zip_longest(tensors, arguments)]
 
@@ -66,21 +69,23 @@ def register_strategies() -> None:
         propagator.op_to_shape_and_stride_idx[getattr(torch.ops.sepconv_ext, name).default] = places
 
 
-class _AfterImport:
+class _AfterImport(MetaPathFinder):
     """Lets the other finders find torch.distributed.tensor, and registers the strategies once it is there."""
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != _DTENSOR:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             register_strategies()
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

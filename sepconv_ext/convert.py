@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import CellType, FunctionType
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +26,8 @@ from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert_", "revert_"]
 
-_OURS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_OURS: dict[type, type] = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
+_TORCHS: dict[type, type] = {ours: torchs for torchs, ours in _OURS.items()}
 
 # The class that a converted module had, kept on the module so that a copy or an unpickled model can be reverted too.
 _ORIGINAL = "_sepconv_original_class"
@@ -204,7 +205,7 @@ def _is_quantised(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.ao.")
 
 
-def _family(module: nn.Module) -> str:
+def _family(module: Any) -> str:
     groups = getattr(module, "groups", None)
     if groups is None:
         return "unknown"
@@ -272,7 +273,7 @@ def _rebased(cls: type, exchanged: Mapping[type, type]) -> type:
 
 def _of_class(method: FunctionType, cls: type) -> FunctionType:
     """The method as if it had been written in another class's body."""
-    cells = zip(method.__code__.co_freevars, method.__closure__, strict=True)
+    cells = zip(method.__code__.co_freevars, method.__closure__ or (), strict=True)
     closure = tuple(CellType(cls) if name == "__class__" else cell for name, cell in cells)
     copy = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, closure)
     copy.__kwdefaults__ = method.__kwdefaults__

@@ -134,6 +134,9 @@ class Cost:
         def numbers(part: LayerCost | Cost) -> tuple[str, ...]:
             return _short(part.parameters), _short(part.macs), _short(part.bytes), f"{part.intensity:.3g}"
 
+        rows: list[tuple[str, ...]]
+        columns: tuple[str, ...]
+        total: tuple[str, ...]
         if by == "kind":
             rows = [(kind, str(len(part.layers)), *numbers(part)) for kind, part in self.by_kind().items()]
             columns = ("kind", "layers", *_COLUMNS[3:])
@@ -209,7 +212,7 @@ def cost(model: nn.Module, input_size: Sequence, dtype: torch.dtype = torch.floa
     names = {module: name for name, module in model.named_modules()}
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     first = next(model.parameters(), torch.empty(0))
-    stored = dict(dtype=next(floating, torch.float32), device=first.device)
+    stored = next(floating, torch.float32)
     with contextlib.ExitStack() as stack:
         for module in names:
             if _is_layer(module):
@@ -220,7 +223,7 @@ def cost(model: nn.Module, input_size: Sequence, dtype: torch.dtype = torch.floa
         stack.enter_context(_plain_attention())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         counter = stack.enter_context(FlopCounterMode(display=False))
-        model(*(torch.empty(tuple(size), **stored) for size in sizes))
+        model(*(torch.empty(tuple(size), dtype=stored, device=first.device) for size in sizes))
     result = Cost(list(counted.values()), dtype)
     other = LayerCost("other", "other")
     other.parameters = sum(p.numel() for p in model.parameters() if id(p) not in seen)

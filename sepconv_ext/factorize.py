@@ -9,11 +9,13 @@ matrix is, for each input channel, the `[K, R * S]` slice of the weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .functional import PaddingMode
 from .nn import SeparableConv2d
 
 __all__ = ["Separated", "SeparatedConv", "is_separable", "merge", "separable_from_conv", "separate"]
@@ -132,10 +134,10 @@ def separable_from_conv(conv: nn.Conv2d, multiplier: int = 1) -> SeparatedConv:
     layer = SeparableConv2d(
         C,
         K,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
+        _two(conv.kernel_size),
+        _two(conv.stride),
+        conv.padding if isinstance(conv.padding, str) else _two(conv.padding),
+        _two(conv.dilation),
         multiplier,
         bias=False,
         padding_mode=conv.padding_mode,
@@ -175,15 +177,15 @@ def merge(separable: nn.Module) -> nn.Conv2d:
     C, T, groups = depthwise.in_channels, depthwise.out_channels // depthwise.in_channels, pointwise.groups
     if C % groups:
         raise ValueError(f"the pointwise stage has {groups} groups, which must divide the {C} input channels")
-    stride = tuple(a * b for a, b in zip(depthwise.stride, pointwise.stride, strict=True))
+    stride = _two(a * b for a, b in zip(depthwise.stride, pointwise.stride, strict=True))
     padding, padding_mode = _merged_padding(depthwise, pointwise)
     merged = nn.Conv2d(
         C,
         pointwise.out_channels,
-        depthwise.kernel_size,
+        _two(depthwise.kernel_size),
         stride,
         padding,
-        depthwise.dilation,
+        _two(depthwise.dilation),
         groups,
         bias=depthwise.bias is not None or pointwise.bias is not None,
         padding_mode=padding_mode,
@@ -253,7 +255,7 @@ def _stages(separable: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
         for name in ("activation", "depthwise_activation"):
             if (activation := getattr(module, name, "identity")) != "identity":
                 raise ValueError(f"no single convolution equals a pair with an activation: {name} is {activation!r}")
-    depthwise, pointwise = stages
+    depthwise, pointwise = (stage for stage in stages if isinstance(stage, nn.Conv2d))
     if depthwise.groups != depthwise.in_channels:
         raise ValueError(
             f"the first convolution must be depthwise (groups = {depthwise.in_channels} channels), but has groups = "
@@ -267,7 +269,12 @@ def _stages(separable: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
     return depthwise, pointwise
 
 
-def _merged_padding(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> tuple[str | tuple[int, ...], str]:
+def _two(values: Iterable[int]) -> tuple[int, int]:
+    height, width = values
+    return height, width
+
+
+def _merged_padding(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> tuple[str | tuple[int, int], PaddingMode]:
     """The padding of the single convolution, and its mode."""
     if not isinstance(pointwise.padding, str) and any(pointwise.padding):
         # Zeros around the intermediate are what zeros around the input give, only if the first stage is 1x1 and adds
@@ -279,7 +286,9 @@ def _merged_padding(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> tuple[str | t
                 f"the second convolution pads the result of the first (padding = {pointwise.padding}): no single "
                 "convolution equals that, unless the first one is 1x1, without padding and without bias"
             )
-        return tuple(p * s for p, s in zip(pointwise.padding, depthwise.stride, strict=True)), "zeros"
+        return _two(p * s for p, s in zip(pointwise.padding, depthwise.stride, strict=True)), "zeros"
+    if not isinstance(depthwise.padding, str):
+        return _two(depthwise.padding), depthwise.padding_mode
     if depthwise.padding != "same" or pointwise.stride == (1, 1):
         return depthwise.padding, depthwise.padding_mode
     total = [d * (k - 1) for d, k in zip(depthwise.dilation, depthwise.kernel_size, strict=True)]
@@ -288,4 +297,4 @@ def _merged_padding(depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> tuple[str | t
             f"padding='same' of a {depthwise.kernel_size} kernel pads unevenly, which an nn.Conv2d of stride "
             f"{pointwise.stride} cannot"
         )
-    return tuple(n // 2 for n in total), depthwise.padding_mode
+    return _two(n // 2 for n in total), depthwise.padding_mode

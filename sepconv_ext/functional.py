@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ torch.fx.wrap("spatial_separable_conv2d")
 
 IntOrPair = int | Sequence[int]
 IntOrSingle = int | Sequence[int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def _pair(name: str, value: IntOrPair) -> Sequence[int]:
@@ -182,7 +184,7 @@ def padded_conv1d(
     dilation: IntOrSingle = 1,
     groups: int = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Tensor:
     """`conv1d` with something else than zeros at the ends, as `padded_conv2d` has it around an image."""
     return _conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode)
@@ -197,7 +199,7 @@ def padded_conv2d(
     dilation: IntOrPair = 1,
     groups: int = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Tensor:
     """`conv2d` with something else than zeros around the image, without a padded copy of it.
 
@@ -229,7 +231,7 @@ def depthwise_conv2d(
     padding: IntOrPair | str = 0,
     dilation: IntOrPair = 1,
     activation: str = "identity",
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Tensor:
     """One filter (or ``multiplier`` of them) a channel, with bias and activation applied before the output is stored.
 
@@ -364,7 +366,7 @@ def explain(
     groups: int = 1,
     activation: str = "identity",
     map: str = "forward",
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     grad_output: Tensor | None = None,
 ) -> _C.Explanation:
     """Which kernel a call takes and why; nothing is run.

@@ -12,6 +12,7 @@ from torch.nn.modules.utils import _pair
 
 from . import functional
 from .fold import Chain, Stage, is_depthwise, is_pointwise
+from .functional import PaddingMode
 from .reference import ACTIVATIONS
 
 __all__ = ["Conv1d", "Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d", "SpatialSeparableConv2d"]
@@ -74,17 +75,16 @@ class Conv1d(_Unscriptable, nn.Conv1d):
         dilation: int | tuple[int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        causal = padding == "causal"
         super().__init__(
             in_channels,
             out_channels,
             kernel_size,
             stride,
-            0 if causal else padding,
+            0 if padding == "causal" else padding,
             dilation,
             groups,
             bias,
@@ -92,8 +92,8 @@ class Conv1d(_Unscriptable, nn.Conv1d):
             device,
             dtype,
         )
-        if causal:
-            self.padding = padding
+        if padding == "causal":
+            self.padding = "causal"
             self._reversed_padding_repeated_twice = [self.dilation[0] * (self.kernel_size[0] - 1), 0]
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -149,7 +149,7 @@ class DepthwiseConv2d(_FusedConv2d):
         dilation: int | tuple[int, int] = 1,
         multiplier: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         activation: str = "identity",
         device: Any = None,
         dtype: Any = None,
@@ -266,7 +266,7 @@ class SeparableConv2d(_Unscriptable, nn.Module):
         activation: str = "identity",
         depthwise_activation: str = "identity",
         depthwise_norm: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         save_intermediate: bool = False,
         device: Any = None,
         dtype: Any = None,
@@ -315,7 +315,7 @@ class SeparableConv2d(_Unscriptable, nn.Module):
             input = ACTIVATIONS[activation](input)
         return input
 
-    def _stages(self) -> tuple[tuple[nn.Module, nn.Module | None, str], ...]:
+    def _stages(self) -> tuple[tuple[Conv2d, nn.Module | None, str], ...]:
         return (
             (self.depthwise, self.depthwise_norm, self.depthwise_activation),
             (self.pointwise, self.pointwise_norm, self.activation),
@@ -376,7 +376,7 @@ class SpatialSeparableConv2d(_Unscriptable, nn.Module):
         channels: int,
         kernel_size: int | tuple[int, int],
         padding: str | int | tuple[int, int] = "same",
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         shared: bool = False,
         device: Any = None,
         dtype: Any = None,
@@ -388,8 +388,9 @@ class SpatialSeparableConv2d(_Unscriptable, nn.Module):
         self.padding, self.padding_mode = plan.padding, padding_mode
         self._pad = plan._reversed_padding_repeated_twice
         filters = 1 if shared else channels
-        for name, size in zip(("column", "row"), self.kernel_size, strict=True):
-            setattr(self, name, nn.Parameter(torch.empty(filters, size, device=device, dtype=dtype)))
+        R, S = self.kernel_size
+        self.column = nn.Parameter(torch.empty(filters, R, device=device, dtype=dtype))
+        self.row = nn.Parameter(torch.empty(filters, S, device=device, dtype=dtype))
         self.reset_parameters()
 
     @classmethod

@@ -50,14 +50,13 @@ def _suggests_channels_last(t: Tensor, dims: int) -> bool:
 
 def _dense(like: Tensor, size: Sequence[int], dims: int, channels_last: bool) -> Tensor:
     """An image or a sequence without gaps, contiguous or with its channels next to each other in memory."""
-    options = dict(dtype=like.dtype, device=like.device)
     if not channels_last:
-        return torch.empty(size, **options)
+        return torch.empty(size, dtype=like.dtype, device=like.device)
     channel = len(size) - dims - 1
     strides, step = [0] * len(size), 1
     for i in (channel, *reversed(range(channel + 1, len(size))), *range(channel)):  # from the innermost out
         strides[i], step = step, step * size[i]
-    return torch.empty_strided(size, strides, **options)
+    return torch.empty_strided(size, strides, dtype=like.dtype, device=like.device)
 
 
 def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
@@ -154,9 +153,9 @@ def _(input, column, row, padding):
     return _dense(input, size, 2, _suggests_channels_last(input, 2))
 
 
-def _batch(size: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+def _batch(size: Sequence[int], weight: Sequence[int]) -> list[int]:
     """The size with its batch, which is one where the call has none."""
-    return tuple(size) if len(size) == len(weight) else (1, *size)
+    return list(size) if len(size) == len(weight) else [1, *size]
 
 
 # Two operations a multiply-accumulate, the same number for all three maps: N*P*Q * K * (C / groups) * R*S.
@@ -178,8 +177,8 @@ def _(grad_output, input, *_, out_shape=None, **__) -> int:
 def _separable_flops(input, depthwise, pointwise, stride, padding, dilation, output=True) -> int:
     """N*P*Q * C * T * (R*S + K) multiply-accumulates, without K where the product is not made."""
     input = _batch(input, depthwise)
-    size = _output_size(input, depthwise, stride, padding, dilation)
-    product = conv_flop_count(size, pointwise, (size[0], pointwise[0], *size[2:])) if output else 0
+    size = list(_output_size(input, depthwise, stride, padding, dilation))
+    product = conv_flop_count(size, pointwise, [size[0], pointwise[0], *size[2:]]) if output else 0
     return conv_flop_count(input, depthwise, size) + product
 
 

@@ -35,4 +35,4 @@ def _(input, packed, bias, residual, out_channels, stride, activation):
 
 @register_flop_formula(torch.ops.sepconv_ext.packed_pointwise)
 def _(input, packed, *_, out_shape=None, **__) -> int:
-    return conv_flop_count(input, (out_shape[1], input[1], 1, 1), out_shape)
+    return conv_flop_count(input, [out_shape[1], input[1], 1, 1], out_shape)

@@ -45,6 +45,8 @@ def four_paddings(
     if padding == "same":
         total_h, total_w = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
         return (total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
+    if isinstance(padding, str):
+        raise ValueError(f"padding must be 'same', 'valid' or numbers, but is {padding!r}")
     if not isinstance(padding, int) and len(padding) == 4:
         top, bottom, left, right = padding
         return (top, bottom, left, right)

@@ -97,7 +97,7 @@ class Report:
 
     def _tables(self) -> list[tuple]:
         """The arguments of each table."""
-        tables = [(self.headline, _COLUMNS, self.rows(), ("count",))]
+        tables: list[tuple] = [(self.headline, _COLUMNS, self.rows(), ("count",))]
         if self.costs:
             rows = [(what, f"{before:,}", f"{after:,}") for what, (before, after) in self.costs.items()]
             tables.append(("as it runs, in eval()", _COST_COLUMNS, rows, _COST_COLUMNS[1:]))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -220,7 +222,8 @@ def test_lint_tools_have_one_version():
     assert {"test", "bench", "lint"} <= set(extras)
     tools = re.findall(r'"(\S+==\S+)"', extras["lint"])
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
-    assert len(tools) == 2 and all(f'["{tool}"]' in hooks for tool in tools)
+    in_hooks = [tool for tool in tools if not tool.startswith("mypy==")]  # its hook is the environment's, with torch
+    assert len(tools) == 3 and all(f'["{tool}"]' in hooks for tool in in_hooks)
 
 
 def test_setup_py_stays_short():
@@ -229,3 +232,28 @@ def test_setup_py_stays_short():
 
 def test_types_are_shipped():
     assert (Path(sepconv_ext.__file__).parent / "py.typed").exists()
+
+
+def test_the_stub_names_what_the_compiled_part_has():
+    stub = ast.parse((ROOT / "sepconv_ext" / "_C.pyi").read_text())
+    named = {node.name for node in stub.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert {name for name in named if name[0] != "_"} == {name for name in dir(sepconv_ext._C) if name[0] != "_"}
+    (explanation,) = (node for node in stub.body if getattr(node, "name", "") == "Explanation")
+    fields = {name for name in vars(sepconv_ext._C.Explanation) if name[0] != "_"}
+    assert {node.name for node in explanation.body if isinstance(node, ast.FunctionDef)} == fields
+
+
+def test_a_source_distribution_is_whole(tmp_path):
+    """All that git holds is in it, so that its tests find what they read."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True)
+    if tracked.returncode != 0:
+        pytest.skip("not a clone")
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir"]
+    environment = {**os.environ, "SEPCONV_CUDA": "0"}
+    subprocess.run([*command, tmp_path], cwd=ROOT, check=True, capture_output=True, env=environment)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    git_and_its_host = {".gitignore", ".github/workflows/ci.yml"}
+    files = {name for name in tracked.stdout.split() if (ROOT / name).exists()}
+    assert files - held == git_and_its_host

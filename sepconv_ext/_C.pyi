@@ -1,0 +1,86 @@
+"""The compiled part (csrc/ops/library.cpp and functional.cpp). Importing it registers the ops."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from torch import Tensor
+
+_IntOrSequence = int | Sequence[int]
+
+class _BuildInfo(TypedDict):
+    cuda: bool
+    cuda_version: str | None
+    cuda_archs: list[str]
+    debug: bool
+    compiler: str
+    torch_version: str
+    cpu_isas: list[str]
+    cpu_isa: str
+
+class Explanation:
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def aten(self) -> bool: ...
+    @property
+    def tile(self) -> str: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _IntOrSequence = 1,
+    padding: _IntOrSequence | str = 0,
+    dilation: _IntOrSequence = 1,
+    groups: int = 1,
+    *,
+    activation: str = "identity",
+    padding_mode: str = "zeros",
+) -> Tensor: ...
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _IntOrSequence = 1,
+    padding: _IntOrSequence | str = 0,
+    dilation: _IntOrSequence = 1,
+    groups: int = 1,
+    *,
+    activation: str = "identity",
+    padding_mode: str = "zeros",
+) -> Tensor: ...
+def explain(
+    map: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    cuda_device: tuple[int, int] | None = None,
+    padding_mode: str = "zeros",
+    grad_output: Tensor | None = None,
+) -> Explanation: ...
+def explain_separable(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    /,
+) -> Explanation: ...
+def activations() -> list[str]: ...
+def build_info() -> _BuildInfo: ...
+def kernel_counts() -> dict[str, int]: ...
+def reset_kernel_counts() -> None: ...
+def set_cpu_isa(name: str, /) -> str: ...
+def set_strict(on: bool, /) -> None: ...
+def strict() -> bool: ...
