@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import console, layer_runs, layers, machine, models, overhead, pairs, peers, report, views
+from . import console, layer_runs, layers, machine, models, networks, overhead, pairs, peers, report, views
 from . import record as records
 from .timing import Clock, clock_for
 
@@ -22,9 +22,15 @@ LATEST = Path(__file__).parent / "results" / "latest"
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    what = parser.add_argument_group("what (default: the first four)")
+    what = parser.add_argument_group("what (default: all but --views)")
     what.add_argument("--layers", action="store_true", help="single layers of layers.csv")
-    what.add_argument("--models", nargs="*", metavar="NAME", help=f"networks; of {', '.join(models.MODELS)}")
+    what.add_argument(
+        "--models",
+        nargs="*",
+        metavar="NAME",
+        help=f"networks in inference, against other runtimes; of {', '.join(networks.NETWORKS)}, or NAME@SIZE",
+    )
+    what.add_argument("--training", nargs="*", metavar="NAME", help="training steps of those networks, against torch")
     what.add_argument("--separable", action="store_true", help="pairs of depthwise and 1x1 layers, and their memory")
     what.add_argument("--overhead", action="store_true", help="host time a call")
     what.add_argument("--views", action="store_true", help="tensors that are not dense: op x map x view")
@@ -38,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_list_of(machine.DTYPES),
         help="comma-separated (default: float32, on a GPU float16 too)",
     )
-    parser.add_argument("--batch", type=int, help="N (default: 8, models 4; on a GPU 64)")
+    parser.add_argument("--batch", type=int, help="N (default: 8, models 1 and 8, training 4; on a GPU 64)")
     parser.add_argument("--kinds", type=_list_of(layers.KINDS), help=f"of {','.join(layers.KINDS)}")
     parser.add_argument(
         "--maps", type=_list_of(layers.MAPS), default=list(layers.MAPS), help=f"of {','.join(layers.MAPS)}"
@@ -46,8 +52,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], help="CPU threads, as 1,2")
     parser.add_argument(
         "--peers",
-        type=_list_of(peers.PEERS),
-        help=f"of {','.join(peers.PEERS)} (default: torch; on a GPU all)",
+        type=_list_of((*peers.PEERS, *networks.PEERS)),
+        help=f"of layers: {','.join(peers.PEERS)} (default: torch; on a GPU all); "
+        f"of models: {','.join(networks.PEERS)} (default: all)",
     )
     parser.add_argument(
         "--budget", type=float, help="seconds for each layer, map and layout, beyond the least repetitions"
@@ -56,9 +63,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=LATEST, help="folder for the record")
     parser.add_argument("--read", type=Path, metavar="FOLDER", help="show a record again and measure nothing")
     options = parser.parse_args(arguments)
-    unknown = set(options.models or ()) - set(models.MODELS)
-    if unknown:
-        parser.error(f"--models: unknown {', '.join(sorted(unknown))}; choose from {', '.join(models.MODELS)}")
+    for part in ("models", "training"):
+        unknown = {models.name_of(name) for name in getattr(options, part) or ()} - set(networks.NETWORKS)
+        if unknown:
+            known = ", ".join(networks.NETWORKS)
+            parser.error(f"--{part}: unknown {', '.join(sorted(unknown))}; choose from {known}")
     if options.device is None:
         options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.device.type == "cuda" and not torch.cuda.is_available():
@@ -79,16 +88,22 @@ def _list_of(known):
 
 def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     cuda = options.device.type == "cuda"
-    parts = (options.layers, options.separable, options.overhead, options.views, options.models is not None)
+    whole = (options.models is not None, options.training is not None)
+    parts = (options.layers, options.separable, options.overhead, options.views, *whole)
     everything = not any(parts)
     bar_check = options.layers and options.quick and not cuda
     options.layers |= everything
     options.separable |= everything
     options.overhead |= everything
     if everything:
-        options.models = list(models.QUICK if options.quick else models.DEFAULT)
-    elif options.models == []:
-        options.models = list(models.MODELS)
+        options.models, options.training = list(models.QUICK), list(models.QUICK if options.quick else models.DEFAULT)
+        options.runtimes = ["torch", "onnxruntime", "openvino", "sepconv freeze"]  # what need not compile for minutes
+    else:
+        options.models = list(networks.NETWORKS) if options.models == [] else options.models or []
+        options.training = list(models.MODELS) if options.training == [] else options.training or []
+        chosen = [name for name in networks.PEERS if name in (options.peers or networks.PEERS)]
+        options.runtimes = [*chosen, *networks.OURS]
+    options.model_batches = [options.batch] if options.batch else [1, 8]
     options.all |= bar_check
     options.kinds = options.kinds or (["depthwise"] if bar_check else list(layers.KINDS))
     only_views = sum(parts) == 1 and options.views
@@ -100,7 +115,8 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.batch = options.batch or (64 if cuda else 8)
     options.threads = options.threads or machine.default_threads(options.device)
     options.compiled_models = cuda and "compile" in (options.peers or ())  # minutes each: only when asked for
-    options.peers = options.peers or list(peers.DEFAULT_PEERS["cpu" if options.quick else options.device.type])
+    of_layers = [name for name in options.peers or () if name in peers.PEERS]
+    options.peers = of_layers or list(peers.DEFAULT_PEERS["cpu" if options.quick else options.device.type])
     options.budget = options.budget or (0.06 if options.quick else 0.1 if cuda else 0.2)
     return options
 
@@ -150,9 +166,24 @@ def measure(options: argparse.Namespace, record: dict) -> None:
         with console.progress("pairs", len(plan)) as advance:
             for row in pairs.run(plan, advance):
                 record["pairs"].append(row)
-    if options.models:
-        plan = models.Plan(
+    if options.models and device.type == "cpu":
+        plan = networks.Plan(
             names=tuple(options.models),
+            batches=tuple(options.model_batches),
+            thread_counts=tuple(options.threads),
+            runtimes=tuple(options.runtimes),
+            turns=3 if options.quick else 7,
+        )
+        with console.progress("models", len(plan)) as advance:
+            for row in networks.run(plan, advance, record["skipped"]):
+                record["networks"].append(row)
+    modes = {"inference": options.models if device.type == "cuda" else [], "training": options.training}
+    for mode, names in modes.items():
+        if not names:
+            continue
+        plan = models.Plan(
+            names=tuple(names),
+            modes=(mode,),
             device=device,
             batch=options.model_batch,
             dtypes=dtypes,
@@ -162,7 +193,7 @@ def measure(options: argparse.Namespace, record: dict) -> None:
             budget=10 * options.budget,
             rounds=1 if options.quick else 3,
         )
-        with console.progress("models", len(plan)) as advance:
+        with console.progress(mode, len(plan)) as advance:
             for row in models.run(plan, advance, record["skipped"]):
                 record["models"].append(row)
     if options.overhead:

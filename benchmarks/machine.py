@@ -22,6 +22,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "sepconv_ext")
+
 
 def describe(device: torch.device) -> dict:
     """Everything about the machine and the software that a figure may depend on."""
@@ -34,7 +36,7 @@ def describe(device: torch.device) -> dict:
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "timm", "numpy", "sepconv_ext")},
+        "versions": {name: _version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "commit_is_clean": _git("status", "--porcelain", "--untracked-files=no") == "",
         "cuda": torch.version.cuda,

@@ -62,8 +62,14 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def image_size(name: str) -> int:
-    return 299 if "xception" in name else 224
+def name_of(network: str) -> str:
+    """mobilenet_v2 of mobilenet_v2@32."""
+    return network.partition("@")[0]
+
+
+def image_size(network: str) -> int:
+    size = network.partition("@")[2]
+    return int(size) if size else 299 if "xception" in network else 224
 
 
 def photographs(count: int, size: int) -> tuple[Tensor, list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FORMAT = "sepconv_ext benchmark record, version 1"
-LISTS = ("layers", "pairs", "models", "overhead", "views")  # the long lists, written one row a line
+LISTS = ("layers", "pairs", "networks", "models", "overhead", "views")  # the long lists, written one row a line
 
 LOSING = 0.97  # a speed-up below this is a loss; what looks like one is measured again, longer, before it is called one
 
@@ -50,7 +50,7 @@ def losses(rows: Iterable[dict]) -> list[dict]:
 
 def disagreements(record: dict) -> list[dict]:
     """Rows whose result was wrong, or that our side could not run at all."""
-    rows = (*record["layers"], *record.get("pairs", ()), *record["models"], *record.get("views", ()))
+    rows = (row for name in LISTS if name != "overhead" for row in record.get(name, ()))
     return [row for row in rows if not row["agrees"] or row["seconds"] is None]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import console, plots
-from .record import LOSING, VIEW_BAR, bars, disagreements, dumps, geometric_mean, losses, timed
+from .record import LISTS, LOSING, VIEW_BAR, bars, disagreements, dumps, geometric_mean, losses, timed
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def tables(record: dict) -> list[Table]:
         found += [_bars(record), _means(layers), _losses(layers), _worst(layers)]
     if record.get("pairs"):  # records of before have none
         found.append(_pairs(record["pairs"]))
+    if record.get("networks"):  # likewise
+        found += [_networks(record["networks"]), _networks_means(record["networks"])]
     if record["models"]:
         found.append(_models(record["models"]))
     if record["overhead"]:
@@ -240,6 +242,35 @@ def _models(rows: list[dict]) -> Table:
     return Table("Models", (*columns, *last), shown, note)
 
 
+def _networks(rows: list[dict]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds_of"]))
+    shown = []
+    for row in rows:
+        network = row["model"] if "@" in row["model"] else f"{row['model']}@{row['image_size']}"
+        times = [_milliseconds(row["seconds_of"].get(name)) for name in names]
+        shown.append((network, str(row["batch"]), str(row["threads"]), *times, _x(row["speedup"])))
+    note = (
+        "Milliseconds a batch in inference, float32; each runtime in a process of its own, in turns, in the better of "
+        "both layouts. The last column is the best peer's time over the better of ours: below 1.0 this package loses."
+    )
+    return Table("Whole networks", ("network", "N", "threads", *names, "over the best"), shown, note)
+
+
+def _networks_means(rows: list[dict]) -> Table:
+    groups: dict[tuple, list[dict]] = {}
+    for row in timed(rows):
+        groups.setdefault((row["batch"], row["threads"]), []).append(row)
+    groups["all", "all"] = timed(rows)
+    shown = []
+    for (batch, threads), part in groups.items():
+        ups = [row["speedup"] for row in part]
+        if ups:
+            figures = (_x(geometric_mean(ups)), _x(min(ups)), _x(max(ups)), str(sum(up < 1 for up in ups)))
+            shown.append((str(batch), str(threads), str(len(ups)), *figures))
+    columns = ("N", "threads", "networks", "geometric mean", "worst", "best", "slower than the best peer")
+    return Table("Whole networks, over the best peer", columns, shown)
+
+
 def _pairs(rows: list[dict]) -> Table:
     shown = []
     for row in rows:
@@ -329,11 +360,11 @@ def _trouble(record: dict) -> Table:
     for row in disagreements(record):
         what = row.get("layer") or row["model"]
         why = next((text for name, text in row["errors"].items() if name.startswith("sepconv")), "")
-        why = why or f"difference {row['difference']:.2e}"
+        why = why or ("it did not run" if row["difference"] is None else f"difference {row['difference']:.2e}")
         of = " ".join(filter(None, (row.get("map") or row["mode"], row.get("view"))))
         rows.append((what, of, row["dtype"], row["layout"], str(row["threads"]), why))
     lines = []
-    for row in (*record["layers"], *record.get("pairs", ()), *record["models"], *record.get("views", ())):
+    for row in (row for name in LISTS if name != "overhead" for row in record.get(name, ())):
         lines += [f"{name}: {text}" for name, text in row["errors"].items() if not name.startswith("sepconv")]
     lines = [f"- {text} ({lines.count(text)} rows)" for text in dict.fromkeys(lines)]
     lines = [f"- skipped: {text}" for text in record["skipped"]] + lines
@@ -352,6 +383,10 @@ def _yes(value: bool) -> str:
 def _tf32(flags: dict) -> str:
     on = [name for name, value in flags.items() if value]
     return "on for " + " and ".join(on) if on else "off everywhere"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
 
 
 def _time(seconds: float | None) -> str:

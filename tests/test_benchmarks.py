@@ -13,7 +13,22 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as benchmark
-from benchmarks import console, layer_runs, layers, machine, models, pairs, peers, plots, record, report, timing, views
+from benchmarks import (
+    console,
+    layer_runs,
+    layers,
+    machine,
+    models,
+    networks,
+    pairs,
+    peers,
+    plots,
+    record,
+    report,
+    runtimes,
+    timing,
+    views,
+)
 from benchmarks.layers import Layer, floor
 
 README = Path(benchmark.__file__).with_name("README.md").read_text()
@@ -197,6 +212,9 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layers, "load", lambda: tiny)
     monkeypatch.setattr(models, "build", lambda name: _network())
     monkeypatch.setattr(models, "image_size", lambda name: 32)
+    monkeypatch.setattr(networks, "CACHE", tmp_path / "networks")
+    monkeypatch.setattr(networks, "Process", InThisProcess)
+    monkeypatch.setattr(runtimes.Compiled, "make", lambda self, model, images: model)  # no minutes in the compiler
     monkeypatch.setattr(benchmark.overhead, "CALLS", 2)
     monkeypatch.setattr(machine, "copy_bandwidth", lambda *_: {1 << 20: 1e10})
     # torch's own test tools, which another test file imports, lock the TF32 flags that a run sets.
@@ -207,12 +225,18 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(views, "LAYERS", tuple(tiny))
     monkeypatch.setattr(views, "VIEWS", views.VIEWS[::4])
     arguments = ["--layers", "--separable", "--all", "--views"]
-    arguments += ["--models", "mobilenet_v2", "--overhead", "--quick", "--device", "cpu"]
-    arguments += ["--kinds", "depthwise,pointwise", "--threads", "1", "--batch", "2", "--out", str(tmp_path)]
+    arguments += ["--models", "mobilenet_v2", "--training", "mobilenet_v2", "--peers", "torch"]
+    arguments += ["--overhead", "--quick", "--device", "cpu"]
+    arguments += ["--kinds", "depthwise,pointwise", "--threads", "1", "--batch", "2", "--out", str(tmp_path / "record")]
     code = benchmark.main(arguments)
     assert code == 0, capsys.readouterr().out
-    written = record.read(tmp_path)
-    assert len(written["layers"]) == 2 * 2 * 3 and len(written["models"]) == 2 * 2
+    written = record.read(tmp_path / "record")
+    assert len(written["layers"]) == 2 * 2 * 3 and len(written["models"]) == 2
+    (network,) = written["networks"]
+    assert set(network["seconds_of"]) == {"torch", "sepconv freeze", "sepconv convert"}
+    assert set(network["differences"]) == {
+        f"{name} {layout}" for name in network["seconds_of"] for layout in peers.LAYOUTS
+    }
     assert len(written["overhead"]) == 2 * len(benchmark.overhead.CASES)
     assert len(written["pairs"]) == 2 * 2
     of_maps = {map: sum(line["map"] == map for line in written["views"]) for map in layers.MAPS}
@@ -224,10 +248,10 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
         "grad_weight": 2 * (inputs + gradients) * len(tiny),
     }
     fixed = set(re.findall(r"`(\w+)`", README))
-    for part in ("layers", "pairs", "models", "overhead", "views"):
+    for part in record.LISTS:
         assert {field for line in written[part] for field in line} <= fixed
     assert set(written) | set(written["machine"]) <= fixed
-    timed = (*written["layers"], *written["pairs"], *written["models"])
+    timed = (*written["layers"], *written["pairs"], *written["networks"], *written["models"])
     assert all(line["agrees"] and line["speedup"] > 0 for line in timed)
     assert all(line["agrees"] and line["over_copy"] > 0 and line["over_torch"] > 0 for line in written["views"])
     for line in written["pairs"]:  # the output is [2, 12, 5, 5], what lies between the stages [2, 8, 5, 5]
@@ -236,10 +260,63 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
             assert held["sepconv"] == 4 * 2 * 12 * 5 * 5 and held["sepconv kept"] - held["sepconv"] == 4 * 2 * 8 * 5 * 5
         assert line["peak_bytes"]["sepconv"] >= held["sepconv"]
     assert all(line["converted"] == 2 for line in written["models"])
-    files = {path.name for path in tmp_path.iterdir()}
+    files = {path.name for path in (tmp_path / "record").iterdir()}
     always, drawn = {"record.json", "summary.md"}, {"speedup.png", "floor.png", "models.png"}
     assert always <= files <= always | drawn
-    assert benchmark.main(["--read", str(tmp_path)]) == 0
+    assert benchmark.main(["--read", str(tmp_path / "record")]) == 0
+
+
+class InThisProcess:
+    """A runtime without a process of its own: there the small network is not known."""
+
+    def __init__(self, runtime, folder):
+        self.process = self.worker = runtimes.Worker(runtimes.RUNTIMES[runtime]())
+
+    def ask(self, do, **command):
+        return getattr(self.worker, do)(**command)
+
+    def end(self):
+        self.worker.forget()
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_runtime_in_a_process_of_its_own(runtime, tmp_path):
+    for package in runtimes.PACKAGES[runtime]:
+        pytest.importorskip(package, reason=f"{package} is of the extra 'peers'")
+    import numpy
+    import onnx
+    from onnx import TensorProto, helper
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3, 4, 4]) for name in ("images", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["images"], ["y"])], "network", values[:1], values[1:])
+    onnx.save(
+        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "network.onnx"
+    )
+    images = numpy.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(numpy.float32)
+    numpy.save(tmp_path / "images.npy", images)
+    numpy.save(tmp_path / "expected.npy", numpy.maximum(images, 0).astype(numpy.float64))
+    process = networks.Process(runtime, tmp_path)
+    try:
+        where = {"batch": 2, "threads": 1, "layout": "nchw"}
+        said = process.ask("ready", folder=str(tmp_path), **where)
+        assert said["agrees"] and said["difference"] < 1e-6, said
+        assert process.ask("time", seconds=1e-3, **where)["samples"]
+        assert "KeyError" in process.ask("time", seconds=1e-3, **where | {"threads": 3})["error"]
+        process.process.kill()
+        assert "its process ended" in process.ask("time", seconds=1e-3, **where)["error"]
+    finally:
+        process.end()
+
+
+def test_agreement_of_logits():
+    import numpy
+
+    exact = numpy.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 6.0001]])
+    assert runtimes.agreement(exact + 1e-4, exact)["agrees"]
+    assert runtimes.agreement(exact[:, [0, 1, 2, 3, 4, 6, 5]], exact)["agrees"]  # closer than the rounding
+    assert not runtimes.agreement(exact[:, [1, 0, 2, 3, 4, 5, 6]], exact)["agrees"]
+    assert not runtimes.agreement(exact * numpy.nan, exact)["agrees"]
+    assert not runtimes.agreement(exact[:, :6], exact)["agrees"]
 
 
 def test_a_plot_says_where_it_is_from():
