@@ -24,9 +24,9 @@ PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) \
 INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-emulator test-mutations fuzz bench train-digits docs docs-data lint format clean
+.PHONY: help build test test-all test-emulator test-mutations fuzz bench train-digits docs docs-data lint format clean
 help:
-	@echo "make test | bench | train-digits | test-emulator | test-mutations | fuzz | build"
+	@echo "make test | test-all | bench | train-digits | test-emulator | test-mutations | fuzz | build"
 	@echo "make docs | docs-data | lint | format | clean"
 	@echo "make gpu (= gpu-build gpu-test gpu-sanitize gpu-bench): on a machine with a GPU, with its own python3"
 
@@ -50,13 +50,22 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 build: $(INSTALLED)
 	$(PY) setup.py --quiet build_ext --inplace
 
+# The emulated tests stay in one process, which compiles once and runs their cases on all cores; other processes take
+# the rest meanwhile.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
+
+# Without ARGS everything but what is marked slow, the emulated cases with few seeds.
 test: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(or $(ARGS),$(IN_PARALLEL) -m "not slow")
+
+# The long lists too: planted faults, and four times as many seeds for the emulated cases.
+test-all: build
+	SEEDS=$(or $(SEEDS),8) $(PY) -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-emulator: build
-	$(PY) -m pytest -m emulated $(ARGS)
+	SEEDS=$(or $(SEEDS),8) $(PY) -m pytest -m emulated $(ARGS)
 
-# Plants every fault of tests/emulator/mutate.py in the CUDA kernels; `make test` takes a sample of them.
+# Plants every fault of tests/emulator/mutate.py in the CUDA kernels; `make test-all` takes a sample of them.
 test-mutations: build
 	MUTANTS=all $(PY) -m pytest -s tests/test_mutations.py $(ARGS)
 

@@ -16,6 +16,7 @@ import sepconv_ext
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device and a build with CUDA kernels")
+    config.addinivalue_line("markers", "xdist_group: the tests of a group run in one process")
 
 
 def _no_cuda_reason() -> str | None:
@@ -27,6 +28,8 @@ def _no_cuda_reason() -> str | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _no_cuda_reason()
     for item in items:
+        if item.get_closest_marker("emulated"):  # in one process: they share compilations and use all cores
+            item.add_marker(pytest.mark.xdist_group("emulated"))
         if reason is not None and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=reason))
 

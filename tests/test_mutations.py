@@ -1,7 +1,7 @@
 """Proof that the emulated tests see: faults are planted in copies of the real kernels, and at least 95% must be caught.
 
 tests/emulator/mutate.py plants them (dropped barriers and waits, bounds and indices off by one, forgotten writes, wrong
-shuffles). By default a fair sample is run: every dropped synchronisation and wrong shuffle, and one in SAMPLE of the
+shuffles). A fair sample is run: every dropped synchronisation and wrong shuffle, and one in SAMPLE of the
 rest; MUTANTS=all (that is `make test-mutations`) runs every one. tests/emulator/survivors.txt lists who survives and
 why.
 """
