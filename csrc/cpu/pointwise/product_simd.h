@@ -94,16 +94,29 @@ SEPCONV_INLINE void finish(Vector<float> (&sums)[kI][kV], const Outputs& out, in
   }
 }
 
-inline void activate_block(const Outputs& out, int rows, int64_t columns) {
-  for (int i = 0; i < rows; ++i) {
-    float* to = out.data + i * out.row;
+template <Activation kActivation>
+void activate_rows(float* to, int64_t row, int rows, int64_t columns) {
+  constexpr int64_t L = kLanes<float>;
+  for (int i = 0; i < rows; ++i, to += row) {
     int64_t j = 0;
-    for (; j + kLanes<float> <= columns; j += kLanes<float>) {
-      store(to + j, activate_lanes<float>(out.activation, load(to + j)));
-    }
+    for (; j + L <= columns; j += L) store(to + j, activate_lanes<float>(kActivation, load(to + j)));
     const int rest = static_cast<int>(columns - j);
-    if (rest > 0) store_first(to + j, activate_lanes<float>(out.activation, load_first(to + j, rest)), rest);
+    if (rest > 0) store_first(to + j, activate_lanes<float>(kActivation, load_first(to + j, rest)), rest);
   }
+}
+
+// Code of its own for each activation, chosen once for all rows.
+template <int... kIndex>
+void activate_rows_by_name(Activation activation, float* to, int64_t row, int rows, int64_t columns,
+                           std::integer_sequence<int, kIndex...>) {
+  ((static_cast<int>(activation) == kIndex ? activate_rows<static_cast<Activation>(kIndex)>(to, row, rows, columns)
+                                           : void()),
+   ...);
+}
+
+inline void activate_block(const Outputs& out, int rows, int64_t columns) {
+  activate_rows_by_name(out.activation, out.data, out.row, rows, columns,
+                        std::make_integer_sequence<int, kActivationCount>{});
 }
 
 template <int kI, int kV>
