@@ -76,10 +76,9 @@ void product_pack(int64_t K, int64_t C, const float* w, int64_t w_output, int64_
 #include "cpu/pointwise/product_pack_simd.h"
 #include "cpu/pointwise/product_simd.h"
 
-inline constexpr int64_t kNearWeight = 512 << 10;   // bytes of a weight that stays in the second-level cache
-inline constexpr int64_t kNearPixels = 384 << 10;   // of a block of pixels that does, beside a panel of the weight
-inline constexpr int64_t kMostPacked = 1024 << 10;  // of a weight that is packed at a time
-inline constexpr int64_t kFewPixels = 200;          // for which a weight is better read once
+#include "cpu/pointwise/product_rows_simd.h"
+
+inline constexpr int64_t kMostPacked = 1024 << 10;  // bytes of a weight that is packed at a time
 inline constexpr int64_t kOutputStep = 32;          // tasks have whole panels, two of them with the widest vectors
 
 // Packs part `part` of the outputs of a weight, whose lanes are outputs.
@@ -141,24 +140,14 @@ struct PixelRows {
     const Factors x = rows(begin, end, scratch);
     const Outputs y = outputs(begin);
     const Panels w{p.packed, p.C};
-    const Pieces pieces(end - begin, kRows);
-    const int64_t step = columns_of(end - begin);
-    for (int64_t k = part.begin; k < part.end; k += step) {
-      const int64_t columns = std::min(step, part.end - k);
-      for (int64_t piece = 0; piece < pieces.count; ++piece) {
-        const int64_t i = pieces.begin(piece);
-        multiply(x.from(i), w.from(k), y.from(i, k), pieces.begin(piece + 1) - i, columns);
-      }
-    }
+    multiply_pixels(x, w, y, end - begin, part.begin, part.end);
   }
 
   void operator()(int64_t task) const {
     const Part pixels(p.y_grid.count(), cut.pixel_parts, task / cut.output_parts);
     const Part part(p.K, cut.output_parts, task % cut.output_parts, kOutputStep);
     const int64_t count = pixels.end - pixels.begin;
-    const bool weight_stays = p.C * p.K * int64_t{sizeof(float)} <= kNearWeight && p.y_grid.count() > kFewPixels;
-    const int64_t near = kNearPixels / (p.C * int64_t{sizeof(float)});
-    const Pieces blocks(count, weight_stays ? kRows : std::max<int64_t>(4 * kRows, near));
+    const Pieces blocks(count, block_pixels(p.C, p.K, p.y_grid.count()));
     for (int64_t i = 0; i < blocks.count; ++i) {
       block(pixels.begin + blocks.begin(i), pixels.begin + blocks.begin(i + 1), part);
     }

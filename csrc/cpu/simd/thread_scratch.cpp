@@ -22,7 +22,7 @@ float* ThreadScratch::take(int64_t count) {
     own_.reset(new float[count + kLine]);
     return aligned(own_.get());
   }
-  thread_local Kept kept[2];
+  thread_local Kept kept[kScratchUses];
   Kept& mine = kept[static_cast<int>(use_)];
   if (mine.count < count) {
     mine.memory.reset();  // before the larger one is taken

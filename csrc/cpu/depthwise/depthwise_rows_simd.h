@@ -1,0 +1,191 @@
+// Depthwise convolution of some output rows of one image of float32, with a weight packed once (depthwise_rows.h). Like
+// simd.h, read once for each instruction set by the files that need it, after product_simd.h: hence no include guard and
+// no include.
+//
+// Loop-to-data map. Lanes are neighbouring channels. For each vector of channels the loops go: output row, block of
+// neighbouring output columns, kernel row. The sums of a block stay in registers while the taps pass; an input vector is
+// loaded once for each kernel row and feeds every sum that sees it. Going down the rows, a vector finds all but the newest
+// input rows in the first-level cache; the band of rows is expected in the second-level one. Rows and columns outside the
+// image are skipped: nothing is padded or copied.
+//
+// Floor: R x S multiply-adds an output at the rate of the registers.
+
+inline constexpr int kRowPixels = 7;     // sums of a block: 7 divides 7, 14, 28, 56 and 112
+inline constexpr int kNarrowPixels = 4;  // where fewer columns are left
+
+struct DepthwiseRows {
+  const float* x;  // the image, or a ring that holds its row h at h % ring
+  int64_t ring;    // rows; of an image at least H
+  int64_t x_row, x_pixel;
+  float* y;  // its row 0
+  int64_t y_row, y_pixel;
+  const float* packed;  // [ceil(channels / kDepthwiseLanes)][R][S][kDepthwiseLanes]
+  const float* bias;    // [channels], or null
+  Activation activation;
+  float* sums;  // [channels], to which each row's sum of activated outputs is added; or null
+  int64_t channels;
+  const DepthwiseShape* shape;
+};
+
+// Sums [0, count) of a block are stored, and those from `fresh` on are new to the row. Of the input columns, counted from
+// that of tap 0 of sum 0, only [from, to) exist.
+struct RowPart {
+  int count, fresh;
+  int64_t from, to;
+  int lanes;
+};
+
+template <bool kWhole>
+SEPCONV_INLINE Vector<float> load_lanes(const float* from, int lanes) {
+  return kWhole ? load(from) : load_first(from, lanes);
+}
+
+template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole>
+SEPCONV_INLINE void add_row(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel, const float* w,
+                            const RowPart& b) {
+  Vector<float> taps[kTaps];
+#pragma GCC unroll 8
+  for (int s = 0; s < kTaps; ++s) taps[s] = load(w + s * kDepthwiseLanes);
+#pragma GCC unroll 32
+  for (int j = 0; j < (kQ - 1) * kStride + kTaps; ++j) {
+    if (kInside || (j >= b.from && j < b.to)) {
+      const Vector<float> value = load_lanes<kWhole>(x, b.lanes);
+#pragma GCC unroll 8
+      for (int q = 0; q < kQ; ++q) {
+        const int s = j - q * kStride;
+        if (s >= 0 && s < kTaps) sums[q] += value * taps[s];
+      }
+    }
+    x += x_pixel;
+  }
+}
+
+// Any number of taps, stride and dilation.
+template <int kQ, bool kWhole>
+SEPCONV_INLINE void add_row_generic(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel, const float* w,
+                                    const RowPart& b, const DepthwiseShape& s) {
+  for (int64_t tap = 0; tap < s.S; ++tap) {
+    const Vector<float> factor = load(w + tap * kDepthwiseLanes);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQ; ++q) {
+      const int64_t j = q * s.stride_w + tap * s.dilation_w;
+      if (j >= b.from && j < b.to) sums[q] += load_lanes<kWhole>(x + j * x_pixel, b.lanes) * factor;
+    }
+  }
+}
+
+__attribute__((noinline)) inline void activate_values(Activation activation, float* values, int count) {
+  activate_rows_by_name(activation, values, 0, 1, count, std::make_integer_sequence<int, kActivationCount>{});
+}
+
+template <int kQ, bool kWhole>
+SEPCONV_INLINE void finish_row(const DepthwiseRows& d, Vector<float> (&sums)[kQ], const RowPart& b, float* y,
+                               Vector<float>& total) {
+  constexpr int L = kLanes<float>;
+  if (is_clamp(d.activation)) {
+    const float most = highest(d.activation);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQ; ++q) sums[q] = clamp_lanes<float>(sums[q], most);
+  } else if (d.activation != Activation::identity) {
+    float values[kQ * L];
+#pragma GCC unroll 8
+    for (int q = 0; q < kQ; ++q) store(values + q * L, sums[q]);
+    activate_values(d.activation, values, kQ * L);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQ; ++q) sums[q] = load(values + q * L);
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < kQ; ++q) {
+    if (q < b.count) {
+      if (kWhole) {
+        store(y, sums[q]);
+      } else {
+        store_first(y, sums[q], b.lanes);
+      }
+      if (q >= b.fresh) total += sums[q];
+    }
+    y += d.y_pixel;
+  }
+}
+
+// A block of one output row, whose first kernel row is `row` of the image. kTaps 0: any number.
+template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole>
+SEPCONV_INLINE void row_block(const DepthwiseRows& d, int64_t c, int64_t row, int64_t column, const RowPart& b,
+                              float* y, Vector<float>& total) {
+  const DepthwiseShape& s = *d.shape;
+  const Vector<float> bias = d.bias == nullptr ? Vector<float>{} : load_lanes<kWhole>(d.bias + c, b.lanes);
+  Vector<float> sums[kQ];
+#pragma GCC unroll 8
+  for (int q = 0; q < kQ; ++q) sums[q] = bias;
+  const float* x = d.x + column * d.x_pixel + c;
+  const float* w = d.packed + c / kDepthwiseLanes * kDepthwiseLanes * s.R * s.S + c % kDepthwiseLanes;
+  for (int64_t r = 0; r < s.R; ++r, row += s.dilation_h, w += s.S * kDepthwiseLanes) {
+    if (row < 0 || row >= s.H) continue;
+    const float* from = x + (row < d.ring ? row : row % d.ring) * d.x_row;
+    if constexpr (kTaps > 0) {
+      add_row<kTaps, kStride, kQ, kInside, kWhole>(sums, from, d.x_pixel, w, b);
+    } else {
+      add_row_generic<kQ, kWhole>(sums, from, d.x_pixel, w, b, s);
+    }
+  }
+  finish_row<kQ, kWhole>(d, sums, b, y, total);
+}
+
+// Output rows [p0, p1) of the vector of channels from c on.
+template <int kTaps, int kStride, bool kWhole>
+void rows_of_vector(const DepthwiseRows& d, int64_t c, int lanes, int64_t p0, int64_t p1) {
+  const DepthwiseShape& s = *d.shape;
+  RowPart b;
+  b.lanes = lanes;
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t row = p * s.stride_h - s.pad_h;
+    Vector<float> total{};
+    for (int64_t next = 0; next < s.Q;) {
+      const int64_t left = s.Q - next;
+      const bool wide = left > kNarrowPixels;
+      const int columns = wide ? kRowPixels : kNarrowPixels;
+      // The last block overlaps the one before it.
+      const int64_t q = left < columns && s.Q >= columns ? s.Q - columns : next;
+      b.count = static_cast<int>(std::min<int64_t>(columns, s.Q - q)), b.fresh = static_cast<int>(next - q);
+      next = q + b.count;
+      const int64_t column = q * s.stride_w - s.pad_w;
+      b.from = -column, b.to = s.W - column;
+      float* const y = d.y + p * d.y_row + q * d.y_pixel + c;
+      const bool inside = b.from <= 0 && b.to >= (kRowPixels - 1) * kStride + kTaps;
+      if (!wide) {
+        row_block<kTaps, kStride, kNarrowPixels, false, kWhole>(d, c, row, column, b, y, total);
+      } else if (kTaps > 0 && kWhole && inside) {
+        row_block<kTaps, kStride, kRowPixels, kTaps != 0, kWhole>(d, c, row, column, b, y, total);
+      } else {
+        row_block<kTaps, kStride, kRowPixels, false, kWhole>(d, c, row, column, b, y, total);
+      }
+    }
+    if (d.sums != nullptr) store_first(d.sums + c, load_lanes<kWhole>(d.sums + c, lanes) + total, lanes);
+  }
+}
+
+using RowsOfVector = void (*)(const DepthwiseRows&, int64_t, int, int64_t, int64_t);
+
+template <bool kWhole>
+RowsOfVector rows_function(const DepthwiseShape& s) {
+  if (s.dilation_w == 1) {
+    switch (s.S * 2 + s.stride_w) {
+      case 7: return rows_of_vector<3, 1, kWhole>;
+      case 8: return rows_of_vector<3, 2, kWhole>;
+      case 11: return rows_of_vector<5, 1, kWhole>;
+      case 12: return rows_of_vector<5, 2, kWhole>;
+      case 15: return rows_of_vector<7, 1, kWhole>;
+      default: break;
+    }
+  }
+  return rows_of_vector<0, 0, kWhole>;
+}
+
+// Output rows [p0, p1) of all channels.
+inline void depthwise_rows(const DepthwiseRows& d, int64_t p0, int64_t p1) {
+  constexpr int L = kLanes<float>;
+  const RowsOfVector whole = rows_function<true>(*d.shape);
+  int64_t c = 0;
+  for (; c + L <= d.channels; c += L) whole(d, c, L, p0, p1);
+  if (c < d.channels) rows_function<false> (*d.shape)(d, c, static_cast<int>(d.channels - c), p0, p1);
+}

@@ -1,0 +1,39 @@
+// Products whose rows are pixels and whose lanes are output channels, in the memory of one thread. Like simd.h, read once
+// for each instruction set by the files that need it, after product_simd.h: hence no include guard and no include.
+//
+// Whether pixels or channels come first decides what is read again and again:
+//   small weight     a block of kRows pixels meets all of the weight, which stays in the second-level cache
+//   large weight     a panel of the weight meets as many pixels as stay there
+
+inline constexpr int64_t kNearWeight = 512 << 10;  // bytes of a weight that stays in the second-level cache
+inline constexpr int64_t kNearPixels = 384 << 10;  // of a block of pixels that does, beside a panel of the weight
+inline constexpr int64_t kFewPixels = 200;         // for which a weight is better read once
+
+// The pixels of a block, in a product of `pixels` by K.
+inline int64_t block_pixels(int64_t C, int64_t K, int64_t pixels) {
+  if (C * K * int64_t{sizeof(float)} <= kNearWeight && pixels > kFewPixels) return kRows;
+  return std::max<int64_t>(4 * kRows, kNearPixels / (C * int64_t{sizeof(float)}));
+}
+
+// One block: pixels [0, pixels), outputs [begin, end).
+inline void multiply_pixels(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t begin,
+                            int64_t end) {
+  const Pieces pieces(pixels, kRows);
+  const int64_t step = columns_of(pixels);
+  for (int64_t k = begin; k < end; k += step) {
+    const int64_t columns = std::min(step, end - k);
+    for (int64_t piece = 0; piece < pieces.count; ++piece) {
+      const int64_t i = pieces.begin(piece);
+      multiply(x.from(i), w.from(k), y.from(i, k), pieces.begin(piece + 1) - i, columns);
+    }
+  }
+}
+
+// Pixels [0, pixels) in blocks, outputs [0, K).
+inline void multiply_all(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t K) {
+  const Pieces blocks(pixels, block_pixels(w.terms, K, pixels));
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const int64_t first = blocks.begin(i);
+    multiply_pixels(x.from(first), w, y.from(first, 0), blocks.begin(i + 1) - first, 0, K);
+  }
+}
