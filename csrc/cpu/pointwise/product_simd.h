@@ -25,7 +25,16 @@ inline constexpr int64_t kPrefetchTerms = 32;  // how far ahead panels are fetch
 struct Factors {
   const float* data;
   int64_t row, term;  // strides in elements, here and below
-  Factors from(int64_t i) const { return {data + i * row, row, term}; }
+  // Terms that follow each other at that distance, and from the last of each such run to the first of the next what is
+  // added to the distance; or null, if all terms are one run.
+  const int64_t* jumps = nullptr;
+  int64_t run = 0;
+
+  Factors from(int64_t i) const {
+    Factors at = *this;
+    at.data += i * row;
+    return at;
+  }
 };
 
 struct Panels {
@@ -148,26 +157,38 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
   const float *starts[kStarts], *columns = panels.data;
 #pragma GCC unroll 5
   for (int i = 0; i < kStarts; ++i) starts[i] = factors.data + 3 * i * row;
+  const int64_t* jumps = factors.jumps;
+  int64_t run_end = jumps == nullptr ? panels.terms : factors.run;
   Vector<float> before[kI][kV];  // the sums of the chains that are done
   for (int64_t t = 0;;) {
     const bool first = t == 0;
-    for (int64_t end = std::min(t + kChain, panels.terms); t < end; ++t) {
-      Vector<float> line[kV];
+    const int64_t chain_end = std::min(t + kChain, panels.terms);
+    for (;;) {
+      for (const int64_t end = std::min(chain_end, run_end); t < end; ++t) {
+        Vector<float> line[kV];
 #pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) {
-        const float* from = columns + v * L / kPanelColumns * panel + v * L % kPanelColumns;
-        line[v] = load(from);
-        if (v * L % kPanelColumns == 0) __builtin_prefetch(from + kPrefetchTerms * kPanelColumns);
-      }
+        for (int v = 0; v < kV; ++v) {
+          const float* from = columns + v * L / kPanelColumns * panel + v * L % kPanelColumns;
+          line[v] = load(from);
+          if (v * L % kPanelColumns == 0) __builtin_prefetch(from + kPrefetchTerms * kPanelColumns);
+        }
 #pragma GCC unroll 14
-      for (int i = 0; i < kI; ++i) {
-        const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row]);
+        for (int i = 0; i < kI; ++i) {
+          const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) sums[i][v] += factor * line[v];
-      }
-      columns += kPanelColumns;
+          for (int v = 0; v < kV; ++v) sums[i][v] += factor * line[v];
+        }
+        columns += kPanelColumns;
 #pragma GCC unroll 5
-      for (int i = 0; i < kStarts; ++i) starts[i] += term;
+        for (int i = 0; i < kStarts; ++i) starts[i] += term;
+      }
+      if (t == run_end && t < panels.terms) {
+        const int64_t jump = *jumps++;
+#pragma GCC unroll 5
+        for (int i = 0; i < kStarts; ++i) starts[i] += jump;
+        run_end += factors.run;
+      }
+      if (t == chain_end) break;
     }
     if (!first) add<kI, kV>(sums, before);
     if (t == panels.terms) break;

@@ -1,0 +1,150 @@
+// Dense convolution of float32 to NHWC as a matrix product of windows, which are read where the image lies.
+//
+// Loop-to-data map. Rows of the product are the pixels of an output row, lanes are output channels, and a window of R x S
+// pixels is R runs of S * C neighbouring numbers (R * S runs of C where the columns are dilated). A task has a band of
+// output rows of one image, or some of its output channels: for each panel of the weight the band's rows, for each row
+// blocks of pixels. Where the image has no padding and dense channels, its windows are read in place; else the rows that a
+// band sees are first copied, with zeros around them.
+//
+// Floor: R * S * C multiply-adds an output at the rate of the registers.
+#ifndef SEPCONV_KERNELS
+#define SEPCONV_KERNELS "cpu/pointwise/product_windows.cpp"
+#include "cpu/pointwise/product_windows.h"
+
+#include <cstring>
+
+#include "cpu/pointwise/product_shared.h"
+#include "cpu/simd/thread_scratch.h"
+
+namespace sepconv::cpu {
+
+struct WindowsCall {
+  const ConvShape& shape;
+  const float *x, *packed;
+  const Epilogue& epilogue;
+  const float* residual;
+  float* y;
+};
+
+}  // namespace sepconv::cpu
+
+#include "cpu/simd/foreach_isa.h"
+
+namespace sepconv::cpu {
+
+void windows_forward(const ConvShape& shape, const float* x, const float* packed, const Epilogue& epilogue,
+                     const float* residual, float* y) {
+  if (shape.output_elements() == 0) return;
+  SEPCONV_BEST_ISA(run)({shape, x, packed, epilogue, residual, y});
+}
+
+}  // namespace sepconv::cpu
+#else
+
+#include "cpu/pointwise/product_simd.h"
+
+inline constexpr int64_t kBandBytes = 256 << 10;  // of the input rows that a band sees
+inline constexpr int64_t kOutputStep = 32;        // tasks have whole panels, two of them with the widest vectors
+
+// Pixels of an image with a few channels, from planes or from anywhere.
+template <int kC>
+void interleave(const float* from, int64_t pixel, int64_t channel, int64_t pixels, float* to) {
+  for (int64_t i = 0; i < pixels; ++i, from += pixel, to += kC) {
+    for (int c = 0; c < kC; ++c) to[c] = from[c * channel];
+  }
+}
+
+struct Windows {
+  const WindowsCall& call;
+  const ConvShape& s;
+  bool in_place;
+  int64_t pitch, columns;  // of a copied row, in numbers and in pixels
+  int64_t band, bands, output_parts;
+  std::vector<int64_t> jumps;
+
+  explicit Windows(const WindowsCall& c) : call(c), s(c.shape) {
+    const int64_t reach_w = (s.S - 1) * s.dilation_w + 1, reach_h = (s.R - 1) * s.dilation_h + 1;
+    const bool inside = s.pad_h == 0 && s.pad_w == 0 && (s.P - 1) * s.stride_h + reach_h <= s.H &&
+                        (s.Q - 1) * s.stride_w + reach_w <= s.W;
+    in_place = inside && s.x.c == 1 && (s.x.w == s.C || (s.S == 1 && s.C == 1));
+    columns = (s.Q - 1) * s.stride_w + reach_w;
+    pitch = in_place ? s.x.h : columns * s.C;
+    for (int64_t r = 0; r < s.R; ++r) {
+      const int64_t down = s.dilation_h * pitch, back = (s.S - 1) * s.dilation_w * s.C + s.C;
+      for (int64_t t = 1; s.dilation_w > 1 && t < s.S; ++t) jumps.push_back((s.dilation_w - 1) * s.C);
+      jumps.push_back(down - back);
+    }
+    const int64_t near = kBandBytes / std::max<int64_t>(1, s.stride_h * columns * s.C * int64_t{sizeof(float)});
+    const int64_t parts = parts_of(s.N * s.P * s.Q * s.K * s.R * s.S * s.C), rows = ceil_div(s.N * s.P, parts);
+    band = std::clamp<int64_t>(std::min(near, rows), 1, s.P);
+    bands = ceil_div(s.P, band), band = ceil_div(s.P, bands);
+    output_parts = s.N * bands >= parts ? 1 : std::min(parts, ceil_div(s.K, kOutputStep));
+  }
+
+  int64_t tasks() const { return s.N * bands * output_parts; }
+
+  // Input row `row` of an image, which may be outside, with zeros beside it.
+  void copy_row(const float* image, int64_t row, float* to) const {
+    if (row < 0 || row >= s.H) {
+      std::fill_n(to, pitch, 0.0f);
+      return;
+    }
+    const int64_t first = std::min(s.pad_w, columns), last = std::min(s.pad_w + s.W, columns), pixels = last - first;
+    std::fill_n(to, first * s.C, 0.0f);
+    std::fill_n(to + last * s.C, (columns - last) * s.C, 0.0f);
+    const float* from = image + row * s.x.h;
+    to += first * s.C;
+    if (s.x.c == 1 && s.x.w == s.C) {
+      std::memcpy(to, from, pixels * s.C * sizeof(float));
+    } else if (s.C == 3) {
+      interleave<3>(from, s.x.w, s.x.c, pixels, to);
+    } else {
+      for (int64_t i = 0; i < pixels; ++i, from += s.x.w) {
+        for (int64_t c = 0; c < s.C; ++c) *to++ = from[c * s.x.c];
+      }
+    }
+  }
+
+  void operator()(int64_t task) const {
+    const int64_t n = task / (bands * output_parts);
+    const Part rows(s.P, bands, task / output_parts % bands);
+    const Part part(s.K, output_parts, task % output_parts, kOutputStep);
+    const float* image = call.x + n * s.x.n;
+    const int64_t top = rows.begin * s.stride_h - s.pad_h;
+    ThreadScratch scratch(ScratchUse::pixels);
+    Factors windows{image + top * pitch, s.stride_w * s.C, 1};
+    windows.jumps = jumps.data(), windows.run = s.dilation_w > 1 ? s.C : s.S * s.C;
+    if (!in_place) {
+      const int64_t seen = (rows.end - rows.begin - 1) * s.stride_h + (s.R - 1) * s.dilation_h + 1;
+      float* const copy = scratch.take(seen * pitch);
+      for (int64_t i = 0; i < seen; ++i) copy_row(image, top + i, copy + i * pitch);
+      windows.data = copy;
+    }
+    Outputs y{call.y + (n * s.P + rows.begin) * s.Q * s.K, s.K};
+    if (call.residual != nullptr) {
+      y.residual = call.residual + (y.data - call.y), y.residual_row = s.K;
+    }
+    y.column_bias = static_cast<const float*>(call.epilogue.bias), y.activation = call.epilogue.activation;
+    const Panels w{call.packed, s.R * s.S * s.C};
+    const Pieces pieces(s.Q, kRows);
+    const int64_t step = columns_of(std::min<int64_t>(s.Q, kRows));
+    for (int64_t k = part.begin; k < part.end; k += step) {
+      for (int64_t p = 0; p < rows.end - rows.begin; ++p) {
+        Factors row = windows;
+        row.data += p * s.stride_h * pitch;
+        for (int64_t piece = 0; piece < pieces.count; ++piece) {
+          const int64_t i = pieces.begin(piece);
+          multiply(row.from(i), w.from(k), y.from(p * s.Q + i, k), pieces.begin(piece + 1) - i,
+                   std::min(step, part.end - k));
+        }
+      }
+    }
+  }
+};
+
+inline void run(const WindowsCall& call) {
+  const Windows windows(call);
+  parallel(windows.tasks(), windows);
+}
+
+#endif
