@@ -317,6 +317,7 @@ std::optional<Failure> run_spatial(const Case& c) {
                                   : last           ? "channels_last"
                                                    : "contiguous");
   s.y = emulator::make_strides(y, last ? "channels_last" : "contiguous");
+  s = with_copies(s, spatial_copies(s));  // of one channel, y is both
   const Strides columns{s.R, s.R, s.R, 1}, rows{s.S, s.S, s.S, 1};
   Buffer input(x, s.x, c.dtype, c.offsets[0]), first(column, columns, c.dtype), second(row, rows, c.dtype),
       out(y, s.y, c.dtype, c.offsets[2]);
