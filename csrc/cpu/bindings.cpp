@@ -47,11 +47,6 @@ Tensor pixels(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape(
 Tensor planes(const Tensor& image) { return image.reshape({image.size(0), image.size(1), -1}); }
 Tensor matrix(const Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
 
-// [C, K, 1, 1] of a weight [K, C, 1, 1].
-Tensor turned(const Tensor& weight) {
-  return matrix(weight).t().contiguous().view({weight.size(1), weight.size(0), 1, 1});
-}
-
 // The bias is the product's addend, so that a half type is rounded once.
 void forward(const ConvShape& shape, const Tensor& input, const Tensor& weight, const Tensor& bias,
              const Tensor& output) {
@@ -121,14 +116,7 @@ struct Cpu {
   static Plan plan(const Call& c) { return cpu::plan(c.map, c.shape, c.dtype(), strict(), num_threads()); }
 
   static Tensor aten(const Plan& plan, const Call& c) {
-    if (plan.kernel == Kernel::aten) return by_aten(c);
-    if (plan.kernel == Kernel::aten_float32) return in_float32(c);
-    const Tensor image = as_image(*c.first, c.args.for_sequences()),
-                 weight = as_image(*c.second, c.args.for_sequences());
-    const Tensor product = c.map == Map::grad_input
-                               ? aten::onednn_product(image, matmul::turned(weight), std::nullopt)
-                               : aten::activate_in_place(aten::onednn_product(image, weight, c.bias), c.activation);
-    return product.view(c.result.size);
+    return plan.kernel == Kernel::aten_float32 ? in_float32(c) : by_aten(c);
   }
 
   // A gradient of half types by torch's call for float32, rounded once.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/plan_pointwise.h"
 #include "cpu/torch_faults.h"
 
 namespace sepconv::cpu {
@@ -12,17 +13,12 @@ constexpr Plan small_planes(const char* reason) { return {Kernel::small_planes, 
 constexpr Plan blocked(const char* reason) { return {Kernel::blocked, "cpu_blocked", reason}; }
 constexpr Plan depthwise_nhwc(const char* reason) { return {Kernel::depthwise_nhwc, "cpu_depthwise_nhwc", reason}; }
 constexpr Plan pointwise(const char* reason) { return {Kernel::pointwise, "cpu_pointwise", reason}; }
+constexpr Plan product(const char* reason) { return {Kernel::product, "cpu_product", reason}; }
 constexpr Plan matmul(const char* reason) { return {Kernel::matmul, "cpu_matmul", reason}; }
 constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason}; }
-constexpr Plan onednn(const char* reason) { return {Kernel::onednn, "aten", reason}; }
 constexpr Plan aten_float32(const char* reason) { return {Kernel::aten_float32, "aten", reason}; }
 
 // Below, a call's images are dense, both in `layout` (see plan()).
-
-// A matrix product over whole images.
-bool is_matrix_product(const ConvShape& s) {
-  return s.is_pointwise() && s.stride_h == 1 && s.stride_w == 1 && s.H == s.P && s.W == s.Q;
-}
 
 // Up to these sizes a product is faster in registers than through a matrix library: images of one pixel (where the
 // library's blocking finds nothing to block), and products that take less time than a library's call.
@@ -155,25 +151,13 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
   return nullptr;
 }
 
-// From these sizes on oneDNN by name is faster than MKL's product, which torch's convolution takes with one thread, on
-// channels_last images, which it need not reorder: 1.03 to 1.7 times with AVX2, 2 times with AVX-512 on a processor
-// where MKL runs at half of its speed (benchmarks/notes). Below, oneDNN's call costs up to three times the product.
-constexpr int64_t kOnednnProducts = 16'000'000, kOnednnPixels = 2048;
-
-// Which of torch's calls makes a 1x1 product of whole images; without a reason where at::mm is best. With several
-// threads torch's convolution takes oneDNN itself, while MKL in some virtual machines stays with one.
-Plan torchs_product(Map map, const ConvShape& s, Layout layout, DType dtype, int threads) {
-  const bool channels_last = layout == Layout::nhwc;
-  const int64_t pixels = s.N * s.H * s.W, products = pixels * s.C * s.K;
-  if (dtype == DType::float32 && threads == 1 && map != Map::grad_weight && channels_last && pixels >= kOnednnPixels &&
-      products >= kOnednnProducts) {
-    return onednn("1x1: oneDNN by name, as torch with one thread would take MKL");
-  }
-  if (map == Map::forward) return aten("1x1: oneDNN's product is as fast, and adds the bias on its way");
-  if (map == Map::grad_weight && !channels_last)
-    return aten("1x1 on planes: oneDNN sums over the batch in one product");
-  if (dtype == DType::float32) return aten("1x1: oneDNN's product is as fast, and takes all threads everywhere");
-  return aten(nullptr);
+// Why torch's call is the best for a 1x1 of whole images; null where at::mm is. With several threads torch's convolution
+// takes oneDNN itself, while MKL in some virtual machines stays with one.
+const char* torchs_product_is_best(Map map, Layout layout, DType dtype) {
+  if (map == Map::forward) return "1x1: oneDNN's product is as fast, and adds the bias on its way";
+  if (map == Map::grad_weight && layout != Layout::nhwc)
+    return "1x1 on planes: oneDNN sums over the batch in one product";
+  return dtype == DType::float32 ? "1x1: torch's product is as fast, and takes all threads everywhere" : nullptr;
 }
 
 // Up to this size a plane, with its padding, is copied whole into the first-level cache.
@@ -202,9 +186,13 @@ bool is_sound_in_float32(Map map, const ConvShape& s, DType dtype) {
 Plan plan_dense(Map map, const ConvShape& s, Layout layout, DType dtype, bool strict, int threads) {
   if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
   const bool torch_may = !strict && torch_fault(map, s, dtype) == nullptr;
+  if (product_can(map, s, dtype)) {
+    if (const char* reason = product_is_best(map, s, layout, threads)) return product(reason);
+    if (!torch_may) return product("1x1: a matrix product over pixels");
+  }
   if (is_matrix_product(s)) {
-    if (const Plan torchs = torchs_product(map, s, layout, dtype, threads); torch_may && torchs.reason != nullptr)
-      return torchs;
+    const char* reason = torchs_product_is_best(map, layout, dtype);
+    if (torch_may && reason != nullptr) return aten(reason);
     return matmul("1x1, one group, stride 1: a matrix product over pixels");
   }
   if (torch_may) {
@@ -225,14 +213,21 @@ Plan plan_dense(Map map, const ConvShape& s, Layout layout, DType dtype, bool st
   return planes("groups of several channels: vectors of pixels");
 }
 
+// Every pixel is the same one: a gradient behind sum or mean.
+bool is_one_pixel(const ImageShape& image) {
+  const bool rows_are = image.rows <= 1 || image.strides.h == 0,
+             columns_are = image.columns <= 1 || image.strides.w == 0;
+  return image.rows * image.columns > 1 && rows_are && columns_are;
+}
+
 // The kernel reads or writes this image where it is.
 bool takes(Kernel kernel, Layout layout, const ImageShape& image) {
   switch (kernel) {
     case Kernel::planes:
     case Kernel::small_planes:
     case Kernel::blocked:
-    case Kernel::depthwise_nhwc:
-    case Kernel::onednn: return is_dense_along(layout, image);  // oneDNN copies gaps away, but keeps an image's layout
+    case Kernel::depthwise_nhwc: return is_dense_along(layout, image);
+    case Kernel::product: return is_dense_along(layout, image) || is_one_pixel(image);
     case Kernel::pointwise:
       return image.rows * image.columns == 1 ? is_dense_along(Layout::nhwc, image) : is_dense(layout, image);
     case Kernel::aten:

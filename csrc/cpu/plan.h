@@ -9,18 +9,19 @@
 
 namespace sepconv::cpu {
 
-// aten is torch's own choice of a convolution; aten_float32 the same on tensors of half types made float32; onednn its
-// oneDNN convolution, called by name. matmul is ATen's matrix product on views, which bindings.cpp makes.
+// aten is torch's own choice of a convolution; aten_float32 the same on tensors of half types made float32. matmul
+// is ATen's matrix product on views, which bindings.cpp makes; pointwise and product are products here, of few pixels and
+// of float32.
 enum class Kernel : int {
   planes,
   small_planes,
   blocked,
   depthwise_nhwc,
   pointwise,
+  product,
   matmul,
   aten,
   aten_float32,
-  onednn,
   separable,
   composite
 };
@@ -31,7 +32,7 @@ struct Plan {
   const char* reason;  // a literal
   Copies copies = {};  // what the kernel does not take as it lies: run() gets the shape with_copies()
   bool is_aten() const { return kernel == Kernel::aten; }
-  bool is_torchs() const { return is_aten() || kernel == Kernel::aten_float32 || kernel == Kernel::onednn; }
+  bool is_torchs() const { return is_aten() || kernel == Kernel::aten_float32; }
   bool is_composite() const { return kernel == Kernel::composite; }
 };
 

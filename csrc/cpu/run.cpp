@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "cpu/pointwise/product.h"
 
 namespace sepconv::cpu {
 namespace {
@@ -13,6 +14,10 @@ namespace {
   throw std::logic_error(std::string("the CPU kernel ") + p.name + " has no door for " + map);
 }
 
+// The products are of float32 alone, as the plan knows.
+const float* floats(const void* p) { return static_cast<const float*>(p); }
+float* floats(void* p) { return static_cast<float*>(p); }
+
 void run_forward(const Plan& p, const ConvShape& shape, DType dtype, const void* x, const void* w,
                  const Epilogue& epilogue, void* y) {
   switch (p.kernel) {
@@ -21,6 +26,7 @@ void run_forward(const Plan& p, const ConvShape& shape, DType dtype, const void*
     case Kernel::blocked: return blocked_forward(shape, dtype, x, w, epilogue, y);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y);
     case Kernel::pointwise: return pointwise_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::product: return product_forward(shape, floats(x), floats(w), epilogue, floats(y));
     default: no_door(p, "forward");
   }
 }
@@ -33,6 +39,7 @@ void run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, const vo
     case Kernel::blocked: return blocked_grad_input(shape, dtype, grad_y, w, grad_x);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_grad_input(shape, dtype, grad_y, w, grad_x);
     case Kernel::pointwise: return pointwise_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::product: return product_grad_input(shape, floats(grad_y), floats(w), floats(grad_x));
     default: no_door(p, "grad_input");
   }
 }
@@ -44,6 +51,7 @@ void run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, const v
     case Kernel::blocked: return blocked_grad_weight(shape, dtype, grad_y, x, grad_w);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_grad_weight(shape, dtype, grad_y, x, grad_w);
     case Kernel::pointwise: return pointwise_grad_weight(shape, dtype, grad_y, x, grad_w);
+    case Kernel::product: return product_grad_weight(shape, floats(grad_y), floats(x), floats(grad_w));
     default: no_door(p, "grad_weight");
   }
 }

@@ -277,14 +277,6 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymInt
       backward(grad_output, zeros.apply(input), weight, stride, zeros.shared, dilation, groups, false, true));
 }
 
-Tensor onednn_product(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const bool possible = at::hasMKLDNN() && at::globalContext().userEnabledMkldnn() && image.numel() != 0;
-  if (!possible) return at::conv2d(image, weight, bias);
-  // Called by name, oneDNN reads the bias as if it were dense.
-  const auto dense_bias = bias && bias->defined() ? std::optional<Tensor>(bias->contiguous()) : std::nullopt;
-  return at::mkldnn_convolution(image, weight, dense_bias, {0, 0}, {1, 1}, {1, 1}, 1);
-}
-
 std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                                              const SymInt& groups) {

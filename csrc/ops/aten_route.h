@@ -23,10 +23,6 @@ SignatureOf<ops::conv2d_grad_input> conv2d_grad_input;
 SignatureOf<ops::conv2d_grad_weight> conv2d_grad_weight;
 SignatureOf<ops::spatial_separable_conv2d> spatial_separable_conv2d;
 
-// A product over channels, image [N, C, H, W] with weight [K, C, 1, 1], by oneDNN where torch has it, whatever the number
-// of threads. Not differentiable.
-at::Tensor onednn_product(const at::Tensor& image, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
-
 // The gradients by the input and by the weight in one call, which brings grad_output into ATen's layout once. Padding has
 // one entry a dimension.
 std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,

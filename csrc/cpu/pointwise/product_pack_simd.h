@@ -53,6 +53,10 @@ inline void gather(const float* image, const PixelGrid& grid, int64_t begin, int
                    int64_t channel, float* to, int64_t to_pixel, int64_t to_channel) {
   for (int64_t i = begin; i < end; ++i, to += to_pixel) {
     const float* from = image + grid.offset(i);
-    for (int64_t c = 0; c < count; ++c) to[c * to_channel] = from[c * channel];
+    if (channel == 1 && to_channel == 1) {
+      std::copy_n(from, count, to);
+    } else {
+      for (int64_t c = 0; c < count; ++c) to[c * to_channel] = from[c * channel];
+    }
   }
 }
