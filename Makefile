@@ -90,6 +90,7 @@ build/fuzz/kernels: $(FUZZ_OBJECTS)
 
 fuzz: build
 	$(MAKE) --no-print-directory -j$(shell nproc) build/fuzz/kernels
+	build/fuzz/kernels planted
 	build/fuzz/kernels $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_FIRST)
 	OMP_WAIT_POLICY=passive $(PY) tests/fuzz/calls.py $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_FIRST)
 

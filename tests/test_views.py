@@ -206,23 +206,6 @@ def test_explain_says_what_is_copied() -> None:
     assert both.reason.endswith("input is copied to NCHW; grad_output is copied to NCHW")
 
 
-def test_onednn_by_name_gets_the_layout_of_the_result() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        x = with_layout(torch.randn(4, 64, 28, 28), "channels_last")
-        w, g = torch.randn(128, 64, 1, 1), torch.randn(4, 128, 1, 1).expand(4, 128, 28, 28).transpose(2, 3)
-        for grad_output in (g, g.contiguous()):
-            said = sepconv_ext.explain(x, w, map="grad_input", grad_output=grad_output)
-            assert "oneDNN by name" in said.reason
-            assert ("is copied to channels_last" in said.reason) == (grad_output.stride(1) != 1)
-            actual = ops.conv2d_grad_input(grad_output, w, x.shape, x.stride(), (1, 1), (0, 0), (1, 1), 1)
-            torch.testing.assert_close(actual, torch.einsum("nkpq,kc->ncpq", grad_output, w[:, :, 0, 0]))
-            assert actual.stride() == x.stride()
-    finally:
-        torch.set_num_threads(threads)
-
-
 @by_dtype
 def test_a_sequence_out_of_a_wider_projection(dtype: torch.dtype) -> None:
     """Mamba's: [N, L, C] is a slice of a projection's result, and its transpose goes into a causal convolution."""

@@ -3,6 +3,7 @@
 //
 //   kernels SECONDS [FIRST]   cases FIRST, FIRST + 1, ... (by default from a random number on) for so many seconds
 //   kernels case=NUMBER       that one case: what a failure prints
+//   kernels planted           the faults of planted.cpp, each of which has to be found
 //
 // A case is made of its number alone, so that the same number is the same case in every build.
 #include <algorithm>
@@ -19,6 +20,9 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include <sys/wait.h>
+#include <unistd.h>
 #if defined(EMULATOR_ASAN)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -27,6 +31,7 @@
 #include "../emulator/tensor.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "planted.h"
 
 namespace sepconv::cpu {
 
@@ -239,6 +244,25 @@ std::optional<Failure> compare(const std::vector<Expected>& expected, const Buff
   return std::nullopt;
 }
 
+// A copy of an operand's memory, which no kernel may write to.
+class Untouched {
+ public:
+  Untouched(const char* name, Buffer& buffer)
+      : name_(name), buffer_(buffer), before_(begin(), begin() + buffer.bytes()) {}
+  std::optional<Failure> check() const {
+    if (std::memcmp(begin(), before_.data(), before_.size()) == 0) return std::nullopt;
+    return Failure{std::string(name_) + " operand was written to"};
+  }
+
+ private:
+  const unsigned char* begin() const { return static_cast<const unsigned char*>(buffer_.data()); }
+  const char* name_;
+  Buffer& buffer_;
+  std::vector<unsigned char> before_;
+};
+
+const fuzz::PlantedFault* planted = nullptr;  // after the kernel
+
 // One of the three maps, by this plan's kernel and the border kernel, as the bindings call them.
 std::optional<Failure> run_map(const Case& c, const cpu::Plan& plan) {
   const ConvShape& s = c.shape;
@@ -253,11 +277,16 @@ std::optional<Failure> run_map(const Case& c, const cpu::Plan& plan) {
   const Activation activation = c.map == Map::forward ? c.activation : Activation::identity;
   const Epilogue epilogue{with_bias ? bias.data() : nullptr, activation};
   const BorderExtent border = border_extent(c.map, s, c.padding_mode);
+  const Untouched untouched[] = {{"the first", first}, {"the second", second}};
   if (border != BorderExtent::all) {
     cpu::run(plan, c.map, s, c.dtype, first.data(), second.data(), epilogue, out.data());
   }
   if (border != BorderExtent::none) {
     cpu::run_borders(c.map, s, c.padding_mode, c.dtype, first.data(), second.data(), epilogue, out.data());
+  }
+  if (planted != nullptr) planted->plant(first, out);
+  for (const Untouched& operand : untouched) {
+    if (auto failure = operand.check()) return failure;
   }
   return compare(emulator::reference(c.map, s, c.padding_mode, first, second, with_bias ? &bias : nullptr, activation),
                  out, result, c.dtype);
@@ -358,14 +387,51 @@ void say_case() {
 }
 #endif
 
+// A call of float32 whose input has gaps and lies off its allocation's begin; it is right without a fault.
+Case planted_case() {
+  Case c;
+  ConvShape& s = c.shape;
+  s.N = 2, s.C = s.K = s.groups = 24, s.H = s.W = s.P = s.Q = 7, s.R = s.S = 3, s.pad_h = s.pad_w = 1;
+  s.x = emulator::make_strides(c.x(), "sliced_last"), s.y = emulator::make_strides(c.y(), "channels_last");
+  s.w = emulator::make_strides(c.w(), "contiguous");
+  c.offsets[0] = 3, c.number = 1, c.isa = cpu::isa();
+  return c;
+}
+
+// Each fault in a process of its own, as a sanitizer ends it.
+int run_planted() {
+  const auto fails = [](const fuzz::PlantedFault* fault) {
+    std::fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+      std::freopen("/dev/null", "w", stdout), std::freopen("/dev/null", "w", stderr);
+      planted = fault;
+      _exit(run_case(planted_case()).has_value());
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    return status != 0;
+  };
+  int missed = fails(nullptr);
+  if (missed != 0) std::printf("FAIL: the call that faults are planted in is not sound\n");
+  for (const fuzz::PlantedFault& fault : fuzz::planted_faults) {
+    if (fails(&fault)) continue;
+    ++missed;
+    std::printf("FAIL: %s was not found\n", fault.name);
+  }
+  std::printf("fuzz, planted: %d faults, %d not found\n", fuzz::kPlantedFaults, missed);
+  return missed != 0;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
-  if (count < 2) return std::fprintf(stderr, "usage: kernels SECONDS [FIRST] | kernels case=NUMBER\n"), 2;
+  if (count < 2) return std::fprintf(stderr, "usage: kernels SECONDS [FIRST] | case=NUMBER | planted\n"), 2;
 #if defined(EMULATOR_ASAN)
   program = words[0];
   __sanitizer_set_death_callback(say_case);
 #endif
+  if (std::strcmp(words[1], "planted") == 0) return run_planted();
   const bool one = std::strncmp(words[1], "case=", 5) == 0;
   const uint64_t first = one         ? std::strtoull(words[1] + 5, nullptr, 10)
                          : count > 2 ? std::strtoull(words[2], nullptr, 10)

@@ -125,7 +125,8 @@ struct WeightGradient {
   void operator()(int64_t task) const {
     const Part outputs(K, output_parts, task / input_parts, kPanelColumns);
     const Part inputs(C, input_parts, task % input_parts, 2 * kPanelColumns);
-    const int64_t run = g_grid.even_images() ? g_grid.count() : g_grid.per_image();  // no block goes beyond it
+    // No block goes beyond a run. The layout alone decides it, not the gaps of a view: its results are a dense copy's.
+    const int64_t run = x_channel == 1 ? g_grid.count() : g_grid.per_image();
     const int64_t most = std::clamp(kNearRows / (K * int64_t{sizeof(float)}), kFewestPixels, kMostPixels);
     const Pieces blocks(run, most);
     ThreadScratch row_scratch(ScratchUse::weights), lane_scratch(ScratchUse::pixels);
