@@ -31,6 +31,7 @@ _ROLES = {
     "separable_conv2d": ("b", "brrrr"),
     "separable_conv2d_training": ("bb", "brrrr"),
     "spatial_separable_conv2d": ("b", "brr"),
+    "inverted_residual": ("b", "brrrrrrrrrr"),
 }
 # Where an op's stride stands, which has an entry for each spatial dimension; the ops without one are for images.
 _STRIDE = {"conv2d": 3, "conv2d_grad_input": 4, "conv2d_grad_weight": 4, "conv2d_both_grads": 3}

@@ -16,6 +16,7 @@ for _name in ("_conv2d", "conv1d", "conv2d", "padded_conv1d", "padded_conv2d"):
 for _name in ("depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
     torch.fx.wrap(_name)
 torch.fx.wrap("spatial_separable_conv2d")
+torch.fx.wrap("inverted_residual")
 
 IntOrPair = int | Sequence[int]
 IntOrSingle = int | Sequence[int]
@@ -254,9 +255,7 @@ def depthwise_conv2d(
     return _conv2d(input, weight, bias, stride, padding, dilation, input.shape[-3], activation, padding_mode)
 
 
-def pointwise_conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity"
-) -> Tensor:
+def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
     """A 1x1 convolution: a matrix product over the channels of every pixel, with bias and activation.
 
     Args:
@@ -328,6 +327,87 @@ def separable_conv2d(
         depthwise_activation,
         pointwise_activation,
         save_intermediate,
+    )
+
+
+def inverted_residual(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    expand_activation: str = "relu6",
+    depthwise_activation: str = "relu6",
+    project_activation: str = "identity",
+    residual: bool = False,
+    squeeze_weight: Tensor | None = None,
+    squeeze_bias: Tensor | None = None,
+    excite_weight: Tensor | None = None,
+    excite_bias: Tensor | None = None,
+    squeeze_activation: str = "relu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """A block of MobileNetV2 (arXiv 1801.04381), MobileNetV3 or EfficientNet as one call: expand, convolve, project.
+
+    ``e = activation(expand(input))``, a 1x1; ``d = activation(depthwise(e))``; then ``project(d)``, a 1x1, plus
+    `input` where `residual` says so. With squeeze-and-excitation (arXiv 1709.01507) d's channels are first multiplied by
+    ``gate(excite(activation(squeeze(mean of d))))``. In inference on the CPU, float32 and channels_last, the values
+    between the convolutions stay in the cache; else, and where gradients are wanted, it is calls of `conv2d`, and
+    autograd keeps what lies between them.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.
+        expand_weight: ``[E, C, 1, 1]``, or None: then E is C, and the block is a depthwise separable one.
+        expand_bias: ``[E]`` or None.
+        depthwise_weight: ``[E, 1, R, S]``.
+        depthwise_bias: ``[E]`` or None.
+        project_weight: ``[K, E, 1, 1]``.
+        project_bias: ``[K]`` or None.
+        stride, padding, dilation: of the depthwise convolution, as in `conv2d`. Default 1, 0 and 1.
+        expand_activation, depthwise_activation: as in `depthwise_conv2d`. Default ``relu6``.
+        project_activation: the same, after the sum. Default ``identity``.
+        residual: whether `input` is added to the projection; K is then C, and the output as large as the input. Default
+            False.
+        squeeze_weight, excite_weight: ``[M, E, 1, 1]`` and ``[E, M, 1, 1]``, both or neither. Default None.
+        squeeze_bias, excite_bias: ``[M]`` and ``[E]``, or None. Default None.
+        squeeze_activation: after the squeeze. Default ``relu``.
+        gate: ``sigmoid`` or ``hardsigmoid``. Default ``sigmoid``.
+
+    Returns:
+        ``[N, K, P, Q]``, P and Q as in `conv2d`; in channels_last where the input or a weight is.
+
+    Raises:
+        ValueError: an unknown activation or gate.
+        RuntimeError: sizes, dtypes and devices that do not fit.
+    """
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = _padding(padding, depthwise_weight.shape, stride, dilation)
+    return torch.ops.sepconv_ext.inverted_residual(
+        input,
+        expand_weight,
+        expand_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+        squeeze_weight,
+        squeeze_bias,
+        excite_weight,
+        excite_bias,
+        stride,
+        padding,
+        dilation,
+        expand_activation,
+        depthwise_activation,
+        squeeze_activation,
+        gate,
+        project_activation,
+        residual,
     )
 
 

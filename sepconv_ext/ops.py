@@ -1,8 +1,8 @@
 """The ops as torch's own machinery sees them: shapes and strides without data, and operation counts.
 
 The schemas and the kernels are registered by ``_C`` (csrc/ops/library.cpp); they are called as
-``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input``, ``.conv2d_grad_weight``, ``.separable_conv2d`` and
-``.spatial_separable_conv2d``. Two more serve autograd: ``conv2d_both_grads``, the second and third in one call, which
+``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input``, ``.conv2d_grad_weight``, ``.separable_conv2d``,
+``.spatial_separable_conv2d`` and ``.inverted_residual``. Two more serve autograd: ``conv2d_both_grads``, the second and third in one call, which
 everything that knows it not takes apart into the two; and ``separable_conv2d_training``, the fourth as its gradient
 needs it, which has no gradient itself.
 """
@@ -97,8 +97,10 @@ def _(input, weight, bias, stride, padding, dilation, groups, activation, paddin
     channels = input.shape[-dims - 1]
     torch._check(
         channels == weight.shape[1] * groups,
-        lambda: f"input must have {weight.shape[1] * groups} channels (weight's {weight.shape[1]} times "
-        f"groups = {groups}), but has {channels}",
+        lambda: (
+            f"input must have {weight.shape[1] * groups} channels (weight's {weight.shape[1]} times "
+            f"groups = {groups}), but has {channels}"
+        ),
     )
     return _forward(input, weight, stride, padding, dilation)
 
@@ -120,8 +122,10 @@ def _separable(input, depthwise_weight, pointwise_weight, stride, padding, dilat
     _check_rank("pointwise_weight", pointwise_weight, 4)
     torch._check(
         pointwise_weight.shape[1] == depthwise_weight.shape[0],
-        lambda: f"pointwise_weight must have {depthwise_weight.shape[0]} input channels, as many as depthwise_weight "
-        f"has output channels, but has {pointwise_weight.shape[1]}",
+        lambda: (
+            f"pointwise_weight must have {depthwise_weight.shape[0]} input channels, as many as depthwise_weight "
+            f"has output channels, but has {pointwise_weight.shape[1]}"
+        ),
     )
     intermediate = _forward(input, depthwise_weight, stride, padding, dilation)
     return _forward(intermediate, pointwise_weight, (1, 1), (0, 0), (1, 1)), intermediate
@@ -151,6 +155,19 @@ def _(input, column, row, padding):
         )
     size = _output_size(input.shape, (channels, 1, column.shape[-1], row.shape[-1]), (1, 1), padding, (1, 1))
     return _dense(input, size, 2, _suggests_channels_last(input, 2))
+
+
+@torch.library.register_fake("sepconv_ext::inverted_residual")
+def _(input, expand, bias_e, depthwise, bias_d, project, bias_p, squeeze, bias_s, excite, bias_x, *arguments):
+    stride, padding, dilation = arguments[:3]
+    _check_rank("input", input, 4, 3)
+    between = input if expand is None else _forward(input, expand, (1, 1), (0, 0), (1, 1))
+    channels = between.shape[-3]
+    torch._check(
+        depthwise.shape[0] == channels,
+        lambda: f"depthwise_weight must have size [{channels}, 1, R, S], but has {list(depthwise.shape)}",
+    )
+    return _forward(_forward(between, depthwise, stride, padding, dilation), project, (1, 1), (0, 0), (1, 1))
 
 
 def _batch(size: Sequence[int], weight: Sequence[int]) -> list[int]:
@@ -199,3 +216,34 @@ def _(
 def _(input, column, row, *_, out_shape=None, **__) -> int:
     *batch, C, P, Q = out_shape
     return 2 * math.prod(batch) * C * P * (input[-1] * column[-1] + Q * row[-1])
+
+
+@register_flop_formula(torch.ops.sepconv_ext.inverted_residual)
+def _(
+    input,
+    expand,
+    bias_e,
+    depthwise,
+    bias_d,
+    project,
+    bias_p,
+    squeeze,
+    bias_s,
+    excite,
+    bias_x,
+    stride,
+    padding,
+    dilation,
+    *_,
+    **__,
+) -> int:
+    input = _batch(input, depthwise)
+    between = (input[0], depthwise[0], *input[2:])
+    flops = 0 if expand is None else conv_flop_count(input, expand, between)
+    size = _output_size(between, depthwise, stride, padding, dilation)
+    flops += conv_flop_count(between, depthwise, size) + conv_flop_count(
+        size, project, (size[0], project[0], *size[2:])
+    )
+    if squeeze is not None:
+        flops += 2 * conv_flop_count((size[0], size[1], 1, 1), squeeze, (size[0], squeeze[0], 1, 1))
+    return flops

@@ -7,6 +7,7 @@
 
 #include "core/operand_layout.h"
 #include "cpu/pointwise/product.h"
+#include "ops/inverted_residual.h"
 #include "ops/packed.h"
 
 namespace sepconv {
@@ -349,6 +350,76 @@ CheckedSeparable check_separable(const Tensor& input, const Tensor& depthwise_we
   return {shape, output_of(d, batched, false), output_of(p, batched, false)};
 }
 
+CheckedInvertedResidual check_inverted_residual(const inverted_residual::Call& c) {
+  for (const std::string_view name :
+       {c.expand_activation, c.depthwise_activation, c.squeeze_activation, c.project_activation}) {
+    parse_activation(name);
+  }
+  is_hard_gate(c.gate);
+  const auto present = [](const std::optional<Tensor>& t) { return t && t->defined(); };
+  const auto symbolic = [](const Tensor& t) { return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); };
+  const auto numbers = [](c10::SymIntArrayRef values) { return c10::asIntArrayRefSlowOpt(values).has_value(); };
+  if (symbolic(c.input) || symbolic(c.depthwise_weight) || symbolic(c.project_weight) || !numbers(c.stride) ||
+      !numbers(c.padding) || !numbers(c.dilation)) {
+    return {};
+  }
+  const IntArrayRef stride = C10_AS_INTARRAYREF_SLOW(c.stride), padding = C10_AS_INTARRAYREF_SLOW(c.padding),
+                    dilation = C10_AS_INTARRAYREF_SLOW(c.dilation);
+  const Tensor& input = c.input;
+  check_tensor("input", input, input, "input");
+  check_image_rank(input.dim(), /*sequence=*/false);
+  check_entries("stride", stride, 2, 1);
+  const auto check_product = [&](const char* name, const Tensor& weight, int64_t inputs, const char* before) {
+    check_tensor(name, weight, input, "input");
+    check_weight_rank(name, weight.dim(), /*sequence=*/false);
+    TORCH_CHECK(weight.size(2) == 1 && weight.size(3) == 1, name, " must have a kernel of 1x1, but has size ",
+                weight.sizes());
+    TORCH_CHECK(weight.size(1) == inputs, name, " must have ", inputs, " input channels, as ", before, " has, but has ",
+                weight.size(1));
+    return weight.size(0);
+  };
+  const int64_t C = input.size(-3);
+  int64_t E = C;
+  if (present(c.expand_weight)) {
+    E = check_product("expand_weight", *c.expand_weight, C, "input");
+    check_bias("expand_bias", c.expand_bias, input, E, "expand_weight");
+  } else {
+    TORCH_CHECK(!present(c.expand_bias), "expand_bias needs an expand_weight, which is None");
+  }
+  check_tensor("depthwise_weight", c.depthwise_weight, input, "input");
+  check_weight_rank("depthwise_weight", c.depthwise_weight.dim(), /*sequence=*/false);
+  TORCH_CHECK(c.depthwise_weight.size(0) == E && c.depthwise_weight.size(1) == 1, "depthwise_weight must have size [",
+              E, ", 1, R, S], but has ", c.depthwise_weight.sizes());
+  check_bias("depthwise_bias", c.depthwise_bias, input, E, "depthwise_weight");
+  CheckedInvertedResidual checked;
+  at::DimVector between(input.sizes());
+  between[between.size() - 3] = E;
+  checked.depthwise =
+      check_geometry(between, c.depthwise_weight.sizes(), {stride, padding, dilation, E}, "depthwise_weight");
+  checked.M = 0;
+  TORCH_CHECK(present(c.squeeze_weight) == present(c.excite_weight),
+              "squeeze_weight and excite_weight come together, but ",
+              present(c.squeeze_weight) ? "excite_weight" : "squeeze_weight", " is None");
+  if (present(c.squeeze_weight)) {
+    checked.M = check_product("squeeze_weight", *c.squeeze_weight, E, "depthwise_weight");
+    check_bias("squeeze_bias", c.squeeze_bias, input, checked.M, "squeeze_weight");
+    const int64_t gates = check_product("excite_weight", *c.excite_weight, checked.M, "squeeze_weight");
+    TORCH_CHECK(gates == E, "excite_weight must have ", E, " output channels, as depthwise_weight has, but has ",
+                gates);
+    check_bias("excite_bias", c.excite_bias, input, E, "excite_weight");
+  } else {
+    TORCH_CHECK(!present(c.squeeze_bias), "squeeze_bias needs a squeeze_weight, which is None");
+    TORCH_CHECK(!present(c.excite_bias), "excite_bias needs an excite_weight, which is None");
+  }
+  const int64_t K = check_product("project_weight", c.project_weight, E, "depthwise_weight");
+  check_bias("project_bias", c.project_bias, input, K, "project_weight");
+  checked.C = C, checked.K = K;
+  const ConvShape& d = checked.depthwise;
+  TORCH_CHECK(!c.residual || (K == C && d.P == d.H && d.Q == d.W), "a residual needs an output of input's size [", C,
+              ", ", d.H, ", ", d.W, "], but it is [", K, ", ", d.P, ", ", d.Q, "]");
+  return checked;
+}
+
 Checked check_spatial_separable(const Tensor& input, const Tensor& column, const Tensor& row, IntArrayRef padding) {
   check_tensor("input", input, input, "input");
   check_image_rank(input.dim(), /*sequence=*/false);
@@ -407,6 +478,11 @@ int parse_name(const char* argument, std::string_view name, const char* const (&
 
 Activation parse_activation(std::string_view name) {
   return static_cast<Activation>(parse_name("activation", name, kActivationNames));
+}
+
+bool is_hard_gate(std::string_view name) {
+  constexpr const char* kGates[] = {"sigmoid", "hardsigmoid"};
+  return parse_name("gate", name, kGates) == 1;
 }
 
 PaddingMode parse_padding_mode(std::string_view name) {

@@ -17,6 +17,10 @@
 
 namespace sepconv {
 
+namespace inverted_residual {
+struct Call;
+}
+
 // For images, stride and dilation are (h, w); padding is (h, w), or (top, bottom, left, right) where the two sides differ.
 // For sequences they are (l); padding is (l) or (left, right). The entries of stride say which of the two a call is for.
 struct ConvArgs {
@@ -72,11 +76,20 @@ CheckedSeparable check_separable(const at::Tensor& input, const at::Tensor& dept
 Checked check_spatial_separable(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
                                 at::IntArrayRef padding);
 
+// The block of ops/inverted_residual.h. `depthwise` is the shape of its depthwise convolution, without strides of tensors.
+// Of sizes that are symbols nothing is checked here.
+struct CheckedInvertedResidual {
+  ConvShape depthwise;
+  int64_t C = 0, K = 0, M = 0;  // channels of the input, of the output, and of the squeezed means (0: none)
+};
+CheckedInvertedResidual check_inverted_residual(const inverted_residual::Call&);
+
 // A tensor of a call as an image [N, C, H, W], or a weight as [K, C / groups, R, S]: a view that adds the dimensions that
 // it lacks.
 at::Tensor as_image(const at::Tensor&, bool sequence);
 
 Activation parse_activation(std::string_view name);
+bool is_hard_gate(std::string_view name);  // of "sigmoid" and "hardsigmoid"
 PaddingMode parse_padding_mode(std::string_view name);
 constexpr const char* name_of(Activation a) { return kActivationNames[static_cast<int>(a)]; }
 constexpr const char* name_of(PaddingMode mode) { return kPaddingModeNames[static_cast<int>(mode)]; }

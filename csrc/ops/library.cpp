@@ -56,6 +56,14 @@ TORCH_LIBRARY(sepconv_ext, m) {
       "str depthwise_activation, str pointwise_activation, bool output, bool intermediate) -> (Tensor, Tensor)",
       tags);
   m.def("spatial_separable_conv2d(Tensor input, Tensor column, Tensor row, SymInt[] padding) -> Tensor", tags);
+  // 1x1 (or none) -> depthwise -> squeeze-and-excitation (or none) -> 1x1 [+ input]; gate: sigmoid or hardsigmoid.
+  m.def(
+      "inverted_residual(Tensor input, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
+      "Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, Tensor? squeeze_weight, "
+      "Tensor? squeeze_bias, Tensor? excite_weight, Tensor? excite_bias, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, str expand_activation, str depthwise_activation, str squeeze_activation, str gate, "
+      "str project_activation, bool residual) -> Tensor",
+      tags);
 }
 
 namespace sepconv {

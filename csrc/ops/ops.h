@@ -87,6 +87,14 @@ inline constexpr Op<"sepconv_ext::spatial_separable_conv2d",
                     Tensor(const Tensor& input, const Tensor& column, const Tensor& row, Ints padding)>
     spatial_separable_conv2d{};
 
+inline constexpr Op<"sepconv_ext::inverted_residual",
+                    Tensor(const Tensor& input, Bias expand_weight, Bias expand_bias, const Tensor& depthwise_weight,
+                           Bias depthwise_bias, const Tensor& project_weight, Bias project_bias, Bias squeeze_weight,
+                           Bias squeeze_bias, Bias excite_weight, Bias excite_bias, Ints stride, Ints padding,
+                           Ints dilation, Name expand_activation, Name depthwise_activation, Name squeeze_activation,
+                           Name gate, Name project_activation, bool residual)>
+    inverted_residual{};
+
 }  // namespace ops
 
 }  // namespace sepconv

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "ops/aten_route.h"
+#include "ops/inverted_residual.h"
 #include "ops/ops.h"
 #include "ops/runtime.h"
 #include "ops/separable.h"
@@ -59,6 +60,7 @@ void register_autocast(torch::Library& m) {
   m.impl("separable_conv2d", RulesOf<ops::separable_conv2d>::autocast<ops::separable_conv2d, device, key>);
   m.impl("spatial_separable_conv2d",
          RulesOf<ops::spatial_separable_conv2d>::autocast<ops::spatial_separable_conv2d, device, key>);
+  m.impl("inverted_residual", RulesOf<ops::inverted_residual>::autocast<ops::inverted_residual, device, key>);
 }
 
 template <const char* reason>
@@ -69,6 +71,8 @@ void register_aten(torch::Library& m) {
   m.impl("separable_conv2d", RulesOf<ops::separable_conv2d>::by_aten<separable::by_aten, reason>);
   m.impl("spatial_separable_conv2d",
          RulesOf<ops::spatial_separable_conv2d>::by_aten<aten::spatial_separable_conv2d, reason>);
+  m.impl("inverted_residual",
+         RulesOf<ops::inverted_residual>::by_aten<inverted_residual::as_op<inverted_residual::by_aten>, reason>);
 }
 
 constexpr char kTransform[] = "a torch.func transform";
