@@ -355,8 +355,8 @@ def inverted_residual(
     """A block of MobileNetV2 (arXiv 1801.04381), MobileNetV3 or EfficientNet as one call: expand, convolve, project.
 
     ``e = activation(expand(input))``, a 1x1; ``d = activation(depthwise(e))``; then ``project(d)``, a 1x1, plus
-    `input` where `residual` says so. With squeeze-and-excitation (arXiv 1709.01507) d's channels are first multiplied by
-    ``gate(excite(activation(squeeze(mean of d))))``. In inference on the CPU, float32 and channels_last, the values
+    `input` where `residual` says so. With squeeze-and-excitation (arXiv 1709.01507) d's channels are first multiplied
+    by ``gate(excite(activation(squeeze(mean of d))))``. In inference on the CPU, float32 and channels_last, the values
     between the convolutions stay in the cache; else, and where gradients are wanted, it is calls of `conv2d`, and
     autograd keeps what lies between them.
 
