@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
@@ -100,7 +103,8 @@ def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> P
             star = next((i for i, name in enumerate(names) if name.startswith("*")), len(sizes))
             sizes = sizes if star >= len(sizes) else (*sizes[:star], sizes[star:])  # as torch.export nests *args
             try:
-                with torch.no_grad():
+                limit = _FewConditions() if spatial else contextlib.nullcontext()
+                with torch.no_grad(), limit:
                     exported = torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
             except Exception as error:
                 problem = problem or error
@@ -112,6 +116,27 @@ def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> P
             program.names = names
             return program
     raise Uncapturable(f"{type(problem).__name__}: {_first_line(problem)}")
+
+
+class _FewConditions(TorchFunctionMode):
+    """Ends a capture whose sizes hang together in too many ways, as where attention cuts images into windows.
+
+    torch.export would go on for minutes, and the result would take no other sizes anyhow.
+    """
+
+    most = 64  # mobilenet_v2 has 15, edgenext 38, mobilevit 267
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: object = None
+
+    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        if self.shapes is None:
+            sizes = [n for arg in args if isinstance(arg, Tensor) for n in arg.shape]
+            self.shapes = next((n.node.shape_env for n in sizes if isinstance(n, torch.SymInt)), None)
+        elif len(self.shapes.guards) > self.most:
+            raise Uncapturable("its sizes depend on each other in too many ways")
+        return function(*args, **(kwargs or {}))
 
 
 def _dynamic_sizes(leaf: object, batch: bool, spatial: bool) -> dict | None:
