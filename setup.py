@@ -141,6 +141,11 @@ def main():
             super().finalize_options()
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
 
+        def run(self):
+            if self.inplace:
+                self.run_command("egg_info")  # where torch.compile finds the entry point of its backend
+            super().run()
+
     setup(license="BSD-3-Clause", install_requires=[f"torch~={torch.__version__.partition('+')[0]}"],
           ext_modules=[extension], cmdclass={"build_ext": Build})
 

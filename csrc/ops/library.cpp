@@ -25,7 +25,8 @@
 
 TORCH_LIBRARY(sepconv_ext, m) {
   m.set_python_module("sepconv_ext.ops");
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  // Any memory layout is taken as it is: Inductor need not restore the one that it traced.
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
       "SymInt groups, str activation, str padding_mode=\"zeros\") -> Tensor",
