@@ -3,7 +3,7 @@
 import torch  # noqa: F401  (its libraries must be loaded before _C, which links to them)
 
 # The ops' Python half (fake kernels, flop formulas, shardings) registers itself on import; the rest is the public face.
-from . import _C, _sharding, factorize, functional, nn, ops, packed  # noqa: F401
+from . import _C, _sharding, factorize, functional, nn, ops, packed, program  # noqa: F401
 from .convert import convert_, revert_
 from .cost import cost
 from .functional import explain

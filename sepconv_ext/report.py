@@ -44,6 +44,7 @@ class Report:
         folded: the batch norms that are part of their convolution's weights.
         unpaired: the depthwise convolutions with which no pointwise one was fused, and why.
         blocks: what freeze recognised as a block of several convolutions.
+        programs: the parts of a network that are one call, from the first layer to the last; `summary` counts the steps.
         left: the modules that freeze could not capture, and why.
         costs: {"parameters": (before, after)} as the model runs, and "MACs" and "bytes" where the size of an input is
             known.
@@ -55,6 +56,7 @@ class Report:
     folded: list[Entry] = field(default_factory=list)
     unpaired: list[Entry] = field(default_factory=list)
     blocks: list[Entry] = field(default_factory=list)
+    programs: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -86,6 +88,7 @@ class Report:
             "folded": self.folded,
             "not paired": self.unpaired,
             "block": self.blocks,
+            "one call": self.programs,
             "skipped": self.skipped,
             "left": self.left,
         }

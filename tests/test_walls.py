@@ -64,6 +64,7 @@ ROOMS = {
     "cpu/grouped": "any groups",
     "cpu/separable": "depthwise and 1x1 in one pass",
     "cpu/spatial": "a vertical and a horizontal filter in one pass",
+    "cpu/network": "whole networks: programs of steps over one arena",
     "cpu/borders": "reflected, replicated and circular borders",
     "cuda": "the GPU's bindings, plan and run",
     "cuda/device": "what kernels share: launch(), PTX, copies, sums",
@@ -112,6 +113,7 @@ def test_kernels_see_no_torch():
     bindings = {f"csrc/{name}/bindings.cpp": f"the {name} dispatch key" for name in ("cpu", "cuda")}
     bindings["csrc/cpu/packed_bindings.cpp"] = "the packed products' dispatch key"
     bindings["csrc/cpu/separable/inverted_residual_bindings.cpp"] = "the dispatch key of one op, whose weights it packs"
+    bindings["csrc/cpu/network/bindings.cpp"] = "the programs' dispatch key"
     torch_headers = r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)(?!/Parallel\.h)\b"
     assert not found(torch_headers, CUDA + CPU, bindings, keep_strings=True)
     assert not found(torch_headers, CORE, keep_strings=True)

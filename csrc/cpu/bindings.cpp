@@ -19,7 +19,7 @@ void parallel_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) 
   });
 }
 
-int num_threads() { return at::get_num_threads(); }
+int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype) {
   const Plan chosen = plan(map, shape, dtype, strict(), num_threads());

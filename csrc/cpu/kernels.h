@@ -67,6 +67,6 @@ std::vector<std::string> isas_built();
 // Provided by bindings.cpp on top of torch's thread pool, so that kernels follow torch.set_num_threads.
 // Calls body(context, i) for every i in [0, tasks), in any order, on any thread.
 void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
-int num_threads();
+int num_threads();  // 1 in a task: what it starts runs in line
 
 }  // namespace sepconv::cpu

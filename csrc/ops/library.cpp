@@ -17,6 +17,7 @@
 #include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/functional.h"
+#include "ops/network.h"
 #include "ops/runtime.h"
 
 #ifdef SEPCONV_WITH_CUDA
@@ -179,6 +180,7 @@ Explanation explain_separable(const at::Tensor& input, const at::Tensor& depthwi
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   add_functional(m);
+  cpu::network::add_network(m);
   m.def("build_info", build_info);
   m.def("kernel_counts", kernel_counts);
   m.def("reset_kernel_counts", reset_kernel_counts);

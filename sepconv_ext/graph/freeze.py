@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..program import Lease, parse
 from ..report import Entry, Report
 from . import nodes
 from .actions import Rewriter, is_depthwise, is_pointwise, path_of, size_of
@@ -17,6 +19,7 @@ from .capture import Program, Uncapturable, capture
 from .lower import Lowered, lower
 from .match import arguments, match
 from .patterns import BLOCKS
+from .program import Part
 from .rewrite import rewrite
 
 __all__ = ["Frozen", "FrozenParts", "freeze"]
@@ -31,16 +34,18 @@ class FreezeReport(Report):
 class Frozen(nn.Module):
     """A frozen network: `network` is the fx.GraphModule that computes it, its buffers are the packed constants.
 
-    It keeps nothing between calls, so that any number of threads may call it at once.
+    It keeps no values between calls, so that any number of threads may call it at once. The memory that values lie in is
+    kept, for each thread that calls it at the same time, until the last copy of the network is gone.
 
     Attributes:
         report: what freeze did. `code` and `graph` are those of `network`.
     """
 
-    def __init__(self, program: Program, network: fx.GraphModule, report: Report) -> None:
+    def __init__(self, program: Program, lowered: Lowered, report: Report) -> None:
         super().__init__()
-        self.network = network
+        self.network = lowered.module
         self.report = report
+        self._leases = [Lease(code) for code, _ in lowered.programs]
         self._inputs = tuple(program.inputs)
         self._in_spec, self._out_spec = program.in_spec, program.out_spec
         self._guards, self._names = tuple(program.guards), tuple(program.names)
@@ -184,7 +189,7 @@ def _frozen(model: nn.Module, example: tuple, dynamic_batch: bool) -> Frozen:
         "MACs": (macs, macs),
         "bytes": (bytes_before, sum(_bytes(node) for node in program.graph.nodes) - inside),
     }
-    return Frozen(program, lowered.module, report)
+    return Frozen(program, lowered, report)
 
 
 # --- the report ---
@@ -211,6 +216,7 @@ def _report(program: Program, rewriter: Rewriter, lowered: Lowered) -> Report:
         name = " -> ".join(path_of(node) for node in (depthwise, pointwise))
         report.fused.append(Entry(name, "separable", " -> ".join(_chain(program, n) for n in (depthwise, pointwise))))
     report.folded += [Entry(name, what, "") for name, what in rewriter.folded]
+    report.programs += [_program_entry(code, part) for code, part in lowered.programs]
     for node in program.graph.nodes:
         for what, pattern in BLOCKS:
             found = match(program, pattern, node)
@@ -218,6 +224,13 @@ def _report(program: Program, rewriter: Rewriter, lowered: Lowered) -> Report:
                 name = " -> ".join(path_of(found[part]) for part in ("expand", "depthwise", "project"))
                 report.blocks.append(Entry(name, what, _chain(program, node)))
     return report
+
+
+def _program_entry(code: str, part: Part) -> Entry:
+    steps = Counter(line.kind for line in parse(code)[0] if line.kind != "input")
+    names = [path_of(node) for node in part.nodes if node.target in (nodes.convolution, nodes.linear)]
+    ends = " -> ".join(dict.fromkeys((names[0], names[-1])))
+    return Entry(ends, "program", ", ".join(f"{count} {kind}" for kind, count in steps.items()))
 
 
 def _fields(entry: Entry) -> tuple[str, str, str]:
@@ -335,7 +348,7 @@ def _freeze_part(
 
 
 def _add(report: Report, part: Report, prefix: str) -> None:
-    for kind in ("replaced", "skipped", "fused", "folded", "blocks"):
+    for kind in ("replaced", "skipped", "fused", "folded", "blocks", "programs"):
         for entry in getattr(part, kind):
             names = " -> ".join(f"{prefix}.{name}" if name else prefix for name in entry.name.split(" -> "))
             getattr(report, kind).append(Entry(names, entry.family, entry.summary, entry.reason))

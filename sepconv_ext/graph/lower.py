@@ -20,6 +20,7 @@ from .actions import NCHW, NHWC, size_of
 from .capture import Program, Uncapturable
 from .match import arguments, match
 from .patterns import PAIR
+from .program import Part, parts, write
 
 __all__ = ["Lowered", "lower"]
 
@@ -54,11 +55,13 @@ class Lowered:
         module: an fx.GraphModule whose buffers are the packed constants.
         ops: by node of the rewritten program, the op that computes it.
         pairs: (depthwise, pointwise) nodes that are one op.
+        programs: the text of each run of nodes that is one call of the op `program`, with its nodes.
     """
 
     module: fx.GraphModule
     ops: dict[fx.Node, str] = field(default_factory=dict)
     pairs: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    programs: list[tuple[str, Part]] = field(default_factory=list)
 
 
 def lower(program: Program) -> Lowered:
@@ -75,6 +78,7 @@ class _Lowering:
         self.channels_last: set[fx.Node] = set()  # new nodes
         self.values: dict[fx.Node, object] = {}  # what a new node's value looks like
         self.ops: dict[fx.Node, str] = {}
+        self.programs: list[tuple[str, Part]] = []
         self.lowerings: dict[Callable, Callable[[fx.Node, dict], fx.Node]] = {
             nodes.convolution: self._convolution,
             nodes.linear: self._linear,
@@ -85,9 +89,18 @@ class _Lowering:
         }
 
     def run(self) -> Lowered:
-        pairs = {pointwise: depthwise for depthwise, pointwise in _pairs(self.program)}
-        inside = set(pairs.values())
-        for node in self.program.graph.nodes:
+        found, order = parts(self.program)
+        first = {part.nodes[0]: part for part in found}
+        in_parts = {node for part in found for node in part.nodes}
+        pairs = {
+            pointwise: depthwise
+            for depthwise, pointwise in _pairs(self.program)
+            if not {depthwise, pointwise} & in_parts
+        }
+        inside = in_parts | set(pairs.values())
+        for node in order:
+            if node in first:
+                self._part(first[node])
             if node.op == "get_attr" or node in inside:
                 continue
             if node.op == "placeholder":
@@ -105,7 +118,8 @@ class _Lowering:
         _write_in_place(self.graph, self.values)
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, "Network")
-        return Lowered(module, self.ops, [(depthwise, pointwise) for pointwise, depthwise in pairs.items()])
+        in_pairs = [(depthwise, pointwise) for pointwise, depthwise in pairs.items()]
+        return Lowered(module, self.ops, in_pairs, self.programs)
 
     # --- pieces ---
 
@@ -171,6 +185,28 @@ class _Lowering:
         return self._activate(result, activation)
 
     # --- nodes ---
+
+    def _part(self, part: Part) -> None:
+        """One call of the op `program`: it takes images as they lie, and gives them channels_last."""
+        code, constants, results = write(self.program, part)
+        name = f"constants_{len(self.programs)}"
+        self.root.register_buffer(name, constants)
+        inputs = [self._of(node) for node in part.inputs]
+        call = self._call(ours.program.default, inputs, self.graph.get_attr(name), code)
+        tensors: dict[int, fx.Node] = {}
+        for node, index in results:
+            if index in tensors:  # the same numbers with another rank
+                size = [-1, *map(int, size_of(node)[1:])]
+                self.new[node] = self._call(aten.reshape.default, tensors[index], size)
+            else:
+                self.new[node] = tensors[index] = self._call(operator.getitem, call, index)
+            self.values[self.new[node]] = node.meta.get("val")
+            if _is_image(node):
+                self.channels_last.add(self.new[node])
+        for node in part.nodes:
+            if node.target in (nodes.convolution, nodes.linear):
+                self.ops[node] = "program"
+        self.programs.append((code, part))
 
     def _convolution(self, node: fx.Node, a: dict) -> fx.Node:
         input = self._image(a["input"])

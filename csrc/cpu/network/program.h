@@ -1,0 +1,121 @@
+// A network as a program of steps over dense NHWC images of float32: raw memory in, raw memory out.
+//
+// The text of a program is what is kept, copied and saved; everything here is made from it. One line a step:
+//
+//   %0 = input image                                                   image [N, C, H, W] or matrix [N, C]
+//   %1 = conv %0 weight=0 bias=864 K=32 kernel=3x3 stride=2x2 padding=1x1x1x1 act=relu6
+//   %2 = depthwise %1 weight=896 bias=1184 kernel=3x3 stride=1x1 padding=1x1x1x1 act=relu6
+//   %3 = product %2 weight=1216 bias=1728 K=16 residual=%1
+//   return %3 image
+//
+// `weight` and the like are offsets into one array of constants, in floats. steps.cpp has the table of steps, parse.cpp
+// the text, plan.cpp the places of values in one arena, run.cpp the batch. Images are independent of each other.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/activation.h"
+#include "core/conv_shape.h"
+
+namespace sepconv::cpu::network {
+
+// [N, H, W, C]; a matrix [N, C] is images of one pixel.
+struct Size {
+  int64_t N = 0, H = 1, W = 1, C = 0;
+  int64_t pixels() const { return H * W; }
+  int64_t per_image() const { return H * W * C; }
+  int64_t elements() const { return N * per_image(); }
+  bool operator==(const Size&) const = default;
+};
+
+// Strides of an image in elements: those of a dense one, or of an input as it comes.
+Strides dense(const Size&);
+
+inline constexpr int64_t kAbsent = -1;
+inline constexpr int kMostReads = 3;
+
+struct Kind;
+
+// One line. Which of the fields mean something, its kind says.
+struct Step {
+  const Kind* kind = nullptr;
+  std::vector<int> reads;  // values; the second of a product is its residual
+  int writes = 0;
+  int64_t weight = kAbsent, bias = kAbsent;  // offsets into the constants
+  int64_t K = 0, R = 1, S = 1, groups = 1;
+  int64_t stride_h = 1, stride_w = 1, dilation_h = 1, dilation_w = 1;
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
+  Activation activation = Activation::identity;
+  float eps = 0, factor = 1, shift = 0, low = 0, high = 0;
+};
+
+// What a step is run with.
+struct Call {
+  const Step& step;
+  const Size* in;  // of the values read
+  Size out;
+  ConvShape shape;  // the same for a convolution; x as it lies in memory
+  const float* read[kMostReads] = {};
+  float* write = nullptr;
+  const float* constants = nullptr;
+  const float* constant(int64_t offset) const { return offset == kAbsent ? nullptr : constants + offset; }
+};
+
+struct Kind {
+  const char* name;
+  int least_reads, most_reads;
+  Size (*size)(const Step&, const Size* in);          // of what it writes; throws std::invalid_argument in words
+  int64_t (*constants)(const Step&, const Size* in);  // where those end that it reads
+  void (*run)(const Call&);
+  unsigned in_place = 0;     // bit i: it may write where the i-th value lies, if that has the size of what it writes
+  bool any_strides = false;  // the first value may be an input that is not dense
+};
+const Kind& kind_of(std::string_view name);  // throws std::invalid_argument
+
+struct Port {
+  int value;
+  bool is_matrix;
+};
+
+struct Program {
+  std::vector<Step> steps;
+  std::vector<Port> inputs, outputs;
+  int values = 0;
+};
+Program parse(std::string_view code);  // throws std::invalid_argument with the line
+
+// How an input lies in memory; images may be at any distance, which is no part of it.
+struct InputSize {
+  Size size;
+  Strides strides;
+  bool is_dense() const;
+};
+
+// Where a value is.
+enum class Memory : int { input, output, arena };
+struct Place {
+  Memory memory = Memory::arena;
+  int64_t at = 0;  // which input or output; or the offset in the arena, in floats
+};
+
+struct PlannedStep {
+  Step step;
+  Size in[kMostReads], out;
+  ConvShape shape;
+  Place read[kMostReads], write;
+};
+
+// A program for inputs of certain sizes, for some images at a time.
+struct Plan {
+  std::vector<PlannedStep> steps;
+  std::vector<Size> outputs;
+  int64_t arena = 0;  // floats
+};
+// Throws std::invalid_argument where the sizes do not fit, or `constants` floats are too few.
+Plan make_plan(const Program&, const std::vector<InputSize>& inputs, int64_t constants);
+
+}  // namespace sepconv::cpu::network
