@@ -46,7 +46,8 @@ def parse(code: str) -> tuple[tuple[Line, ...], tuple[tuple[int, bool], ...]]:
             continue
         kind, *operands = words[1:]
         fields = dict(word.split("=") for word in operands if "=" in word)
-        reads = [word for word in operands if word[0] == "%"] + [fields[name] for name in ("residual",) if name in fields]
+        reads = [word for word in operands if word[0] == "%"]
+        reads += [fields["residual"]] if "residual" in fields else []
         lines.append(Line(int(first[1:]), kind, tuple(int(value[1:]) for value in reads), fields))
     return tuple(lines), results
 

@@ -44,7 +44,7 @@ class Report:
         folded: the batch norms that are part of their convolution's weights.
         unpaired: the depthwise convolutions with which no pointwise one was fused, and why.
         blocks: what freeze recognised as a block of several convolutions.
-        programs: the parts of a network that are one call, from the first layer to the last; `summary` counts the steps.
+        programs: the parts of a network that are one call, from the first layer to the last; with a count of steps.
         left: the modules that freeze could not capture, and why.
         costs: {"parameters": (before, after)} as the model runs, and "MACs" and "bytes" where the size of an input is
             known.

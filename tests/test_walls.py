@@ -250,6 +250,7 @@ def test_arguments_are_validated_in_one_place():
     allowed = {
         "csrc/ops/checks.cpp": "the place",
         "csrc/ops/checks.h": "its helpers",
+        "csrc/ops/checks_program.cpp": "the place, for programs",
         "csrc/ops/runtime.cpp": "SEPCONV_STRICT's own error",
         "csrc/cuda/bindings.cpp": "a launch that fails",
         "csrc/ops/library.cpp": "explain()'s word for a map, which no op takes",

@@ -34,8 +34,8 @@ class FreezeReport(Report):
 class Frozen(nn.Module):
     """A frozen network: `network` is the fx.GraphModule that computes it, its buffers are the packed constants.
 
-    It keeps no values between calls, so that any number of threads may call it at once. The memory that values lie in is
-    kept, for each thread that calls it at the same time, until the last copy of the network is gone.
+    It keeps no values between calls, so that any number of threads may call it at once. The memory that values lie in
+    is kept, for each thread that calls it at the same time, until the last copy of the network is gone.
 
     Attributes:
         report: what freeze did. `code` and `graph` are those of `network`.
@@ -183,9 +183,10 @@ def _frozen(model: nn.Module, example: tuple, dynamic_batch: bool) -> Frozen:
     lowered = lower(program)
     report = _report(program, rewriter, lowered)
     macs = sum(_macs(program, node) for node in program.graph.nodes)
+    kept = {node.target for node in program.graph.nodes if node.op == "get_attr"}
     inside = sum(2 * _volume(depthwise) for depthwise, _ in lowered.pairs)  # neither written nor read
     report.costs = {
-        "parameters": (sum(p.numel() for p in model.parameters()), sum(b.numel() for b in lowered.module.buffers())),
+        "parameters": (sum(p.numel() for p in model.parameters()), sum(program.constants[n].numel() for n in kept)),
         "MACs": (macs, macs),
         "bytes": (bytes_before, sum(_bytes(node) for node in program.graph.nodes) - inside),
     }

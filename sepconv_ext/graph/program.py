@@ -6,7 +6,6 @@ is an image of one pixel, so that what only turns one into the other is no step 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -69,7 +68,7 @@ def parts(program: Program) -> tuple[list[Part], list[fx.Node]]:
 def _is_float32_on_cpu(program: Program) -> bool:
     inputs = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
     tensors = [value for value in inputs if isinstance(value, Tensor)] + list(program.constants.values())
-    return all(tensor.device.type == "cpu" for tensor in tensors)
+    return all(tensor.device == torch.device("cpu") for tensor in tensors)
 
 
 def _can_take(program: Program, node: fx.Node) -> bool:
@@ -168,7 +167,9 @@ class Writer:
         self.lines.append(" ".join([f"%{number} =", kind, *words]))
         return number
 
-    def constant(self, node: fx.Node | None, how: str = "", pack: Callable[[Tensor], Tensor] = lambda t: t) -> int | None:
+    def constant(
+        self, node: fx.Node | None, how: str = "", pack: Callable[[Tensor], Tensor] = lambda t: t
+    ) -> int | None:
         """The offset of a constant, packed, rounded once; None for None."""
         if node is None:
             return None
@@ -231,7 +232,7 @@ class _Convolution(_Step):
 
     def fits(self, program: Program, node: fx.Node, a: dict) -> bool:
         K, per_group = (int(n) for n in size_of(a["weight"])[:2])
-        is_depthwise = per_group == 1 and K == a["groups"]
+        is_depthwise = per_group == 1 and a["groups"] == K
         residual = a["residual"] is None or same_size(node, a["residual"])
         return a["padding_mode"] == "zeros" and (a["groups"] == 1 or is_depthwise) and residual
 
@@ -326,10 +327,10 @@ class _Binary(_Step):
         if self.name != "mul":
             return None
         for image, gate in ((first, second), (second, first)):
-            size = size_of(gate)
-            if len(size) == 4 and len(size_of(image)) == 4 and same_size(node, image) and list(size[2:]) == [1, 1]:
-                if size[1] == size_of(image)[1] and same_batch(image, gate):
-                    return image, gate
+            if len(size_of(image)) != 4 or len(size_of(gate)) != 4 or not same_size(node, image):
+                continue
+            if list(size_of(gate)[1:]) == [size_of(image)[1], 1, 1] and same_batch(image, gate):
+                return image, gate
         return None
 
     def fits(self, program: Program, node: fx.Node, a: dict) -> bool:

@@ -1,3 +1,4 @@
+// From the text of a program to its steps.
 #include <algorithm>
 #include <charconv>
 #include <cstring>

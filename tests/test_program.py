@@ -1,0 +1,434 @@
+"""Programs of frozen networks: each step against float64, in every layout; sizes, threads, memory, and bad text."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sepconv_ext
+from harness import ACTIVATIONS, LAYOUTS, assert_as_accurate, random, with_layout
+from sepconv_ext import freeze, reference
+from sepconv_ext.graph.program import packed
+from sepconv_ext.program import Lease
+
+_C = sepconv_ext._C
+run = torch.ops.sepconv_ext.program
+
+# (N, C, H, W): one channel, one row, one pixel; vectors not full; more than a task; nothing.
+SIZES = ((2, 24, 7, 7), (1, 1, 19, 5), (3, 58, 1, 19), (5, 3, 19, 19), (1, 40, 1, 1), (2, 64, 33, 30), (0, 8, 4, 4))
+by_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    try:
+        best = _C.set_cpu_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _C.set_cpu_isa(best)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def constants_of(*tensors: Tensor) -> tuple[Tensor, list[int]]:
+    """One row of them, and where each begins."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += tensor.numel()
+    return torch.cat([torch.zeros(0), *(tensor.reshape(-1) for tensor in tensors)]), offsets
+
+
+def run_step(step: str, *inputs: Tensor, constants: Tensor | None = None, result: str = "image") -> Tensor:
+    """One step with all inputs as its values."""
+    kinds = ["image" if x.dim() == 4 else "matrix" for x in inputs]
+    lines = [f"%{i} = input {kind}" for i, kind in enumerate(kinds)]
+    name, _, fields = step.partition(" ")
+    values = " ".join(f"%{i}" for i in range(len(inputs)))
+    n = len(inputs)
+    code = "\n".join([*lines, f"%{n} = {name} {values} {fields}", f"return %{n} {result}"])
+    (y,) = run(list(inputs), torch.zeros(0) if constants is None else constants, code)
+    return y
+
+
+def weights(*size: int) -> tuple[Tensor, Tensor]:
+    return random(size, torch.float32, "cpu", seed=2), random((size[0],), torch.float32, "cpu", seed=3)
+
+
+# --- each step ---
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu6", "silu"])
+@by_layout
+@by_size
+def test_product(size: tuple[int, ...], layout: str, activation: str, isa: str) -> None:
+    x = random(size, torch.float32, "cpu", layout)
+    w, b = weights(33, size[1], 1, 1)
+    constants, (at_w, at_b) = constants_of(packed(w), b)
+    for stride in (1, 2):
+        summed = F.conv2d(x.double(), w.double(), b.double(), stride)
+        r = random(summed.shape, torch.float32, "cpu", layout, seed=4)
+        summed = summed + r.double()
+        act = reference.ACTIVATIONS[activation]
+        step = f"product weight={at_w} bias={at_b} K=33 stride={stride}x{stride} act={activation}"
+        y = run_step(step, x, r, constants=constants)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_as_accurate(y, act(F.conv2d(x, w, b, stride) + r), act(summed), summed=summed)
+
+
+@by_layout
+@by_size
+def test_depthwise(size: tuple[int, ...], layout: str, isa: str) -> None:
+    x, C = random(size, torch.float32, "cpu", layout), size[1]
+    for kernel, stride, dilation in ((3, 1, 1), (5, 2, 1), (3, 2, 2)):
+        w, b = weights(C, 1, kernel, kernel)
+        constants, (at_w, at_b) = constants_of(w.permute(2, 3, 1, 0), b)
+        pad = dilation * (kernel // 2)
+        rest = (b, stride, pad, dilation, C)
+        summed = F.conv2d(x.double(), w.double(), *(t.double() if isinstance(t, Tensor) else t for t in rest))
+        step = (
+            f"depthwise weight={at_w} bias={at_b} kernel={kernel}x{kernel} stride={stride}x{stride} "
+            f"dilation={dilation}x{dilation} padding={pad}x{pad}x{pad}x{pad} act=relu"
+        )
+        y = run_step(step, x, constants=constants)
+        assert_as_accurate(y, F.conv2d(x, w, *rest).relu(), summed.relu(), summed=summed)
+
+
+CONVOLUTIONS = {  # kernel, stride, dilation, (top, bottom, left, right)
+    "3x3": ((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)),
+    "stem": ((3, 3), (2, 2), (1, 1), (1, 2, 0, 1)),
+    "patch": ((4, 4), (4, 4), (1, 1), (2, 1, 2, 2)),
+    "wide": ((1, 5), (1, 3), (1, 2), (0, 2, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@by_layout
+@by_size
+def test_convolution(size: tuple[int, ...], layout: str, name: str) -> None:
+    x = random(size, torch.float32, "cpu", layout)
+    kernel, stride, dilation, (top, bottom, left, right) = CONVOLUTIONS[name]
+    w, b = weights(24, size[1], *kernel)
+    constants, (at_w, at_b) = constants_of(packed(w), b)
+
+    def convolved(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), w, b, stride, 0, dilation)
+
+    summed = convolved(x.double(), w.double(), b.double())
+    r = random(summed.shape, torch.float32, "cpu", layout, seed=4)
+    summed = summed + r.double()
+    step = (
+        f"conv weight={at_w} bias={at_b} K=24 kernel={kernel[0]}x{kernel[1]} stride={stride[0]}x{stride[1]} "
+        f"dilation={dilation[0]}x{dilation[1]} padding={top}x{bottom}x{left}x{right} act=hardswish"
+    )
+    y = run_step(step, x, r, constants=constants)
+    assert_as_accurate(y, F.hardswish(convolved(x, w, b) + r), F.hardswish(summed), summed=summed)
+
+
+PIXELWISE = {
+    "add act=relu": lambda x, y: F.relu(x + y),
+    "mul act=silu": lambda x, y: F.silu(x * y),
+    "clamp factor=0.5 shift=0.25 low=0 high=1": lambda x: (x * 0.5 + 0.25).clamp(0, 1),
+    "layer_norm eps=0.001": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-3).permute(0, 3, 1, 2),
+    "mean": lambda x: x.mean((2, 3), keepdim=True),
+    "dense": lambda x: x,
+    "max_pool kernel=3x3 stride=2x2 padding=1x1x1x1": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "mean_pool kernel=3x3 stride=2x2 padding=1x1x1x1": lambda x: F.avg_pool2d(x, 3, 2, 1, False, False),
+    "padded_mean_pool kernel=3x3 stride=2x2 padding=1x1x1x1": lambda x: F.avg_pool2d(x, 3, 2, 1),
+} | {f"activate act={name}": reference.ACTIVATIONS[name] for name in ACTIVATIONS}
+
+
+@pytest.mark.parametrize("step", PIXELWISE)
+@by_layout
+@by_size
+def test_pixelwise(size: tuple[int, ...], layout: str, step: str, isa: str) -> None:
+    function = PIXELWISE[step]
+    count = 2 if step[:3] in ("add", "mul") else 1
+    inputs = [random(size, torch.float32, "cpu", layout, seed=seed) for seed in range(count)]
+    expected = function(*(x.double() for x in inputs))
+    largest = torch.stack([x.abs().amax() for x in inputs]).amax().double() if size[0] else None
+    assert_as_accurate(run_step(step, *inputs), function(*inputs), expected, step, summed=largest)
+
+
+@by_layout
+@by_size
+def test_scales(size: tuple[int, ...], layout: str, isa: str) -> None:
+    N, C, *_ = size
+    x, gate = random(size, torch.float32, "cpu", layout), random((N, C, 1, 1), torch.float32, "cpu", seed=1)
+    scale, shift = (random((C,), torch.float32, "cpu", seed=seed) for seed in (2, 3))
+    constants, (at_scale, at_shift) = constants_of(scale, shift)
+    assert torch.equal(run_step("gate", x, gate), x * gate)
+    affine = run_step(f"affine weight={at_scale} bias={at_shift}", x, constants=constants)
+    per_channel = [t.reshape(-1, 1, 1) for t in (scale, shift)]
+    expected = x.double() * per_channel[0].double() + per_channel[1].double()
+    assert_as_accurate(affine, x * per_channel[0] + per_channel[1], expected)
+    norm = run_step(f"layer_norm weight={at_scale} bias={at_shift} eps=1e-6", x, constants=constants)
+
+    def normed(x: Tensor, *parameters: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), (C,), *parameters, 1e-6).permute(0, 3, 1, 2)
+
+    assert_as_accurate(norm, normed(x, scale, shift), normed(x.double(), scale.double(), shift.double()))
+
+
+def test_nan_stays() -> None:
+    x = torch.full((1, 3, 3, 3), float("nan"))
+    for step in ("max_pool kernel=2x2", "mean", "activate act=relu6", "clamp factor=1 low=0 high=1"):
+        assert run_step(step, x).isnan().all(), step
+
+
+def test_linear() -> None:
+    for N, C, K in ((1, 1280, 1000), (3, 5, 17), (64, 24, 16), (0, 8, 8)):
+        x, (w, b) = random((N, C), torch.float32, "cpu"), weights(K, C)
+        constants, (at_w, at_b) = constants_of(packed(w), b)
+        y = run_step(f"product weight={at_w} bias={at_b} K={K}", x, constants=constants, result="matrix")
+        assert_as_accurate(y, F.linear(x, w, b), F.linear(x.double(), w.double(), b.double()))
+
+
+# --- a network ---
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.hardsigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class Network(nn.Module):
+    """A stem, a block with squeeze-and-excitation and a skip, two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12), nn.Hardswish())
+        self.expand = nn.Sequential(nn.Conv2d(12, 40, 1), nn.SiLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(40, 40, 5, padding=2, groups=40), nn.SiLU())
+        self.excite = SqueezeExcite(40)
+        self.project = nn.Conv2d(40, 12, 1)
+        self.head = nn.Linear(12, 7)
+        for norm in (module for module in self.modules() if isinstance(module, nn.BatchNorm2d)):
+            nn.init.uniform_(norm.running_mean), nn.init.uniform_(norm.running_var, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.stem(x)
+        y = y + self.project(self.excite(self.depthwise(self.expand(y))))
+        return self.head(y.mean((2, 3))), F.max_pool2d(y, 3, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return Network().eval()
+
+
+@pytest.fixture
+def frozen(model: nn.Module) -> nn.Module:
+    return freeze(model, torch.randn(1, 3, 32, 32))
+
+
+def codes(frozen: nn.Module) -> list[str]:
+    return [node.args[2] for node in frozen.graph.nodes if node.target is run.default]
+
+
+def test_a_network_is_one_call(model: nn.Module, frozen: nn.Module) -> None:
+    (code,) = codes(frozen)
+    kinds = [line.split()[2] for line in code.splitlines() if " = " in line]
+    convolutions = {"conv": 1, "depthwise": 1, "product": 5}
+    assert Counter(kinds) == {"input": 1, **convolutions, "mean": 2, "clamp": 1, "gate": 1, "max_pool": 1}
+    (entry,) = frozen.report.programs
+    assert entry.name == "stem.0 -> head" and "5 product" in entry.summary
+    assert not frozen.report.skipped
+
+
+@pytest.mark.parametrize("size", [(1, 3, 32, 32), (2, 3, 32, 32), (5, 3, 17, 50), (3, 3, 1, 1), (0, 3, 32, 32)])
+def test_any_size_and_any_number_of_threads(model: nn.Module, frozen: nn.Module, size: tuple, threads: None) -> None:
+    x = random(size, torch.float32, "cpu")
+    exact, expected = (copy.deepcopy(model).to(t)(x.to(t)) for t in (torch.float64, torch.float32))
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(frozen(x))
+        for y, right, torchs in zip(results[-1], exact, expected, strict=True):
+            assert y.shape == right.shape and y.is_contiguous() == torchs.is_contiguous()
+            torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_each_image_by_itself(frozen: nn.Module) -> None:
+    """What stands beside an image in its batch does not change a bit of its result."""
+    x = random((7, 3, 40, 24), torch.float32, "cpu")
+    together = frozen(x)
+    for i in range(7):
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, frozen(x[i : i + 1]), strict=True))
+
+
+@by_layout
+def test_every_layout_of_the_input(frozen: nn.Module, layout: str) -> None:
+    x = random((2, 3, 20, 20), torch.float32, "cpu")
+    expected = frozen(x)
+    for given in (with_layout(x, layout), x[:, :, 2:-1, 1:], x[:1].expand(4, -1, -1, -1)):
+        same = frozen(given.clone(memory_format=torch.contiguous_format))
+        assert all(torch.equal(a, b) for a, b in zip(frozen(given), same, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(frozen(with_layout(x, layout)), expected, strict=True))
+
+
+def test_many_callers(frozen: nn.Module) -> None:
+    inputs = [torch.randn(1 + i % 3, 3, 12 + 2 * i, 16) for i in range(8)]
+    expected = [frozen(x) for x in inputs]
+    wrong = []
+
+    def serve(x: Tensor, want: tuple) -> None:
+        for _ in range(30):
+            if not all(torch.equal(a, b) for a, b in zip(frozen(x), want, strict=True)):
+                wrong.append(tuple(x.shape))
+
+    callers = [threading.Thread(target=serve, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_results_are_fresh(frozen: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    first = frozen(x)
+    kept = [y.clone() for y in first]
+    frozen(torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
+def test_memory_goes_with_the_last_copy(model: nn.Module) -> None:
+    gc.collect()
+    before = _C.idle_arena_bytes()
+    layers = nn.Sequential(nn.Conv2d(5, 31, 1), nn.Conv2d(31, 31, 3, padding=1), nn.ReLU()).eval()
+    frozen = freeze(layers, torch.randn(1, 5, 8, 8))
+    frozen(torch.randn(1, 5, 64, 64))
+    kept = _C.idle_arena_bytes() - before
+    assert kept >= 4 * 31 * 64 * 64
+    for _ in range(20):
+        frozen(torch.randn(1, 5, 64, 64))
+    assert _C.idle_arena_bytes() - before == kept  # used again and again
+    copied, restored = copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))
+    del frozen, copied
+    gc.collect()
+    assert _C.idle_arena_bytes() - before == kept
+    del restored
+    gc.collect()
+    assert _C.idle_arena_bytes() == before
+
+
+def test_programs_that_nobody_keeps_are_few() -> None:
+    gc.collect()
+    before = _C.idle_arena_bytes()
+    x = torch.randn(1, 4, 16, 16)
+    for factor in range(100):
+        line = f"%1 = clamp %0 factor={factor} low=0 high=1\n%2 = add %1 %0\nreturn %2 image"
+        run([x], torch.zeros(0), f"%0 = input image\n{line}")
+    assert _C.idle_arena_bytes() - before <= 16 * 4 * 4 * 16 * 16 * 16
+    leases = [Lease(f"%0 = input image\n%1 = mean %0 eps={i}\nreturn %1 image") for i in range(40)]
+    assert len(leases) == 40
+
+
+# --- as torch's machinery sees it ---
+
+
+def test_opcheck(frozen: nn.Module) -> None:
+    (code,) = codes(frozen)
+    constants = next(frozen.buffers())
+    for x in (torch.randn(2, 3, 16, 16), torch.randn(1, 3, 9, 8).to(memory_format=torch.channels_last)):
+        torch.library.opcheck(run.default, ([x], constants, code), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_exported_and_compiled(frozen: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    batch = ({0: torch.export.Dim.AUTO},)
+    exported = torch.export.export(frozen, (x,), dynamic_shapes=(batch,), strict=False)
+    larger = torch.randn(5, 3, 32, 32)
+    for again in (exported.module(), torch.compile(frozen, backend="eager", dynamic=True)):
+        for y, expected in zip(again(larger), frozen(larger), strict=True):
+            assert torch.equal(y, expected)
+
+
+def test_no_derivative(frozen: nn.Module) -> None:
+    (code,) = codes(frozen)
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
+    y, _ = run([x], next(frozen.buffers()), code)
+    with pytest.raises(RuntimeError, match="derivative for sepconv_ext::program is not implemented"):
+        y.sum().backward()
+
+
+def test_flops(model: nn.Module) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.randn(2, 3, 32, 32)
+    frozen = freeze(model, x)
+    with FlopCounterMode(display=False) as counter:
+        frozen(x)
+    assert counter.get_total_flops() == 2 * frozen.report.costs["MACs"][1]
+
+
+def test_another_dtype_is_refused(model: nn.Module) -> None:
+    half = freeze(model, torch.randn(1, 3, 32, 32)).to(torch.bfloat16)
+    with pytest.raises(TypeError, match="constants must be float32 for a frozen program, but is BFloat16"):
+        half(torch.randn(1, 3, 32, 32))
+    with pytest.raises(TypeError, match=r"inputs\[0\] must be float32 for a frozen program, but is Double"):
+        freeze(model, torch.randn(1, 3, 32, 32))(torch.randn(1, 3, 32, 32).double())
+
+
+BAD = {
+    "%0 = input picture\nreturn %0 image": "neither image nor matrix: 'picture'",
+    "%0 = input image\n%1 = fold %0\nreturn %1 image": "unknown step 'fold'",
+    "%0 = input image\n%2 = mean %0\nreturn %2 image": "the next value is not '%2'",
+    "%0 = input image\n%1 = mean %3\nreturn %1 image": "unknown value '%3'",
+    "%0 = input image\n%1 = mean %0 size=3\nreturn %1 image": "unknown field 'size'",
+    "%0 = input image\n%1 = mean %0 K=3y\nreturn %1 image": "not a number: '3y'",
+    "%0 = input image\n%1 = add %0\nreturn %1 image": "wrong number of values for 'add'",
+    "%0 = input image\n%1 = activate %0 act=elu\nreturn %1 image": "unknown activation 'elu'",
+    "%0 = input image\n%1 = mean %0": "the program returns nothing",
+    "%0 = input image\nreturn %0 image": "an input, or a value that is returned already, is returned",
+    "%0 = input image\n%1 = max_pool %0 stride=0x1\nreturn %1 image": "a size below its least one",
+    "%0 = input image\n%1 = max_pool %0 kernel=9x9\nreturn %1 image": "smaller than a kernel of 9 x 9",
+    "%0 = input image\n%1 = activate %0\nreturn %1 matrix": "more than one pixel is returned as a matrix",
+    "%0 = input image\n%1 = product %0 weight=0 K=8\nreturn %1 image": "the constants are too few for a step: product",
+    "%0 = input image\n%1 = mean %0\n%2 = add %0 %1\nreturn %2 image": "must be of one size",
+    "%0 = input image\n%1 = gate %0 %0\nreturn %1 image": "the channels and their gate must be of one size",
+}
+
+
+@pytest.mark.parametrize("code", BAD)
+def test_bad_text(code: str) -> None:
+    with pytest.raises(RuntimeError, match="a frozen program: ") as error:
+        run([torch.randn(1, 3, 5, 5)], torch.zeros(16), code)
+    assert BAD[code] in str(error.value)
+
+
+def test_bad_tensors() -> None:
+    code = "%0 = input image\n%1 = input matrix\n%2 = mean %0\nreturn %2 image"
+    image, matrix, none = torch.randn(2, 3, 5, 5), torch.randn(2, 3), torch.zeros(0)
+    with pytest.raises(RuntimeError, match="takes 2 inputs, but got 1"):
+        run([image], none, code)
+    with pytest.raises(RuntimeError, match=r"inputs\[1\] must have 2 dimensions, but has 4"):
+        run([image, image], none, code)
+    with pytest.raises(RuntimeError, match=r"inputs\[1\] must have as many images as inputs\[0\], 2, but has 1"):
+        run([image, matrix[:1]], none, code)
+    with pytest.raises(RuntimeError, match="constants must be one dense row"):
+        run([image, matrix], torch.zeros(4, 4), code)
