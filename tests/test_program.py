@@ -112,7 +112,7 @@ def test_depthwise(size: tuple[int, ...], layout: str, isa: str) -> None:
 
 CONVOLUTIONS = {  # kernel, stride, dilation, (top, bottom, left, right)
     "3x3": ((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)),
-    "stem": ((3, 3), (2, 2), (1, 1), (1, 2, 0, 1)),
+    "stem": ((3, 3), (2, 2), (1, 1), (1, 2, 0, 2)),
     "patch": ((4, 4), (4, 4), (1, 1), (2, 1, 2, 2)),
     "wide": ((1, 5), (1, 3), (1, 2), (0, 2, 4, 4)),
 }
