@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sepconv_ext
 from harness import ACTIVATIONS, LAYOUTS, assert_as_accurate, random, with_layout
 from sepconv_ext import freeze, reference
-from sepconv_ext.graph.program import packed
+from sepconv_ext.graph.program import packed, packed_taps
 from sepconv_ext.program import Lease
 
 _C = sepconv_ext._C
@@ -98,7 +98,7 @@ def test_depthwise(size: tuple[int, ...], layout: str, isa: str) -> None:
     x, C = random(size, torch.float32, "cpu", layout), size[1]
     for kernel, stride, dilation in ((3, 1, 1), (5, 2, 1), (3, 2, 2)):
         w, b = weights(C, 1, kernel, kernel)
-        constants, (at_w, at_b) = constants_of(w.permute(2, 3, 1, 0), b)
+        constants, (at_w, at_b) = constants_of(packed_taps(w), b)
         pad = dilation * (kernel // 2)
         rest = (b, stride, pad, dilation, C)
         summed = F.conv2d(x.double(), w.double(), *(t.double() if isinstance(t, Tensor) else t for t in rest))

@@ -190,6 +190,13 @@ def packed(weight: Tensor) -> Tensor:
     return ours.pack_pointwise(matrix[:, :, None, None])
 
 
+def packed_taps(weight: Tensor) -> Tensor:
+    """[C, 1, R, S] as [ceil(C / 16), R, S, 16] (csrc/cpu/depthwise/depthwise_rows.h)."""
+    C, _, *taps = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -C % 16))
+    return padded.reshape(-1, 16, *taps).permute(0, 2, 3, 1)
+
+
 def act(name: str) -> str | None:
     return None if name == "identity" else name
 
@@ -248,7 +255,7 @@ class _Convolution(_Step):
         residual = None if a["residual"] is None else w.values[a["residual"]]
         activation = act(a["activation"])
         if kind == "depthwise":
-            taps = w.constant(weight, "taps", lambda t: t.permute(2, 3, 1, 0))  # [R, S, 1, C]
+            taps = w.constant(weight, "taps", packed_taps)
             result = w.line("depthwise", value, weight=taps, **common, act=activation if residual is None else None)
             return result if residual is None else w.line("add", result, residual, act=activation)
         K = size_of(weight)[0]

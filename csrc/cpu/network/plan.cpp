@@ -93,6 +93,9 @@ class Planner {
       for (int& value : step.reads) value = stands_for[value];
       steps_.push_back(std::move(step));
     }
+    std::vector<bool> returned(size_.size());
+    for (const Port& port : program_.outputs) returned[port.value] = true;
+    steps_ = fuse(std::move(steps_), returned);
   }
 
   bool needs_dense(int value) const {

@@ -39,6 +39,14 @@ inline constexpr int64_t kAbsent = -1;
 inline constexpr int kMostReads = 3;
 
 struct Kind;
+struct Step;
+
+// The steps of an inverted residual block, in their order (cpu/separable/inverted_residual.h): those that are absent are
+// null.
+struct Block {
+  std::shared_ptr<const Step> expand, depthwise, squeeze, excite, project;
+  bool hard_gate = false;
+};
 
 // One line. Which of the fields mean something, its kind says.
 struct Step {
@@ -51,6 +59,7 @@ struct Step {
   int64_t top = 0, bottom = 0, left = 0, right = 0;
   Activation activation = Activation::identity;
   float eps = 0, factor = 1, shift = 0, low = 0, high = 0;
+  Block block;  // of a step that is one
 };
 
 // What a step is run with.
@@ -75,6 +84,7 @@ struct Kind {
   bool any_strides = false;  // the first value may be an input that is not dense
 };
 const Kind& kind_of(std::string_view name);  // throws std::invalid_argument
+const Kind& block_kind();                    // of a Block, which no text names
 
 struct Port {
   int value;
@@ -87,6 +97,9 @@ struct Program {
   int values = 0;
 };
 Program parse(std::string_view code);  // throws std::invalid_argument with the line
+
+// The same steps, with inverted residual blocks in one step each. `returned`: by value.
+std::vector<Step> fuse(std::vector<Step>, const std::vector<bool>& returned);
 
 // How an input lies in memory; images may be at any distance, which is no part of it.
 struct InputSize {

@@ -4,11 +4,13 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cpu/depthwise/depthwise_rows.h"
 #include "cpu/kernels.h"
-#include "cpu/network/convolution.h"
 #include "cpu/network/pixels.h"
 #include "cpu/network/program.h"
 #include "cpu/pointwise/product.h"
+#include "cpu/pointwise/product_windows.h"
+#include "cpu/separable/inverted_residual.h"
 
 namespace sepconv::cpu::network {
 namespace {
@@ -62,7 +64,7 @@ int64_t product_constants(const Step& s, const Size* in) {
   return std::max(end_of(s.weight, product_packed_floats(s.K, s.R * s.S * in[0].C)), end_of(s.bias, s.K));
 }
 int64_t depthwise_constants(const Step& s, const Size* in) {
-  return std::max(end_of(s.weight, s.R * s.S * in[0].C), end_of(s.bias, in[0].C));
+  return std::max(end_of(s.weight, depthwise_packed_floats(in[0].C, s.R, s.S)), end_of(s.bias, in[0].C));
 }
 int64_t channel_constants(const Step& s, const Size* in) {
   return std::max(end_of(s.weight, in[0].C), end_of(s.bias, in[0].C));
@@ -78,14 +80,15 @@ void run_product(const Call& call) {
                          {residual(call), call.shape.y}, call.write);
 }
 void run_convolution(const Call& call) {
-  convolution(call.shape, call.read[0], call.constant(call.step.weight), epilogue(call), residual(call), call.write);
+  windows_forward(call.shape, call.read[0], call.constant(call.step.weight), epilogue(call), residual(call),
+                  call.write);
+}
+DepthwiseShape depthwise_shape(const Step& s, const Size& in, const Size& out) {
+  return {in.H, in.W, out.H, out.W, s.R, s.S, s.stride_h, s.stride_w, s.top, s.left, s.dilation_h, s.dilation_w};
 }
 void run_depthwise(const Call& call) {
-  ConvShape shape = call.shape;
-  shape.groups = shape.C;
-  shape.w = {1, 1, shape.S * shape.C, shape.C};  // [R, S, C]
-  depthwise_nhwc_forward(shape, DType::float32, call.read[0], call.constant(call.step.weight), epilogue(call),
-                         call.write);
+  depthwise_rows_forward(call.out.N, call.out.C, depthwise_shape(call.step, call.in[0], call.out), call.read[0],
+                         call.constant(call.step.weight), epilogue(call), call.write);
 }
 void run_mean(const Call& call) { mean(call.in[0], call.read[0], call.write); }
 void run_add(const Call& call) {
@@ -115,6 +118,56 @@ void run_mean_pool(const Call& call) { mean_pool(call.shape, false, call.read[0]
 void run_padded_mean_pool(const Call& call) { mean_pool(call.shape, true, call.read[0], call.write); }
 void run_dense(const Call& call) { to_nhwc(call.out, call.read[0], call.shape.x, call.write); }
 
+// ---- blocks ----
+
+// The sizes of e, d and y (cpu/separable/inverted_residual.h).
+struct BlockSizes {
+  Size expanded, convolved, projected;
+  BlockSizes(const Block& b, const Size* in) : expanded(b.expand ? product_size(*b.expand, in) : in[0]) {
+    convolved = depthwise_size(*b.depthwise, &expanded);
+    projected = windows(*b.project, convolved, b.project->K);
+  }
+};
+Size block_size(const Step& step, const Size* in) {
+  const Size out = BlockSizes(step.block, in).projected;
+  if (step.reads.size() > 1) demand_equal(out, in[1], "the output and its residual");
+  return out;
+}
+int64_t block_constants(const Step& step, const Size* in) {
+  const Block& b = step.block;
+  const BlockSizes sizes(b, in);
+  int64_t end =
+      std::max(depthwise_constants(*b.depthwise, &sizes.expanded), product_constants(*b.project, &sizes.convolved));
+  if (b.expand) end = std::max(end, product_constants(*b.expand, in));
+  if (b.squeeze) {
+    const Size squeezed{in[0].N, 1, 1, b.squeeze->K};
+    end = std::max({end, product_constants(*b.squeeze, &sizes.convolved), product_constants(*b.excite, &squeezed)});
+    if (b.excite->K != sizes.convolved.C) throw std::invalid_argument("a gate has not one number a channel");
+  }
+  return end;
+}
+void run_block(const Call& call) {
+  const Block& b = call.step.block;
+  const BlockSizes sizes(b, call.in);
+  InvertedResidualShape shape;
+  shape.N = call.in[0].N, shape.C = call.in[0].C, shape.E = sizes.expanded.C, shape.K = call.out.C;
+  shape.depthwise = depthwise_shape(*b.depthwise, sizes.expanded, sizes.convolved);
+  const auto weight = [&](const Step& step) { return call.constant(step.weight); };
+  const auto end = [&](const Step& step) { return Epilogue{call.constant(step.bias), step.activation}; };
+  InvertedResidualMemory m;
+  m.x = call.read[0], m.residual = residual(call), m.y = call.write;
+  if (b.expand) m.expand = weight(*b.expand), m.expand_epilogue = end(*b.expand);
+  m.depthwise = weight(*b.depthwise), m.depthwise_epilogue = end(*b.depthwise);
+  if (b.squeeze) {
+    shape.M = b.squeeze->K;
+    m.squeeze = weight(*b.squeeze), m.squeeze_epilogue = end(*b.squeeze);
+    m.excite = weight(*b.excite), m.excite_bias = call.constant(b.excite->bias);
+    m.gate = b.hard_gate ? Gate::hardsigmoid : Gate::sigmoid;
+  }
+  m.project = weight(*b.project), m.project_epilogue = end(*b.project);
+  inverted_residual_forward(shape, m);
+}
+
 // ---- the table ----
 
 constexpr Kind kKinds[] = {
@@ -135,7 +188,11 @@ constexpr Kind kKinds[] = {
     {"dense", 1, 1, same, no_constants, run_dense, 0, true},
 };
 
+constexpr Kind kBlock{"inverted_residual", 1, 2, block_size, block_constants, run_block};
+
 }  // namespace
+
+const Kind& block_kind() { return kBlock; }
 
 const Kind& kind_of(std::string_view name) {
   for (const Kind& kind : kKinds) {

@@ -7,8 +7,8 @@
 namespace sepconv::cpu {
 
 // What the memory is for: all uses may stand side by side in one thread.
-enum class ScratchUse : int { weights, pixels, ring, image, windows };
-inline constexpr int kScratchUses = 5;
+enum class ScratchUse : int { weights, pixels, ring, image };
+inline constexpr int kScratchUses = 4;
 
 // take() gives `count` floats, aligned to a cache line, with any values in them. They are valid for the life of this
 // object, or until the thread takes the same use again. Up to 4 MiB a use are kept; more is given back at the end.
