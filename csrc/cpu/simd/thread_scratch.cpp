@@ -1,5 +1,7 @@
 #include "cpu/simd/thread_scratch.h"
 
+#include "cpu/simd/huge_pages.h"
+
 namespace sepconv::cpu {
 namespace {
 
@@ -20,6 +22,7 @@ float* aligned(float* p) {
 float* ThreadScratch::take(int64_t count) {
   if (count > kKept) {
     own_.reset(new float[count + kLine]);
+    advise_huge_pages(own_.get(), (count + kLine) * sizeof(float));
     return aligned(own_.get());
   }
   thread_local Kept kept[kScratchUses];
