@@ -121,7 +121,7 @@ CONVOLUTIONS = {  # kernel, stride, dilation, (top, bottom, left, right)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @by_layout
 @by_size
-def test_convolution(size: tuple[int, ...], layout: str, name: str) -> None:
+def test_convolution(size: tuple[int, ...], layout: str, name: str, isa: str) -> None:
     x = random(size, torch.float32, "cpu", layout)
     kernel, stride, dilation, (top, bottom, left, right) = CONVOLUTIONS[name]
     w, b = weights(24, size[1], *kernel)
@@ -198,6 +198,63 @@ def test_linear() -> None:
         constants, (at_w, at_b) = constants_of(packed(w), b)
         y = run_step(f"product weight={at_w} bias={at_b} K={K}", x, constants=constants, result="matrix")
         assert_as_accurate(y, F.linear(x, w, b), F.linear(x.double(), w.double(), b.double()))
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=eps).permute(0, 3, 1, 2)
+
+
+# Sizes as above, then: many pixels in several bands; weights of more than a mebibyte, for few pixels and for many.
+PERCEPTRONS = (*((size, 4 * size[1] + 3) for size in SIZES), ((1, 24, 40, 40), 100), ((1, 300, 5, 5), 900))
+PERCEPTRONS += (((2, 300, 16, 15), 900),)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("size, hidden", PERCEPTRONS, ids=str)
+def test_two_products(size: tuple[int, ...], hidden: int, normed: bool, isa: str, threads: None) -> None:
+    """Two blocks of two products, the second in the memory of its own input."""
+    C = size[1]
+    x, (w, b), (w1, b1), (w2, b2) = (
+        random(size, torch.float32, "cpu"),
+        weights(C, C),
+        weights(hidden, C),
+        weights(C, hidden),
+    )
+    w, w1, w2 = w * C**-0.5, w1 * C**-0.5, w2 * hidden**-0.5
+    constants, at = constants_of(*(packed(t) if t.dim() == 2 else t for t in (w, b, w1, b1, w2, b2)))
+    first, mlp = (
+        f"weight={at[0]} bias={at[1]} K={C}",
+        (f"weight={at[2]} bias={at[3]} K={hidden} act=gelu", at[4], at[5]),
+    )
+    lines = ["%0 = input image", f"%1 = product %0 {first}"]
+    for block in range(2):
+        base = 1 + 3 * block
+        lines.append(
+            f"%{base + 1} = layer_norm %{base} eps=1e-6" if normed else f"%{base + 1} = activate %{base} act=relu"
+        )
+        lines.append(f"%{base + 2} = product %{base + 1} {mlp[0]}")
+        lines.append(f"%{base + 3} = product %{base + 2} %{base} weight={mlp[1]} bias={mlp[2]} K={C} act=relu6")
+    code = "\n".join([*lines, "return %7 image"])
+
+    def network(*values: Tensor) -> tuple[Tensor, Tensor]:
+        x, w, b, w1, b1, w2, b2 = values
+        y = F.conv2d(x, w[:, :, None, None], b)
+        for _ in range(2):
+            inner = norm(y, 1e-6) if normed else y.relu()
+            before = y + F.conv2d(F.gelu(F.conv2d(inner, w1[:, :, None, None], b1)), w2[:, :, None, None], b2)
+            y = F.relu6(before)
+        return y, before
+
+    kinds = Counter(step[0] for step in _C.program_times([x], constants, code, 1)) if size[0] else Counter(perceptron=2)
+    assert kinds["perceptron"] == 2 and kinds["layer_norm"] == 0
+    given = (x, w, b, w1, b1, w2, b2)
+    expected, before = network(*(t.double() for t in given))
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run([x], constants, code)[0])
+    assert_as_accurate(results[0], network(*given)[0], expected, summed=before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 # --- a network ---

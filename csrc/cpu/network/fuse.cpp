@@ -1,4 +1,5 @@
-// What runs as one step: inverted residual blocks, whose intermediate images then never leave the second-level cache.
+// What runs as one step: inverted residual blocks and pairs of products, whose intermediate images then never leave the
+// second-level cache.
 #include <algorithm>
 
 #include "cpu/network/program.h"
@@ -20,6 +21,10 @@ class Fuser {
   std::vector<Step> run() {
     for (Step& step : steps_) {
       if (is_pixel_product(step)) fuse_into(step);
+    }
+    // Then, as the second of two products may be a block's first.
+    for (Step& step : steps_) {
+      if (is_pixel_product(step) && !gone_[&step - steps_.data()]) fuse_products_into(step);
     }
     std::vector<Step> left;
     for (size_t i = 0; i < steps_.size(); ++i) {
@@ -81,6 +86,24 @@ class Fuser {
     project.kind = &block_kind();
     project.reads[0] = image;
     project.block = std::move(block);
+  }
+
+  void fuse_products_into(Step& project) {
+    const Step* hidden = from(project.reads[0], 1);
+    if (hidden == nullptr || !is_pixel_product(*hidden) || hidden->reads.size() > 1) return;
+    Perceptron p;
+    int image = hidden->reads[0];
+    const Step* norm = from(image, 1);
+    if (is(norm, "layer_norm") && norm->weight == kAbsent && norm->bias == kAbsent) {
+      image = norm->reads[0];
+      p.norm = std::make_shared<Step>(*norm);
+      gone_[norm - steps_.data()] = true;
+    }
+    p.hidden = std::make_shared<Step>(*hidden), p.project = std::make_shared<Step>(project);
+    gone_[hidden - steps_.data()] = true;
+    project.kind = &perceptron_kind();
+    project.reads[0] = image;
+    project.perceptron = std::move(p);
   }
 
   std::vector<Step> steps_;

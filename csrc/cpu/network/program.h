@@ -48,6 +48,11 @@ struct Block {
   bool hard_gate = false;
 };
 
+// The steps of two products after each other (cpu/pointwise/perceptron.h); the LayerNorm before them, or null.
+struct Perceptron {
+  std::shared_ptr<const Step> norm, hidden, project;
+};
+
 // One line. Which of the fields mean something, its kind says.
 struct Step {
   const Kind* kind = nullptr;
@@ -60,6 +65,7 @@ struct Step {
   Activation activation = Activation::identity;
   float eps = 0, factor = 1, shift = 0, low = 0, high = 0;
   Block block;  // of a step that is one
+  Perceptron perceptron;
 };
 
 // What a step is run with.
@@ -85,6 +91,7 @@ struct Kind {
 };
 const Kind& kind_of(std::string_view name);  // throws std::invalid_argument
 const Kind& block_kind();                    // of a Block, which no text names
+const Kind& perceptron_kind();               // of a Perceptron, the same
 
 struct Port {
   int value;
@@ -98,7 +105,7 @@ struct Program {
 };
 Program parse(std::string_view code);  // throws std::invalid_argument with the line
 
-// The same steps, with inverted residual blocks in one step each. `returned`: by value.
+// The same steps, with inverted residual blocks and perceptrons in one step each. `returned`: by value.
 std::vector<Step> fuse(std::vector<Step>, const std::vector<bool>& returned);
 
 // How an input lies in memory; images may be at any distance, which is no part of it.

@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "cpu/network/pixels.h"
 #include "cpu/network/program.h"
+#include "cpu/pointwise/perceptron.h"
 #include "cpu/pointwise/product.h"
 #include "cpu/pointwise/product_windows.h"
 #include "cpu/separable/inverted_residual.h"
@@ -168,6 +169,31 @@ void run_block(const Call& call) {
   inverted_residual_forward(shape, m);
 }
 
+// ---- two products ----
+
+Size hidden_size(const Step& step, const Size* in) { return product_size(*step.perceptron.hidden, in); }
+Size perceptron_size(const Step& step, const Size* in) {
+  const Size hidden = hidden_size(step, in),
+             out = windows(*step.perceptron.project, hidden, step.perceptron.project->K);
+  if (step.reads.size() > 1) demand_equal(out, in[1], "the output and its residual");
+  return out;
+}
+int64_t perceptron_constants(const Step& step, const Size* in) {
+  const Size hidden = hidden_size(step, in);
+  return std::max(product_constants(*step.perceptron.hidden, in), product_constants(*step.perceptron.project, &hidden));
+}
+void run_perceptron(const Call& call) {
+  const auto& [norm, hidden, project] = call.step.perceptron;
+  PerceptronShape shape;
+  shape.pixels = call.in[0].N * call.in[0].pixels(), shape.C = call.in[0].C, shape.M = hidden->K, shape.K = call.out.C;
+  if (norm) shape.norm = true, shape.eps = norm->eps;
+  PerceptronMemory m;
+  m.x = call.read[0], m.residual = residual(call), m.y = call.write;
+  m.hidden = call.constant(hidden->weight), m.hidden_epilogue = {call.constant(hidden->bias), hidden->activation};
+  m.project = call.constant(project->weight), m.project_epilogue = {call.constant(project->bias), project->activation};
+  perceptron_forward(shape, m);
+}
+
 // ---- the table ----
 
 constexpr Kind kKinds[] = {
@@ -189,10 +215,12 @@ constexpr Kind kKinds[] = {
 };
 
 constexpr Kind kBlock{"inverted_residual", 1, 2, block_size, block_constants, run_block};
+constexpr Kind kPerceptron{"perceptron", 1, 2, perceptron_size, perceptron_constants, run_perceptron, 0b11};
 
 }  // namespace
 
 const Kind& block_kind() { return kBlock; }
+const Kind& perceptron_kind() { return kPerceptron; }
 
 const Kind& kind_of(std::string_view name) {
   for (const Kind& kind : kKinds) {

@@ -24,8 +24,8 @@ struct PerceptronMemory {
   Epilogue hidden_epilogue;
   const float* project = nullptr;  // product_pack() of [K, M]
   Epilogue project_epilogue;
-  const float* residual = nullptr;  // like y, or null; may be y
-  float* y = nullptr;               // not x
+  const float* residual = nullptr;  // like y, or null
+  float* y = nullptr;               // may be the residual, and where K is C also x
 };
 
 void perceptron_forward(const PerceptronShape&, const PerceptronMemory&);
