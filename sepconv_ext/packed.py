@@ -1,8 +1,8 @@
 """The packed products as torch's own machinery sees them: shapes and strides without data, and operation counts.
 
-``torch.ops.sepconv_ext.pack_pointwise`` and ``.packed_pointwise`` are made for frozen networks, which do not call
-them yet: CPU, float32, inference (csrc/ops/packed.h says what they compute). The schemas and the kernels are registered
-by ``_C``.
+``torch.ops.sepconv_ext.pack_pointwise`` and ``.packed_pointwise`` are for CPU, float32, inference
+(csrc/ops/packed.h says what they compute). Frozen networks pack by the first; their programs (program.py) hold the
+second as a step. The schemas and the kernels are registered by ``_C``.
 """
 
 from __future__ import annotations

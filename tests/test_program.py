@@ -405,6 +405,93 @@ def test_programs_that_nobody_keeps_are_few() -> None:
     assert len(leases) == 40
 
 
+# --- what runs as one step ---
+
+
+def steps_run(frozen: nn.Module, x: Tensor) -> Counter[str]:
+    (code,) = codes(frozen)
+    return Counter(step for step, *_ in _C.program_times([x], next(frozen.buffers()), code, 1))
+
+
+class Inverted(nn.Module):
+    """An inverted residual block whose parts may be needed elsewhere."""
+
+    def __init__(self, gate: nn.Module | None, also: str = "", stride: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.expand, self.project = nn.Conv2d(8, 40, 1), nn.Conv2d(40, 8, 1)
+        self.depthwise = nn.Conv2d(40, 40, 3, stride, 1, groups=40)
+        self.down, self.up, self.gate, self.also = nn.Conv2d(40, 4, 1), nn.Conv2d(4, 40, 1), gate, also
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        e = F.silu(self.expand(x))
+        d = F.relu6(self.depthwise(e))
+        g = d
+        if self.gate is not None:
+            g = d * self.gate(self.up(F.silu(self.down(d.mean((2, 3), keepdim=True)))))
+        y = self.project(g)
+        y = y + x if y.shape == x.shape else y
+        return (y, {"e": e, "d": d}[self.also]) if self.also else (y,)
+
+
+@pytest.mark.parametrize("gate", [None, nn.Sigmoid(), nn.Hardsigmoid(), nn.Tanh()], ids=str)
+@pytest.mark.parametrize("also", ["", "e", "d"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_inverted_residual_blocks(gate: nn.Module | None, also: str, stride: int, threads: None) -> None:
+    model, x = Inverted(gate, also, stride).eval(), random((3, 8, 19, 12), torch.float32, "cpu")
+    frozen = freeze(model, x)
+    fused = also != "d" and not isinstance(gate, nn.Tanh)
+    assert steps_run(frozen, x)["inverted_residual"] == (1 if fused else 0)
+    exact = copy.deepcopy(model).double()(x.double())
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for y, right in zip(frozen(x), exact, strict=True):
+            torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.up, self.down = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.down(F.gelu(self.up(pixels))).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("channels, hidden", [(24, 96), (58, 200), (24, 30)])
+def test_two_products_behind_a_norm(channels: int, hidden: int) -> None:
+    model = nn.Sequential(ConvNeXtBlock(channels, hidden), ConvNeXtBlock(channels, hidden)).eval()
+    x = random((2, channels, 9, 13), torch.float32, "cpu")
+    frozen = freeze(model, x)
+    assert steps_run(frozen, x)["perceptron"] == (2 if hidden >= 2 * channels else 0)
+    torch.testing.assert_close(frozen(x).double(), copy.deepcopy(model).double()(x.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_value_is_input_and_residual_at_once() -> None:
+    """Such a product must not write where it reads."""
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Conv2d(24, 24, k, padding=k // 2) for k in (1, 3, 1, 1))
+            self.up, self.down = nn.Conv2d(24, 96, 1), nn.Conv2d(96, 24, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = F.relu(x + layer(x))
+            return self.layers[0](x + self.down(self.up(x)))
+
+    model, x = Doubled().eval(), random((2, 24, 14, 15), torch.float32, "cpu")
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        torch.testing.assert_close(freeze(model, x)(x).double(), exact, rtol=1e-5, atol=1e-5)
+
+
 # --- as torch's machinery sees it ---
 
 

@@ -1,5 +1,5 @@
-// Pointwise convolution of float32 on the CPU with a weight that was packed once: made for frozen networks, which do
-// not call it yet. Not differentiable. The ops' schemas stand in cpu/packed_bindings.cpp; these functions pass the
+// Pointwise convolution of float32 on the CPU with a weight that was packed once: frozen networks pack
+// by these, and run the product as a step of their programs (cpu/network). Not differentiable. The ops' schemas stand in cpu/packed_bindings.cpp; these functions pass the
 // dispatcher by.
 #pragma once
 

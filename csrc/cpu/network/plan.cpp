@@ -141,9 +141,17 @@ class Planner {
     for (size_t i = 0; i < planned.step.reads.size(); ++i) {
       const int value = planned.step.reads[i];
       const bool free = place_[value].memory == Memory::arena && last_read_[value] == step;
-      if ((planned.step.kind->in_place >> i & 1) != 0 && free && planned.in[i] == planned.out) return value;
+      if (free && planned.in[i] == planned.out && every_read_allows(planned.step, value)) return value;
     }
     return -1;
+  }
+
+  // A value may be read twice: as a product's input and as its residual.
+  static bool every_read_allows(const Step& step, int value) {
+    for (size_t i = 0; i < step.reads.size(); ++i) {
+      if (step.reads[i] == value && (step.kind->in_place >> i & 1) == 0) return false;
+    }
+    return true;
   }
 
   void places() {
