@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from harness import random
 from sepconv_ext import convert_, freeze
@@ -334,6 +335,27 @@ def test_weights_of_the_input_stay(x: Tensor) -> None:
     assert [entry.reason for entry in frozen.report.skipped] == ["no convolution of images by constants"]
 
 
+def test_regions_without_influence(x: Tensor) -> None:
+    """Gradients switched on or off inside a forward, and autocast switched off."""
+
+    class Regions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1, groups=3) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                y = self.convs[0](x)
+                with torch.enable_grad():
+                    z = F.relu(self.convs[1](y))
+            return self.convs[2](z) + y
+
+    model = lived_in(Regions())
+    frozen = freeze(model, x)
+    assert not frozen.report.left and len(frozen.report.replaced) == 3
+    assert_says_the_same(model, frozen, x)
+
+
 def test_other_padding_and_other_ranks(x: Tensor) -> None:
     check(nn.Sequential(nn.Conv2d(3, 6, (3, 4), padding="same", dilation=2), nn.ReLU()), x)
     check(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3, padding_mode="reflect"), nn.ReLU()), x)
@@ -590,3 +612,88 @@ def test_a_frozen_network_says_what_it_said(name: str) -> None:
     assert sum(entry.family == "batch norm" for entry in report.folded) == norms
     assert blocks is None or len(report.blocks) == blocks
     assert not {"batch_norm", "addcmul", "silu", "hardswish", "relu6", "view"} & ops(frozen).keys()
+
+
+# Of other kinds: image size, and whether other image sizes are taken.
+OTHER_KINDS = {
+    "segmentation.lraspp_mobilenet_v3_large": (64, True),
+    "segmentation.deeplabv3_mobilenet_v3_large": (64, True),
+    "segmentation.fcn_resnet50": (64, True),
+    "detection.fasterrcnn_mobilenet_v3_large_fpn": (128, True),
+    "detection.ssdlite320_mobilenet_v3_large": (320, True),
+    "squeezenet1_1": (64, True),
+    "googlenet": (64, True),
+    "densenet121": (64, True),
+    "resnet18": (64, True),
+    "swin_t": (64, False),
+    "timm/mobilevit_xxs": (128, False),
+    "timm/mobilevitv2_050": (128, False),
+    "timm/efficientformer_l1": (224, False),
+    "timm/efficientvit_b0": (64, True),
+    "timm/edgenext_xx_small": (128, True),
+    "timm/fastvit_t8": (128, True),
+    "timm/repvit_m1": (128, True),
+    "timm/rexnet_100": (64, True),
+    "timm/mobileone_s0": (64, True),
+    "timm/ghostnetv2_100": (64, True),
+    "timm/mobilenetv4_conv_small": (64, True),
+    "timm/mobilenetv4_hybrid_medium": (128, True),
+    "timm/convnextv2_atto": (64, True),
+    "timm/poolformer_s12": (64, True),
+    "timm/levit_128s": (224, False),
+    "timm/nfnet_f0": (64, True),
+    "timm/regnetz_b16": (64, True),
+    "timm/xception41": (96, True),
+    "timm/starnet_s1": (64, True),
+    "timm/caformer_s18": (64, True),
+}
+SAMPLE = ("squeezenet1_1",)
+
+
+def of_another_kind(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    package, _, timms = name.partition("/")
+    if timms:
+        model = pytest.importorskip("timm", reason="timm is an extra").create_model(timms)
+    else:
+        models = pytest.importorskip("torchvision", reason="torchvision is an extra").models
+        part, _, name = package.rpartition(".")
+        given = {"weights_backbone": None} if part else {"init_weights": False} if name == "googlenet" else {}
+        model = getattr(getattr(models, part) if part else models, name)(weights=None, **given)
+        model = model.backbone if part == "detection" else model
+    for parameter in model.parameters():
+        if parameter.dim() <= 3 and 0 < parameter.abs().max() < 1e-3:  # scales that would switch their blocks off
+            nn.init.constant_(parameter, 0.2)
+    with torch.no_grad():  # statistics of its own
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.momentum = None
+        model.train()(torch.randn(4, 3, *[OTHER_KINDS[f"{package}/{timms}" if timms else package][0]] * 2))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in SAMPLE)) for name in OTHER_KINDS]
+)
+def test_a_network_of_another_kind(name: str) -> None:
+    """Frozen with one image: itself, more of them, and larger ones; every result of it."""
+    size, any_size = OTHER_KINDS[name]
+    model = of_another_kind(name)
+    images = [random((n, 3, size, size), torch.float32, "cpu", seed=n) for n in (1, 3)]
+    images += [random((2, 3, size + 32, size), torch.float32, "cpu")] * any_size
+    frozen = freeze(model, images[0])
+    assert not frozen.report.left
+    exact = copy.deepcopy(model).double()
+    for x in images:
+        with torch.no_grad():
+            results = [pytree.tree_leaves(run) for run in (exact(x.double()), model(x), frozen(x))]
+        for wanted, torchs, actual in zip(*results, strict=True):
+            assert actual.shape == wanted.shape
+            error, usual = ((t - wanted).abs().max().item() for t in (actual, torchs))
+            assert error <= 3 * usual + 16 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
+            if actual.dim() == 2:  # the same five best; two that are closer than the rounding may change places
+                best, expected = (wanted.gather(1, t.topk(5).indices) for t in (actual, wanted))
+                assert (best - expected).abs().max() <= 2 * error
+    if not any_size:
+        with pytest.raises(RuntimeError, match="must have size"):
+            frozen(random((1, 3, size + 32, size), torch.float32, "cpu"))

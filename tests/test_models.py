@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import build, calibrate, photographs
 from harness import only_our_kernels
-from sepconv_ext import convert_, revert_
+from sepconv_ext import convert_, freeze, revert_
 
 pytest.importorskip("torchvision", reason="torchvision is an extra")
 timm = pytest.importorskip("timm", reason="timm is an extra")
@@ -187,3 +187,23 @@ def test_the_direction_classifier_reads_the_same_directions(reader) -> None:
     assert [label for label, _ in result] == [label for label, _ in expected]
     scores = [torch.tensor([float(score) for _, score in scored]) for scored in (result, expected)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+
+
+PP_OCR = {"ch_PP-OCRv4_det_infer.onnx": (64, 96), "ch_ppocr_mobile_v2.0_cls_infer.onnx": (48, 192)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PP_OCR)
+def test_frozen(reader, name: str) -> None:
+    """As converted from ONNX they reshape by sizes that they compute as tensors: part by part, for any batch."""
+    model, size = from_onnx(name), PP_OCR[name]
+    frozen = freeze(model, torch.randn(1, 3, *size))
+    assert len(frozen.report) > 50
+    exact = copy.deepcopy(model).double()
+    for n in (1, 3):
+        pictures = torch.randn(n, 3, *size)
+        with torch.no_grad():
+            expected, torchs, y = exact(pictures.double()), model(pictures), frozen(pictures)
+        error, usual = ((t - expected).abs().max() for t in (y, torchs))
+        assert error <= 3 * usual + 16 * torch.finfo(torch.float32).eps * expected.abs().max()
+        assert torch.equal(y.flatten(1).topk(2).indices, expected.flatten(1).topk(2).indices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,9 +97,9 @@ def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> P
 
         widened, batch = pytree.tree_map(doubled, arguments), 2
     problem, names = None, _names(model)
-    for spatial in (True, False):
-        for example in dict.fromkeys([id(widened), id(arguments)]):
-            example = widened if example == id(widened) else arguments
+    for example in dict.fromkeys([id(widened), id(arguments)]):  # any number of images rather than any size of them
+        example = widened if example == id(widened) else arguments
+        for spatial in (True, False):
             sizes = pytree.tree_map(lambda leaf: _dynamic_sizes(leaf, dynamic_batch, spatial), example)  # noqa: B023
             star = next((i for i, name in enumerate(names) if name.startswith("*")), len(sizes))
             sizes = sizes if star >= len(sizes) else (*sizes[:star], sizes[star:])  # as torch.export nests *args
@@ -157,7 +158,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
     if kinds - {OutputKind.USER_OUTPUT}:
         raise Uncapturable("its forward writes to its own buffers or to its input")
     graph = fx.Graph()
-    graph.output(graph.graph_copy(exported.graph, {}))
+    graph.output(_copied(graph, exported.graph_module, {}))
     tensors = {**exported.state_dict, **exported.constants}
     where = {key: target for kind in _CONSTANT_KINDS for key, target in getattr(signature, kind).items()}
     program = Program(
@@ -174,6 +175,39 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
             raise Uncapturable("its forward has control flow that depends on values (a branch or loop as an op)")
     _remove_mutation(program)
     return program
+
+
+def _copied(graph: fx.Graph, module: fx.GraphModule, known: dict[fx.Node, fx.Node]) -> object:
+    """Appends a module's graph, without its end, and returns that. Regions that have no influence here become plain
+    calls: those that switch gradients on or off, and those that switch autocast off."""
+    for node in module.graph.nodes:
+        if node in known:
+            continue
+        if node.op == "output":
+            return fx.map_arg(node.args[0], known.__getitem__)
+        is_body = node.op == "get_attr" and isinstance(getattr(module, node.target, None), fx.GraphModule)
+        if is_body and all(_region(user) is not None for user in node.users):
+            continue  # it is put where it is called
+        inside = _region(node)
+        if inside is not None:
+            body = getattr(module, inside[0].target)
+            inputs = (n for n in body.graph.nodes if n.op == "placeholder")
+            given = dict(zip(inputs, (known[operand] for operand in inside[1:]), strict=True))
+            known[node] = _copied(graph, body, given)
+        elif node.target is operator.getitem and isinstance(known[node.args[0]], (tuple, list)):
+            known[node] = known[node.args[0]][node.args[1]]
+        else:
+            known[node] = graph.node_copy(node, known.__getitem__)
+    raise AssertionError("a graph without an end")
+
+
+def _region(node: fx.Node) -> tuple | None:
+    """The body and the operands of a region without influence."""
+    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        return node.args[1:]
+    if node.target is torch.ops.higher_order.wrap_with_autocast and not node.args[2]:
+        return node.args[4:]
+    return None
 
 
 def _conditions(exported: torch.export.ExportedProgram) -> list[str]:
