@@ -23,7 +23,13 @@ LATEST = Path(__file__).parent / "results" / "latest"
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     what = parser.add_argument_group("what (default: all but --views)")
-    what.add_argument("--layers", action="store_true", help="single layers of layers.csv")
+    what.add_argument(
+        "--layers",
+        nargs="?",
+        const="bars",
+        choices=layers.HALVES,
+        help="single layers of layers.csv: of the 17 networks of the bars (default), or of sixty others",
+    )
     what.add_argument(
         "--models",
         nargs="*",
@@ -38,6 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="few repetitions; with --layers alone: every depthwise layer"
     )
     parser.add_argument("--all", action="store_true", help="every layer instead of the representative ones")
+    parser.add_argument("--sample", type=int, metavar="N", help="N layers, drawn by a seed, of those that are chosen")
     parser.add_argument("--device", type=torch.device, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
         "--dtype",
@@ -89,10 +96,10 @@ def _list_of(known):
 def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     cuda = options.device.type == "cuda"
     whole = (options.models is not None, options.training is not None)
-    parts = (options.layers, options.separable, options.overhead, options.views, *whole)
+    parts = (bool(options.layers), options.separable, options.overhead, options.views, *whole)
     everything = not any(parts)
-    bar_check = options.layers and options.quick and not cuda
-    options.layers |= everything
+    bar_check = options.layers == "bars" and options.quick and not cuda
+    options.layers = "bars" if everything else options.layers
     options.separable |= everything
     options.overhead |= everything
     if everything:
@@ -104,7 +111,7 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
         chosen = [name for name in networks.PEERS if name in (options.peers or networks.PEERS)]
         options.runtimes = [*chosen, *networks.OURS]
     options.model_batches = [options.batch] if options.batch else [1, 8]
-    options.all |= bar_check
+    options.all |= bar_check or options.layers in ("learnt", "held-out")
     options.kinds = options.kinds or (["depthwise"] if bar_check else list(layers.KINDS))
     only_views = sum(parts) == 1 and options.views
     options.dtype = options.dtype or (
@@ -134,8 +141,9 @@ def measure(options: argparse.Namespace, record: dict) -> None:
     record["matmul_rate"] = {str(n): rates for n, rates in rate.items()}
 
     if options.layers:
+        chosen = layers.select(layers.load(half=options.layers), options.kinds, options.all)
         plan = layer_runs.Plan(
-            layers=layers.select(layers.load(), options.kinds, options.all),
+            layers=layers.drawn(chosen, options.sample) if options.sample else chosen,
             device=device,
             batch=options.batch,
             dtypes=dtypes,

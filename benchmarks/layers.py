@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 CSV = Path(__file__).with_name("layers.csv")
+HALVES = ("bars", "learnt", "held-out")  # the first 17 networks; what the plan may be fitted to besides; the rest
 KINDS = ("depthwise", "pointwise", "grouped")
 MAPS = ("forward", "grad_input", "grad_weight")
 SHORT = {"depthwise": "dw", "pointwise": "pw", "grouped": "gr"}
@@ -86,9 +88,13 @@ class Layer:
         if self.kind == "grouped":
             channels += f"/g{self.groups}"
         stride = f" s{self.stride_h}" if self.stride != (1, 1) else ""
+        stride += f"x{self.stride_w}" if self.stride_w != self.stride_h else ""
+        dilation = f" d{self.dilation_h}" if self.dilation != (1, 1) else ""
+        usual = tuple(d * (k // 2) for d, k in zip(self.dilation, (self.kernel_h, self.kernel_w), strict=True))
+        padding = f" p{self.pad_h}x{self.pad_w}" if self.padding != usual else ""
         bias = " +b" if self.bias else ""
         kernel = f"{SHORT[self.kind]}{self.kernel_h}x{self.kernel_w}"
-        return f"{kernel}{stride} {channels} @{self.height}x{self.width}{bias}"
+        return f"{kernel}{stride}{dilation}{padding} {channels} @{self.height}x{self.width}{bias}"
 
     def macs(self, batch: int) -> int:
         """Multiply-accumulates of each of the three maps. Taps that fall on the padding are not counted: nobody has to
@@ -146,19 +152,27 @@ def floor(layer: Layer, batch: int, itemsize: int, map: str, bandwidth: float, r
     return Floor(moved, operations, max(memory, arithmetic), bound)
 
 
-def load(path: Path = CSV) -> list[Layer]:
-    """Every distinct layer of layers.csv in file order; networks that share a shape share one Layer."""
+def load(path: Path = CSV, half: str = "bars") -> list[Layer]:
+    """Every distinct layer of one part of layers.csv in file order; networks that share a shape share one Layer."""
     shapes: dict[tuple, tuple[list[str], int]] = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            model, kind, count = row.pop("model"), row.pop("kind"), int(row.pop("count"))
+            names, kind, count = row.pop("model").split(), row.pop("kind"), int(row.pop("count"))
+            if row.pop("half") != half:
+                continue
             shape = (kind, *(int(value) for value in row.values()))
             models, total = shapes.get(shape, ([], 0))
-            shapes[shape] = ([*models, model], total + count)
+            shapes[shape] = ([*models, *names], total + count)
     return [
         Layer(*shape[:-1], bias=bool(shape[-1]), models=tuple(models), count=count)
         for shape, (models, count) in shapes.items()
     ]
+
+
+def drawn(layers: list[Layer], count: int, seed: int = 0) -> list[Layer]:
+    """Some of them, always the same, in their order."""
+    chosen = set(random.Random(seed).sample(range(len(layers)), min(count, len(layers))))
+    return [layer for i, layer in enumerate(layers) if i in chosen]
 
 
 def select(layers: Iterable[Layer], kinds: Iterable[str] = KINDS, everything: bool = False) -> list[Layer]:

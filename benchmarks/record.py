@@ -59,7 +59,8 @@ def bars(record: dict) -> list[dict]:
 
     Empty where the record is not about depthwise layers in float32 with batch 8 on a CPU."""
     rows = [row for row in timed(record["layers"]) if row["kind"] == "depthwise" and row["dtype"] == "float32"]
-    if record["machine"]["device_type"] != "cpu" or record["settings"]["batch"] != 8:
+    others = record["settings"].get("layers") in ("learnt", "held-out")
+    if record["machine"]["device_type"] != "cpu" or record["settings"]["batch"] != 8 or others:
         return []
     found = []
     for map, bar in CPU_BARS.items():

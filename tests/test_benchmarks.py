@@ -73,14 +73,20 @@ def test_floor_is_the_longer_of_traffic_and_arithmetic():
 
 
 def test_layers_csv_is_read_whole_and_labels_are_unique():
-    loaded = layers.load()
-    rows = layers.CSV.read_text().splitlines()[1:]
-    assert sum(item.count for item in loaded) == sum(int(row.rsplit(",", 1)[1]) for row in rows)
-    assert sum(len(item.models) for item in loaded) == len(rows)
-    assert len({item.label for item in loaded}) == len(loaded)
-    for item in loaded:
-        kind = "depthwise" if item.groups == item.in_channels else "pointwise" if item.groups == 1 else "grouped"
+    rows = [row.split(",") for row in layers.CSV.read_text().splitlines()[1:]]
+    everything = []
+    for half in layers.HALVES:
+        loaded = layers.load(half=half)
+        part = [row for row in rows if row[-1] == half]
+        assert sum(item.count for item in loaded) == sum(int(row[-2]) for row in part)
+        assert sum(len(item.models) for item in loaded) == sum(len(row[0].split()) for row in part)
+        everything += loaded
+    assert len({item.label for item in everything}) == len(everything)  # no shape is in two halves
+    assert len({name for item in layers.load(half="held-out") for name in item.models}) > 55
+    for item in everything:
+        kind = "depthwise" if item.groups == item.in_channels > 1 else "pointwise" if item.groups == 1 else "grouped"
         assert item.kind == kind and min(item.out_height, item.out_width) > 0
+    assert layers.drawn(everything, 9) == layers.drawn(everything, 9) != everything[:9]
 
 
 def test_representative_layers_cover_every_family():
@@ -209,7 +215,7 @@ def test_unknown_choices_are_refused(arguments, capsys):
 def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     """All parts, on two tiny layers and one small network; the fields are those that README.md fixes."""
     tiny = [replace(LAYERS[0], models=("m",)), replace(LAYERS[4], models=("m",))]
-    monkeypatch.setattr(layers, "load", lambda: tiny)
+    monkeypatch.setattr(layers, "load", lambda half: tiny)
     monkeypatch.setattr(models, "build", lambda name: _network())
     monkeypatch.setattr(models, "image_size", lambda name: 32)
     monkeypatch.setattr(networks, "CACHE", tmp_path / "networks")
