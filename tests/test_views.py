@@ -207,6 +207,39 @@ def test_explain_says_what_is_copied() -> None:
 
 
 @by_dtype
+@by_layout
+def test_an_expanded_batch_is_computed_once(layout: str, dtype: torch.dtype) -> None:
+    """In every layout of the image, with torch's strides, which are NCHW for an expanded channels_last batch."""
+    image = with_layout(torch.randn(1, 24, 9, 7).to(dtype), layout)
+    x = image.expand(5, 24, 9, 7)
+    b = torch.randn(24).to(dtype)
+    for w, groups in ((torch.randn(24, 1, 3, 3), 24), (torch.randn(24, 24, 1, 1), 1), (torch.randn(24, 4, 3, 3), 6)):
+        w = w.to(dtype)
+        said = functional.explain(x, w, b, padding=1, groups=groups)
+        assert said.reason.endswith("the batch is one image, computed once"), said.reason
+        assert said.kernel == functional.explain(image, w, b, padding=1, groups=groups).kernel
+        for mode in ("zeros", "reflect"):
+            y = functional.padded_conv2d(x, w, b, 1, 1, 1, groups, padding_mode=mode)
+            one = functional.padded_conv2d(image, w, b, 1, 1, 1, groups, padding_mode=mode)
+            assert torch.equal(y, one.expand(y.shape))
+            theirs = torch.nn.functional.conv2d(x, w, b, 1, 1, 1, groups)
+            assert y.stride() == theirs.stride()
+
+
+@pytest.mark.parametrize("groups", (1, 12))
+def test_torch_is_given_an_expanded_batch_in_its_layout(groups: int) -> None:
+    """torch would bring it into NCHW, which costs more than the copy."""
+    x = with_layout(torch.randn(1, 24, 30, 30), "channels_last").expand(8, 24, 30, 30)
+    w, g = torch.randn(48, 24 // groups, 3, 3), with_layout(torch.randn(8, 48, 30, 30), "channels_last")
+    with strictness(False):
+        said = functional.explain(x, w, None, 1, 1, 1, groups, map="grad_weight", grad_output=g)
+        assert said.kernel == "aten" and said.reason.endswith("input is copied to channels_last"), said
+        actual = ops.conv2d_grad_weight(g, x, w.shape, w.stride(), (1, 1), (1, 1), (1, 1), groups)
+    exact = reference.grad_weight(g, x.contiguous(), w.shape, 1, 1, 1, groups)
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-3)
+
+
+@by_dtype
 def test_a_sequence_out_of_a_wider_projection(dtype: torch.dtype) -> None:
     """Mamba's: [N, L, C] is a slice of a projection's result, and its transpose goes into a causal convolution."""
     projected = torch.randn(2, 37, 90).to(dtype)

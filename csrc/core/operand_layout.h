@@ -45,6 +45,11 @@ inline bool is_dense(Layout layout, const ImageShape& image) {
 
 inline bool is_expanded_batch(const ImageShape& image) { return image.N > 1 && image.strides.n == 0; }
 
+// A forward call whose images are all the same memory.
+inline bool is_one_image(Map map, const ConvShape& s) {
+  return map == Map::forward && is_expanded_batch(input_image(s));
+}
+
 // Filters lie one after the other, [K, C / groups, R, S] for one channel each.
 inline bool has_dense_filters(const ConvShape& s) { return s.w.n == s.R * s.S && s.w.h == s.S && s.w.w == 1; }
 

@@ -177,10 +177,19 @@ const char* torch_is_faster(Map map, const ConvShape& s, Layout layout, DType dt
   return onednn_is_faster(map, s, layout, dtype);
 }
 
+bool is_half(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
+
 // A half type's weight gradient that torch may get wrong, and gets right in float32.
 bool is_sound_in_float32(Map map, const ConvShape& s, DType dtype) {
-  const bool half = dtype == DType::float16 || dtype == DType::bfloat16;
-  return half && map == Map::grad_weight && !s.is_depthwise() && torch_fault(map, s, DType::float32) == nullptr;
+  return is_half(dtype) && map == Map::grad_weight && !s.is_depthwise() &&
+         torch_fault(map, s, DType::float32) == nullptr;
+}
+
+// Whether that costs less than the kernels here: not for groups of few channels on planes, where half types cost them
+// nothing (0.2 to 1.0 of the time).
+bool float32_is_faster(Map map, const ConvShape& s, Layout layout) {
+  const bool few = s.groups > 1 && s.channels_per_group() <= 8 && s.P * s.Q >= 14 * 14;
+  return (layout == Layout::nhwc || !few) && torch_is_faster(map, s, layout, DType::float32) != nullptr;
 }
 
 Plan plan_dense(Map map, const ConvShape& s, Layout layout, DType dtype, bool strict, int threads) {
@@ -197,7 +206,7 @@ Plan plan_dense(Map map, const ConvShape& s, Layout layout, DType dtype, bool st
   }
   if (torch_may) {
     if (const char* reason = torch_is_faster(map, s, layout, dtype)) return aten(reason);
-  } else if (!strict && is_sound_in_float32(map, s, dtype) && torch_is_faster(map, s, layout, DType::float32)) {
+  } else if (!strict && is_sound_in_float32(map, s, dtype) && float32_is_faster(map, s, layout)) {
     return aten_float32("torch 2.14.1 returns NaN at random in half types: its float32 call, rounded");
   }
   if (s.is_depthwise() && s.K == s.C && layout == Layout::nhwc) {
@@ -221,7 +230,7 @@ bool is_one_pixel(const ImageShape& image) {
 }
 
 // The kernel reads or writes this image where it is.
-bool takes(Kernel kernel, Layout layout, const ImageShape& image) {
+bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape& image) {
   switch (kernel) {
     case Kernel::planes:
     case Kernel::small_planes:
@@ -230,8 +239,11 @@ bool takes(Kernel kernel, Layout layout, const ImageShape& image) {
     case Kernel::product: return is_dense_along(layout, image) || is_one_pixel(image);
     case Kernel::pointwise:
       return image.rows * image.columns == 1 ? is_dense_along(Layout::nhwc, image) : is_dense(layout, image);
+    case Kernel::matmul:  // in half types one product over all pixels, for which bindings.cpp copies what it has to
+      return (map == Map::grad_weight && is_half(dtype)) || is_dense(layout, image);
     case Kernel::aten:
-    case Kernel::aten_float32: return true;  // torch copies
+    case Kernel::aten_float32:  // torch copies, but takes an expanded channels_last batch for NCHW
+      return layout != Layout::nhwc || !is_expanded_batch(image) || image.strides.c != 1;
     default: return is_dense(layout, image);
   }
 }
@@ -242,9 +254,10 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
   const Layout layout = call_layout(map, s);
   Plan chosen = plan_dense(map, with_copies(s, {layout, true, true, false, true}), layout, dtype, strict, threads);
   chosen.copies.layout = layout;
-  chosen.copies.x = !takes(chosen.kernel, layout, input_image(s));
-  chosen.copies.y = !takes(chosen.kernel, layout, output_image(s));
-  chosen.copies.all_images = chosen.kernel == Kernel::pointwise || chosen.kernel == Kernel::matmul;
+  chosen.copies.x = !takes(chosen.kernel, map, dtype, layout, input_image(s));
+  chosen.copies.y = !takes(chosen.kernel, map, dtype, layout, output_image(s));
+  chosen.copies.all_images =
+      chosen.is_torchs() || chosen.kernel == Kernel::pointwise || chosen.kernel == Kernel::matmul;
   return chosen;
 }
 

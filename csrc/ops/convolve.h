@@ -1,6 +1,7 @@
 // The way of a call from the dispatcher to the kernel, written once for every device:
 //
 //   check      tensors and arguments become a ConvShape (checks.h)
+//   once       an expanded batch is computed as the one image that it is
 //   overlap    where the call reaches far beyond the image, a smaller one takes its place (overlap.h)
 //   plan       the device says which kernel runs, and why (its plan.h)
 //   by ATen    where the plan says so, torch's own convolution (aten_route.h), brought to the promised strides
@@ -34,6 +35,7 @@
 #include "core/overlap.h"
 #include "ops/aten_route.h"
 #include "ops/checks.h"
+#include "ops/expanded_batch.h"
 #include "ops/runtime.h"
 #include "ops/separable.h"
 #include "ops/spatial_passes.h"
@@ -243,11 +245,22 @@ at::Tensor convolve_overlap(const Call& call, const Overlap& overlap) {
   return result;
 }
 
+// An expanded batch is one image: it is computed once, and its output copied.
+template <typename Device>
+at::Tensor convolve_one_image(const Call& call) {
+  const at::Tensor image = first_image(*call.first), result = call.result.empty(*call.first);
+  const at::Tensor first = result.narrow(0, 0, 1);
+  first.copy_(convolve<Device>(forward_call(image, *call.second, call.bias, call.args, call.activation)));
+  result.narrow(0, 1, call.shape.N - 1).copy_(first);
+  return result;
+}
+
 // A checked call.
 template <typename Device>
 at::Tensor convolve(const Call& call) {
   const typename Device::Guard guard(*call.first);
   if (const auto result = without_work(call)) return *result;
+  if (is_one_image(call.map, call.shape)) return convolve_one_image<Device>(call);
   if (const auto overlap = Overlap::worth_taking(call.shape, call.args.padding_mode)) {
     return convolve_overlap<Device>(call, *overlap);
   }

@@ -13,9 +13,11 @@
 
 #include "core/activation.h"
 #include "core/explain.h"
+#include "core/operand_layout.h"
 #include "core/overlap.h"
 #include "cpu/kernels.h"
 #include "ops/checks.h"
+#include "ops/expanded_batch.h"
 #include "ops/functional.h"
 #include "ops/network.h"
 #include "ops/runtime.h"
@@ -126,6 +128,12 @@ Explanation explain(const std::string& map_name, const at::Tensor& input, const 
   if (!has_kernel_dtype(input)) return aten("no kernel for this dtype");
   const ConvArgs args{stride, padding, dilation, groups, mode};
   Checked checked = check_forward(input, weight, bias, args);
+  if (is_one_image(map, checked.shape)) {
+    Explanation one = explain(map_name, first_image(input), weight, bias, stride, padding, dilation, groups,
+                              cuda_device, padding_mode, grad_output);
+    one.reason += "; the batch is one image, computed once";
+    return one;
+  }
   if (map != Map::forward) {
     const Strides usual = checked.shape.y;
     const at::DimVector one(checked.result.size.size(), 1);
