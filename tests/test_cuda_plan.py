@@ -80,7 +80,7 @@ def test_the_layers_of_the_gpu_tests_have_the_tiles_of_large_problems(map: str, 
     keeps = {plan.tile["keep"] for plan in plans.values() if plan.kernel == "cuda_depthwise_large"}
     assert keeps == {4, 7}
     assert map == "grad_weight" or any(
-        plan.kernel == "cuda_depthwise_nchw" and plan.tile.get("lanes", 1) > 1 for plan in plans.values()
+        plan.kernel == "cuda_depthwise_nchw" and plan.tile.get("planes", 1) > 1 for plan in plans.values()
     )
 
 
@@ -225,7 +225,7 @@ def test_large_5x5_and_7x7_layers_have_their_rows_brought_by_the_copy_engine(map
     for layer, lanes in BOXES.items():
         plan = depthwise(*layer, map=map, dtype="float32")
         assert plan.kernel == "cuda_depthwise_nhwc_tma" and "copy engine" in plan.reason
-        assert plan.tile["lanes"] == lanes
+        assert plan.tile["pairs"] == lanes
         N, C, size, kernel = layer
         assert plan.tile["rows"] >= min(size, 2 * kernel)
         tiles = -(-size // (7 * 32 // lanes))
@@ -308,8 +308,8 @@ def test_places_on_tensor_cores_fill_the_gpu(map: str, layer: tuple[int, int, in
     N, C, size, _ = layer
     plan = planes(*layer, dtype="float16", map=map)
     assert plan.kernel == "cuda_depthwise_nchw_mma"
-    tile = {"lanes": 1, "splits": 1} | plan.tile
-    rows, images = tile["rows"], tile["lanes"]
+    tile = {"images": 1, "splits": 1} | plan.tile
+    rows, images = tile["rows"], tile["images"]
     places = -(-N // images) * -(-size // rows)
     assert rows == size or rows % 4 == 0
     assert tile["vec"] == (8 if size * size % 8 == 0 or map == "grad_weight" else 4)
@@ -341,12 +341,12 @@ def test_what_shared_memory_leaves_to_others(map: str) -> None:
 def cut(plan: emulate.Planned, layer: tuple[int, int, int, int]) -> tuple[int, float]:
     """Blocks, and the share of their threads that has work (stride 1)."""
     N, C, size, kernel = layer
-    tile = {"rows": 1, "lanes": 1, "splits": 1} | plan.tile
-    runs, band = -(-size // (4 if kernel == 7 else 7)), tile["rows"] * tile["splits"]
-    assert tile["lanes"] == 1 or band >= size, "several planes to a block, and not whole ones"
-    assert tile["lanes"] <= C
-    blocks = N * -(-C // tile["lanes"]) * -(-size // band)
-    threads = blocks * -(-tile["lanes"] * tile["splits"] * runs // 32) * 32
+    tile = {"rows": 1, "planes": 1, "strips": 1} | plan.tile
+    runs, band = -(-size // (4 if kernel == 7 else 7)), tile["rows"] * tile["strips"]
+    assert tile["planes"] == 1 or band >= size, "several planes to a block, and not whole ones"
+    assert tile["planes"] <= C
+    blocks = N * -(-C // tile["planes"]) * -(-size // band)
+    threads = blocks * -(-tile["planes"] * tile["strips"] * runs // 32) * 32
     return blocks, N * C * -(-size // tile["rows"]) * runs / threads
 
 
@@ -368,7 +368,7 @@ def test_large_layers_leave_few_threads_without_work(layer: tuple[int, int, int,
         assert blocks >= 4 * H100 and working >= 0.85
         assert plan.tile["rows"] >= 7
         # Planes that lie apart stand alone.
-        assert "lanes" not in planes(*layer, **case, layout="alternate").tile
+        assert "planes" not in planes(*layer, **case, layout="alternate").tile
 
 
 # --- depthwise, grad_weight ---
@@ -521,7 +521,7 @@ def test_large_kernels_keep_tiles_that_fit_the_plane() -> None:
     assert "keep" not in large(1, 31, H=1, W=2048).tile  # one row
     # Small problems are cut further, until every multiprocessor has work.
     one, many = (large(31, 31, N=N).tile for N in (1, 128))
-    assert one.get("keep", 1) * one.get("lanes", 1) < many["keep"] * many["lanes"]
+    assert one.get("keep", 1) * one.get("planes", 1) < many["keep"] * many["planes"]
 
 
 def test_large_grad_weight_sums_in_one_order_on_every_gpu() -> None:

@@ -191,14 +191,14 @@ PLAIN = (
 )
 # Cuts that the plan leaves aside for these sizes.
 PLAIN_CUTS = (
-    ("plain_k9", "forward", {"keep": 7, "rows": 7, "lanes": 2}),
-    ("plain_k9", "forward", {"keep": 4, "rows": 8, "lanes": 6}),
-    ("plain_k9", "grad_input", {"keep": 1, "rows": 5, "lanes": 3}),
-    ("plain_k9", "grad_weight", {"keep": 7, "rows": 3, "lanes": 2, "parts": 3}),
-    ("plain_k9", "grad_weight", {"keep": 4, "rows": 5, "lanes": 4, "parts": 2, "splits": 2}),
-    ("plain_k1x31", "forward", {"keep": 1, "rows": 1, "lanes": 2}),
-    ("plain_k5x11", "grad_input", {"keep": 7, "rows": 14, "lanes": 3}),
-    ("plain_k5x11", "grad_weight", {"keep": 7, "rows": 2, "lanes": 3, "parts": 4}),
+    ("plain_k9", "forward", {"keep": 7, "rows": 7, "planes": 2}),
+    ("plain_k9", "forward", {"keep": 4, "rows": 8, "planes": 6}),
+    ("plain_k9", "grad_input", {"keep": 1, "rows": 5, "planes": 3}),
+    ("plain_k9", "grad_weight", {"keep": 7, "rows": 3, "planes": 2, "parts": 3}),
+    ("plain_k9", "grad_weight", {"keep": 4, "rows": 5, "planes": 4, "parts": 2, "splits": 2}),
+    ("plain_k1x31", "forward", {"keep": 1, "rows": 1, "planes": 2}),
+    ("plain_k5x11", "grad_input", {"keep": 7, "rows": 14, "planes": 3}),
+    ("plain_k5x11", "grad_weight", {"keep": 7, "rows": 2, "planes": 3, "parts": 4}),
 )
 
 # Depthwise stages, and how many channels the 1x1 convolution after them gives: one tile and several, full and not.
@@ -284,14 +284,14 @@ def _runs() -> Iterator[Run]:
             yield made(case, map, "channels_last", DTYPES[1 + count % 2 * 2], rows=2, w_layout="channels_last")
     for case in BOXES:
         for map in ("forward", "grad_input"):
-            for layout, lanes, rows, w_layout in (
+            for layout, pairs, rows, w_layout in (
                 ("channels_last", 32, 4, "contiguous"),
                 ("channels_last", 16, 20, "contiguous"),
                 ("sliced_last", 16, 3, "channels_last"),
                 ("sliced_last", 32, 2, "contiguous"),
             ):
-                tile = {"lanes": lanes, "rows": rows, "w_layout": w_layout}
-                yield made(case, map, layout, "float32", kernel="depthwise_nhwc_tma", **tile)
+                cut = {"pairs": pairs, "rows": rows, "w_layout": w_layout}
+                yield made(case, map, layout, "float32", kernel="depthwise_nhwc_tma", **cut)
     for map in ("forward", "grad_input"):  # as the plan has it, for a GPU that this fills
         yield made(BOXES_PLAN, map, "channels_last", "float32", multiprocessors=1)
     for case in SUMS:
@@ -330,16 +330,16 @@ def _runs() -> Iterator[Run]:
                     yield made(case, map, "contiguous", dtype, infinite=1)
             yield made(case, map, "alternate", "float16", offset=2, w_layout="strided")
     for map in ("forward", "grad_input"):  # several strips, places and parts
-        for rows, lanes, splits, vec in ((8, 1, 2, 4), (16, 1, 3, 2), (70, 2, 1, 8)):
-            cut = {"kernel": "depthwise_nchw_mma", "rows": rows, "lanes": lanes, "splits": splits, "vec": vec}
+        for rows, images, splits, vec in ((8, 1, 2, 4), (16, 1, 3, 2), (70, 2, 1, 8)):
+            cut = {"kernel": "depthwise_nchw_mma", "rows": rows, "images": images, "splits": splits, "vec": vec}
             yield made(CORES[2], map, "contiguous", "float16", **cut, infinite=1)
         yield made(CORES[3], map, "contiguous", "float16", rows=8, splits=2)
         for columns in (8, 10):  # so few pixels that what three of them spoil is everywhere
             narrow = Case(f"cores_k3_{columns}_columns", 1, 1, 4, columns, 1, 3, 3, padding=(1, 1))
             cut = {"kernel": "depthwise_nchw_mma", "rows": 4, "vec": 8 if columns == 8 else 4}
             yield made(narrow, map, "contiguous", "float16", **cut, infinite=1)
-    for index, rows, lanes, splits in ((0, 19, 2, 3), (1, 14, 5, 1), (2, 16, 1, 4), (3, 8, 1, 6)):
-        cut = {"kernel": "depthwise_nchw_mma", "rows": rows, "lanes": lanes, "splits": splits, "vec": 8}
+    for index, rows, images, splits in ((0, 19, 2, 3), (1, 14, 5, 1), (2, 16, 1, 4), (3, 8, 1, 6)):
+        cut = {"kernel": "depthwise_nchw_mma", "rows": rows, "images": images, "splits": splits, "vec": 8}
         yield made(CORES[index], "grad_weight", "contiguous", "float16", **cut)
     for case in PLANES:
         for map in ("forward", "grad_input") if case.K == case.C else ("forward",):
@@ -349,7 +349,7 @@ def _runs() -> Iterator[Run]:
                 ("contiguous", "float32", {"multiprocessors": 1}),
                 ("contiguous", "float32", {}),
                 ("contiguous", "bfloat16", {"multiprocessors": 1, "sm": 75, "offset": 3}),
-                ("alternate", "float16", {"rows": 5, "lanes": 1, "splits": 2, "sm": 75}),
+                ("alternate", "float16", {"rows": 5, "planes": 1, "strips": 2, "sm": 75}),
                 ("sliced", "float32", {"multiprocessors": 1, "offset": 1}),
             ):
                 yield made(case, map, layout, dtype, **extra)
@@ -403,7 +403,8 @@ def _runs() -> Iterator[Run]:
         yield made(case, "grad_weight", LAYOUTS[count % 2], splits=3)
     for name in ("depthwise_k3_tall", "depthwise_k3_stride2", "depthwise_k5", "depthwise_k7", "depthwise_k7_stride2"):
         for map in ("forward", "grad_input"):
-            yield made(BY_NAME[name], map, "contiguous", DTYPES[count % 2], rows=3, lanes=1, splits=2)
+            cut = {"rows": 3, "planes": 1, "strips": 2, "images": 1, "splits": 2}
+            yield made(BY_NAME[name], map, "contiguous", DTYPES[count % 2], **cut)
             for dtype in ("float32", "float16"):
                 yield made(BY_NAME[name], map, "channels_last", dtype, rows=3, vec=2)
     for case in SPATIAL:

@@ -1,5 +1,5 @@
-// The CUDA dispatch key: what convolve.h has to know of this device. Kernels run on the current stream, and every launch is
-// checked.
+// The CUDA dispatch key: what convolve.h has to know of this device. Kernels run on the current stream, and every
+// launch is checked.
 //
 // Nothing here synchronises, copies between host and device, or keeps memory between calls, so CUDA graphs capture
 // every call; scratch memory comes from the caching allocator and goes back to it when the call returns, in stream
@@ -16,7 +16,7 @@
 
 #include "core/explain.h"
 #include "cuda/plan.h"
-#include "cuda/tiling.h"
+#include "cuda/spatial/cut.h"
 #include "ops/convolve.h"
 #include "ops/runtime.h"
 
@@ -69,6 +69,17 @@ struct Cuda {
   static constexpr const char* kBorders = "cuda_borders";
   static constexpr bool kKeepsIntermediate = false;
 
+  static Launch launch_of(const Call& c, const Tensor& out, const Tensor& workspace) {
+    return {c.shape,
+            c.dtype(),
+            c.first_data(),
+            c.second_data(),
+            c.epilogue(),
+            out.mutable_data_ptr(),
+            workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
+            c10::cuda::getCurrentCUDAStream()};
+  }
+
   static Plan plan(const Call& c) {
     const int64_t alignment = common_alignment({c.first_data(), c.second_data(), c.epilogue().bias});
     return cuda::plan(c.map, c.shape, c.dtype(), device_facts(c.first->get_device()), alignment, strict());
@@ -81,16 +92,11 @@ struct Cuda {
   static void run(const Plan& plan, const Call& c, const Tensor& out) {
     Tensor workspace;
     if (plan.workspace_bytes > 0) workspace = at::empty({plan.workspace_bytes}, out.options().dtype(at::kByte));
-    raise_if(cuda::run(plan, c.map, c.shape, c.dtype(), c.first_data(), c.second_data(), c.epilogue(),
-                       out.mutable_data_ptr(), workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
-                       c10::cuda::getCurrentCUDAStream()),
-             plan.name);
+    raise_if(cuda::run(plan, c.map, launch_of(c, out, workspace)), plan.name);
   }
 
   static void run_borders(const Call& c, const Tensor& out) {
-    raise_if(cuda::run_borders(c.map, c.shape, c.args.padding_mode, c.dtype(), c.first_data(), c.second_data(),
-                               c.epilogue(), out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()),
-             kBorders);
+    raise_if(cuda::run_borders(c.map, launch_of(c, out, {}), c.args.padding_mode), kBorders);
   }
 
   static Plan plan_separable(const SeparableShape& shape, const Tensor& input) {

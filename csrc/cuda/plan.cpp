@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "cuda/plan_parts.h"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -12,15 +11,13 @@ constexpr int64_t kWideGroup = 32;  // channels a group from which tensor cores 
 
 Plan pointwise(Map map, const ConvShape& s, DType dtype, const Device& device) {
   const bool mma = is_half(dtype) && device.compute_capability >= 80;
-  Plan p{mma ? Kernel::pointwise_mma : Kernel::pointwise,
-         mma ? "cuda_pointwise_mma" : "cuda_pointwise",
+  Plan p{mma ? Kernel::pointwise_mma : Kernel::pointwise, mma ? "cuda_pointwise_mma" : "cuda_pointwise",
          mma ? "1x1, one group, a half type: a matrix product on tensor cores"
              : "1x1, one group: a matrix product over pixels",
-         {},
-         0};
+         SplitsCut{}, 0};
   if (map == Map::grad_weight) {
-    p.tile.splits = pointwise_grad_weight_splits(s);
-    p.workspace_bytes = p.tile.splits * s.weight_elements() * acc_size(dtype);
+    const SplitsCut cut{pointwise_grad_weight_splits(s)};
+    p.cut = cut, p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(dtype);
   }
   return p;
 }
@@ -30,17 +27,17 @@ constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason, 
 bool pointwise_can_run(Map map, const ConvShape& s) {
   // Padding at the bottom and the right alone does not show in pad_h and pad_w: every pixel read must exist.
   const bool inside = (s.P - 1) * s.stride_h < s.H && (s.Q - 1) * s.stride_w < s.W;
-  return s.is_pointwise() && inside && s.N * s.H * s.W < kNarrow &&
+  return s.is_pointwise() && inside && s.N * s.H * s.W < kNarrowLimit &&
          (map != Map::grad_input || (s.stride_h == 1 && s.stride_w == 1));
 }
 
 }  // namespace
 
 Plan plan_grouped(Map map, const ConvShape& s, DType dtype, const char* reason) {
-  Plan p{Kernel::grouped, "cuda_grouped", reason, {}, 0};
+  Plan p{Kernel::grouped, "cuda_grouped", reason, SplitsCut{}, 0};
   if (map == Map::grad_weight) {
-    p.tile.splits = grouped_grad_weight_splits(s);
-    p.workspace_bytes = p.tile.splits * s.weight_elements() * acc_size(dtype);
+    const SplitsCut cut{grouped_grad_weight_splits(s)};
+    p.cut = cut, p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(dtype);
   } else {
     p.workspace_bytes = grouped_workspace_bytes(s, dtype, map == Map::grad_input);
   }
@@ -76,8 +73,9 @@ bool is_general(const Plan& p) {
 }  // namespace
 
 // Neighbouring threads take neighbouring channels or columns, so where neither are dense a copy comes first. With gaps
-// between rows, or between filters, a copy is made where it gives the call a kernel of its own in the place of a general
-// one (predicted, not measured: a copy is a read and a write, and the general kernels read every element once a tap).
+// between rows, or between filters, a copy is made where it gives the call a kernel of its own in the place of a
+// general one (predicted, not measured: a copy is a read and a write, and the general kernels read every element once a
+// tap).
 Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
   const Layout layout = call_layout(map, s);
   const ImageShape x = input_image(s), y = output_image(s);
@@ -100,7 +98,7 @@ Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_
 Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& device, bool strict) {
   const ConvShape &d = shape.depthwise, &p = shape.pointwise;
   const auto composite = [](const char* reason) { return Plan{Kernel::composite, "composite", reason, {}, 0}; };
-  if (!narrow_images(d) || !narrow_images(p) || d.N * d.P * d.Q >= kNarrow / 64) {
+  if (!narrow_images(d) || !narrow_images(p) || d.N * d.P * d.Q >= kNarrowLimit / 64) {
     return composite("an image of 2^31 elements or more");
   }
   if (d.R * d.S > kSeparableTaps)
@@ -114,29 +112,26 @@ Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& devi
   }
   int64_t columns = widest;
   while (columns > 64 && p.K <= columns / 2) columns /= 2;
-  Plan chosen{mma ? Kernel::separable_mma : Kernel::separable,
-              mma ? "cuda_separable_mma" : "cuda_separable",
-              "the intermediate stays in shared memory",
-              {},
-              0};
-  chosen.tile.lanes = static_cast<int>(columns);
+  Plan chosen{mma ? Kernel::separable_mma : Kernel::separable, mma ? "cuda_separable_mma" : "cuda_separable",
+              "the intermediate stays in shared memory", SeparableCut{static_cast<int>(columns)}, 0};
   chosen.copies = separable_copies(d, output_layout(p));
   return chosen;
 }
 
 Explanation explain(Map map, const Plan& p) {
   std::string tile;
-  const auto add = [&tile](const char* name, int value) {
-    tile += (tile.empty() ? "" : ", ") + std::string(name) + " " + std::to_string(value);
-  };
-  const Tile& t = p.tile;
-  if (t.vec != 1) add("vec", t.vec);
-  if (t.rows != 1) add("rows", t.rows);
-  if (t.lanes != 1) add("lanes", t.lanes);
-  if (t.splits != 1) add("splits", t.splits);
-  if (t.keep != 1) add("keep", t.keep);
-  if (t.parts != 1) add("parts", t.parts);
-  if (t.wide) tile += tile.empty() ? "64-bit indices" : ", 64-bit indices";
+  const auto add = [&tile](const std::string& text) { tile += (tile.empty() ? "" : ", ") + text; };
+  std::visit(
+      [&](const auto& cut) {
+        cut.each(cut, [&](const char* name, auto value) {
+          if constexpr (std::is_same_v<decltype(value), bool>) {
+            if (value) add("64-bit indices");
+          } else if (value != 1) {
+            add(std::string(name) + " " + std::to_string(value));
+          }
+        });
+      },
+      p.cut);
   return {p.name, with_copies(p.reason, map, p.copies), p.kernel == Kernel::aten, tile, p.workspace_bytes};
 }
 

@@ -6,10 +6,12 @@
 #include "core/conv_shape.h"
 #include "core/explain.h"
 #include "core/operand_layout.h"
+#include "cuda/cut.h"
 #include "cuda/launch.h"
 
 namespace sepconv::cuda {
 
+// Those before `aten` have doors in run.cpp.
 enum class Kernel : int {
   depthwise_nhwc,
   depthwise_nhwc_mma,
@@ -43,7 +45,7 @@ struct Plan {
   Kernel kernel = Kernel::aten;
   const char* name = "aten";  // as counted and explained; a literal
   const char* reason = "";    // a literal
-  Tile tile;
+  Cut cut;
   int64_t workspace_bytes = 0;  // 16-byte aligned scratch memory that the launch needs
   Copies copies = {};           // what the kernel does not take as it lies: run() gets the shape with_copies()
   bool is_aten() const { return kernel == Kernel::aten; }
@@ -55,21 +57,18 @@ struct Plan {
 // With `strict`, ATen is taken only for what no kernel here can run.
 Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict);
 
-// The fourth op: a fused kernel, with the output channels of a block in tile.lanes, or the composite of two calls that
-// have plans of their own. With `strict`, the fused kernel wherever it can run.
+// The fourth op: a fused kernel, or the composite of two calls that have plans of their own. With `strict`, the fused
+// kernel wherever it can run.
 Plan plan_separable(const SeparableShape&, DType, const Device&, bool strict);
 
 Explanation explain(Map, const Plan&);
 
-// run.cpp: launches what the plan says. The operands are (x, w), (grad_y, w) or (grad_y, x) for the three maps; the
-// epilogue counts for the forward map only. Kernel::aten is not launched here: cudaErrorNotSupported.
-cudaError_t run(const Plan&, Map, const ConvShape&, DType, const void* first, const void* second, const Epilogue&,
-                void* out, void* workspace, cudaStream_t);
+// run.cpp: launches what the plan says. Kernel::aten is not launched here: cudaErrorNotSupported.
+cudaError_t run(const Plan&, Map, const Launch&);
 // The same for plan_separable; Kernel::composite is not launched here.
 cudaError_t run_separable(const Plan&, const SeparableShape&, DType, const SeparableMemory&, cudaStream_t);
 
 // What depends on the padding, after run(), or instead of it where that is all (border_extent() of padding_mode.h).
-cudaError_t run_borders(Map, const ConvShape&, PaddingMode, DType, const void* first, const void* second,
-                        const Epilogue&, void* out, cudaStream_t);
+cudaError_t run_borders(Map, const Launch&, PaddingMode);
 
 }  // namespace sepconv::cuda

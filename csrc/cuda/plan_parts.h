@@ -4,16 +4,10 @@
 #include <algorithm>
 #include <optional>
 
+#include "core/arithmetic.h"
 #include "cuda/plan.h"
 
 namespace sepconv::cuda {
-
-inline constexpr int64_t kNarrow = int64_t{1} << 31;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-inline int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-inline bool is_half(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
 
 // Offsets inside one image (or one position of the padded image) fit in 31 bits.
 inline bool narrow_images(const ConvShape& s) {
@@ -22,7 +16,7 @@ inline bool narrow_images(const ConvShape& s) {
   };
   const int64_t span_h = s.H + 2 * s.pad_h + s.P * s.stride_h + s.R * s.dilation_h;
   const int64_t span_w = s.W + 2 * s.pad_w + s.Q * s.stride_w + s.S * s.dilation_w;
-  return std::max({extent(s.C, s.H, s.W, s.x), extent(s.K, s.P, s.Q, s.y), span_h, span_w}) < kNarrow - 4096;
+  return std::max({extent(s.C, s.H, s.W, s.x), extent(s.K, s.P, s.Q, s.y), span_h, span_w}) < kNarrowLimit - 4096;
 }
 
 // The image that the map writes.
@@ -51,13 +45,14 @@ inline bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t 
 }
 
 // One block holds 16-byte pieces of several images, which it reaches by 31-bit offsets.
-inline bool near_images(const ConvShape& s, int64_t images) { return images * std::max(s.x.n, s.y.n) < kNarrow; }
+inline bool near_images(const ConvShape& s, int64_t images) { return images * std::max(s.x.n, s.y.n) < kNarrowLimit; }
 
 Plan plan_depthwise(Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // forward and grad_input on tensor cores, for images of whole vectors of eight channels: whether they can run, and how.
 bool nhwc_mma_can_run(const ConvShape&, DType, const Device&);
 Plan plan_depthwise_nhwc_mma(Map, const ConvShape&, const Device&);
-// Images of rows (NCHW) in half types, stride 1, on tensor cores. False: not where plain kernels are predicted to be as fast.
+// Images of rows (NCHW) in half types, stride 1, on tensor cores. False: not where plain kernels are predicted to be as
+// fast.
 bool plan_depthwise_tensor_cores(Plan&, Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // The part of what depthwise_nhwc.cu can run that the copy engine serves, where that is predicted to be faster.
 std::optional<Plan> plan_depthwise_nhwc_tma(Map, const ConvShape&, DType, const Device&, int64_t alignment);

@@ -1,115 +1,86 @@
 // From a plan to the door that it names.
+#include <iterator>
+
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 
 namespace sepconv::cuda {
 namespace {
 
-cudaError_t run_forward(const Plan& p, const ConvShape& shape, DType dtype, const void* x, const void* w,
-                        const Epilogue& epilogue, void* y, void* workspace, cudaStream_t stream) {
-  switch (p.kernel) {
-    case Kernel::depthwise_nhwc: return launch_depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
-    case Kernel::depthwise_nhwc_mma:
-      return launch_depthwise_nhwc_mma_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
-    case Kernel::depthwise_nhwc_tma: return launch_depthwise_nhwc_tma_forward(shape, x, w, epilogue, y, p.tile, stream);
-    case Kernel::depthwise_nchw: return launch_depthwise_nchw_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
-    case Kernel::depthwise_nchw_mma:
-      return launch_depthwise_nchw_mma_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
-    case Kernel::depthwise_direct:
-      return launch_depthwise_direct_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
-    case Kernel::depthwise_toeplitz:
-      return launch_depthwise_toeplitz_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
-    case Kernel::depthwise_large:
-      return launch_depthwise_large_forward(shape, dtype, x, w, epilogue, y, p.tile, stream);
-    case Kernel::pointwise: return launch_pointwise_forward(shape, dtype, x, w, epilogue, y, stream);
-    case Kernel::pointwise_mma: return launch_pointwise_mma_forward(shape, dtype, x, w, epilogue, y, stream);
-    case Kernel::grouped: return launch_grouped_forward(shape, dtype, x, w, epilogue, y, workspace, stream);
-    default: return cudaErrorNotSupported;
-  }
+using Door = cudaError_t (*)(const Launch&, const Cut&);
+
+// A door that takes its own kernel's cut, as one that takes any.
+template <typename Own, cudaError_t (*kDoor)(const Launch&, const Own&)>
+cudaError_t enter(const Launch& call, const Cut& cut) {
+  return kDoor(call, std::get<Own>(cut));
 }
 
-cudaError_t run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
-                           void* grad_x, void* workspace, cudaStream_t stream) {
-  switch (p.kernel) {
-    case Kernel::depthwise_nhwc:
-      return launch_depthwise_nhwc_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
-    case Kernel::depthwise_nhwc_mma:
-      return launch_depthwise_nhwc_mma_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
-    case Kernel::depthwise_nhwc_tma:
-      return launch_depthwise_nhwc_tma_grad_input(shape, grad_y, w, grad_x, p.tile, stream);
-    case Kernel::depthwise_nchw:
-      return launch_depthwise_nchw_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
-    case Kernel::depthwise_nchw_mma:
-      return launch_depthwise_nchw_mma_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
-    case Kernel::depthwise_direct:
-      return launch_depthwise_direct_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
-    case Kernel::depthwise_toeplitz:
-      return launch_depthwise_toeplitz_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
-    case Kernel::depthwise_large:
-      return launch_depthwise_large_grad_input(shape, dtype, grad_y, w, grad_x, p.tile, stream);
-    case Kernel::pointwise: return launch_pointwise_grad_input(shape, dtype, grad_y, w, grad_x, stream);
-    case Kernel::pointwise_mma: return launch_pointwise_mma_grad_input(shape, dtype, grad_y, w, grad_x, stream);
-    case Kernel::grouped: return launch_grouped_grad_input(shape, dtype, grad_y, w, grad_x, workspace, stream);
-    default: return cudaErrorNotSupported;
-  }
-}
+struct Doors {
+  Kernel kernel;
+  Door forward, grad_input, grad_weight;  // null: the plan takes the kernel for no such call
 
-cudaError_t run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, const void* grad_y, const void* x,
-                            void* grad_w, void* workspace, cudaStream_t stream) {
-  const int splits = p.tile.splits;
-  switch (p.kernel) {
-    case Kernel::depthwise_grad_weight:
-      return launch_depthwise_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
-    case Kernel::depthwise_grad_weight_nhwc:
-      return launch_depthwise_grad_weight_nhwc(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
-    case Kernel::depthwise_grad_weight_nhwc_mma:
-      return launch_depthwise_grad_weight_nhwc_mma(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
-    case Kernel::depthwise_grad_weight_nchw:
-      return launch_depthwise_grad_weight_nchw(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
-    case Kernel::depthwise_nchw_mma:
-      return launch_depthwise_nchw_mma_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
-    case Kernel::depthwise_toeplitz:
-      return launch_depthwise_toeplitz_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
-    case Kernel::depthwise_large:
-      return launch_depthwise_large_grad_weight(shape, dtype, grad_y, x, grad_w, workspace, p.tile, stream);
-    case Kernel::pointwise:
-      return launch_pointwise_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
-    case Kernel::pointwise_mma:
-      return launch_pointwise_mma_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
-    case Kernel::grouped: return launch_grouped_grad_weight(shape, dtype, grad_y, x, grad_w, splits, workspace, stream);
-    default: return cudaErrorNotSupported;
+  Door of(Map map) const { return map == Map::forward ? forward : map == Map::grad_input ? grad_input : grad_weight; }
+};
+
+// In the order of Kernel.
+constexpr Doors kDoors[] = {
+    {Kernel::depthwise_nhwc, enter<NhwcCut, launch_depthwise_nhwc_forward>,
+     enter<NhwcCut, launch_depthwise_nhwc_grad_input>, nullptr},
+    {Kernel::depthwise_nhwc_mma, enter<NhwcMmaCut, launch_depthwise_nhwc_mma_forward>,
+     enter<NhwcMmaCut, launch_depthwise_nhwc_mma_grad_input>, nullptr},
+    {Kernel::depthwise_nhwc_tma, enter<NhwcTmaCut, launch_depthwise_nhwc_tma_forward>,
+     enter<NhwcTmaCut, launch_depthwise_nhwc_tma_grad_input>, nullptr},
+    {Kernel::depthwise_nchw, enter<NchwCut, launch_depthwise_nchw_forward>,
+     enter<NchwCut, launch_depthwise_nchw_grad_input>, nullptr},
+    {Kernel::depthwise_nchw_mma, enter<NchwMmaCut, launch_depthwise_nchw_mma_forward>,
+     enter<NchwMmaCut, launch_depthwise_nchw_mma_grad_input>, enter<NchwMmaCut, launch_depthwise_nchw_mma_grad_weight>},
+    {Kernel::depthwise_direct, enter<DirectCut, launch_depthwise_direct_forward>,
+     enter<DirectCut, launch_depthwise_direct_grad_input>, nullptr},
+    {Kernel::depthwise_grad_weight, nullptr, nullptr, enter<GradWeightCut, launch_depthwise_grad_weight>},
+    {Kernel::depthwise_grad_weight_nhwc, nullptr, nullptr, enter<GradWeightRowsCut, launch_depthwise_grad_weight_nhwc>},
+    {Kernel::depthwise_grad_weight_nhwc_mma, nullptr, nullptr,
+     enter<GradWeightRowsCut, launch_depthwise_grad_weight_nhwc_mma>},
+    {Kernel::depthwise_grad_weight_nchw, nullptr, nullptr, enter<GradWeightRowsCut, launch_depthwise_grad_weight_nchw>},
+    {Kernel::depthwise_toeplitz, enter<ToeplitzCut, launch_depthwise_toeplitz_forward>,
+     enter<ToeplitzCut, launch_depthwise_toeplitz_grad_input>,
+     enter<ToeplitzCut, launch_depthwise_toeplitz_grad_weight>},
+    {Kernel::depthwise_large, enter<LargeCut, launch_depthwise_large_forward>,
+     enter<LargeCut, launch_depthwise_large_grad_input>, enter<LargeCut, launch_depthwise_large_grad_weight>},
+    {Kernel::pointwise, enter<SplitsCut, launch_pointwise_forward>, enter<SplitsCut, launch_pointwise_grad_input>,
+     enter<SplitsCut, launch_pointwise_grad_weight>},
+    {Kernel::pointwise_mma, enter<SplitsCut, launch_pointwise_mma_forward>,
+     enter<SplitsCut, launch_pointwise_mma_grad_input>, enter<SplitsCut, launch_pointwise_mma_grad_weight>},
+    {Kernel::grouped, enter<SplitsCut, launch_grouped_forward>, enter<SplitsCut, launch_grouped_grad_input>,
+     enter<SplitsCut, launch_grouped_grad_weight>},
+};
+
+constexpr bool in_order() {
+  for (size_t i = 0; i < std::size(kDoors); ++i) {
+    if (kDoors[i].kernel != static_cast<Kernel>(i)) return false;
   }
+  return std::size(kDoors) == static_cast<size_t>(Kernel::aten);
 }
+static_assert(in_order());
 
 }  // namespace
 
-cudaError_t run(const Plan& p, Map map, const ConvShape& shape, DType dtype, const void* first, const void* second,
-                const Epilogue& epilogue, void* out, void* workspace, cudaStream_t stream) {
-  switch (map) {
-    case Map::forward: return run_forward(p, shape, dtype, first, second, epilogue, out, workspace, stream);
-    case Map::grad_input: return run_grad_input(p, shape, dtype, first, second, out, workspace, stream);
-    case Map::grad_weight: return run_grad_weight(p, shape, dtype, first, second, out, workspace, stream);
-  }
-  return cudaErrorNotSupported;
+cudaError_t run(const Plan& plan, Map map, const Launch& call) {
+  if (plan.kernel >= Kernel::aten) return cudaErrorNotSupported;
+  const Door door = kDoors[static_cast<int>(plan.kernel)].of(map);
+  return door == nullptr ? cudaErrorNotSupported : door(call, plan.cut);
 }
 
-cudaError_t run_separable(const Plan& p, const SeparableShape& shape, DType dtype, const SeparableMemory& memory,
+cudaError_t run_separable(const Plan& plan, const SeparableShape& shape, DType dtype, const SeparableMemory& memory,
                           cudaStream_t stream) {
-  switch (p.kernel) {
-    case Kernel::separable: return launch_separable(shape, dtype, memory, p.tile.lanes, stream);
-    case Kernel::separable_mma: return launch_separable_mma(shape, dtype, memory, p.tile.lanes, stream);
-    default: return cudaErrorNotSupported;
-  }
+  const auto* const cut = std::get_if<SeparableCut>(&plan.cut);
+  if (cut == nullptr) return cudaErrorNotSupported;
+  return plan.kernel == Kernel::separable_mma ? launch_separable_mma(shape, dtype, memory, *cut, stream)
+                                              : launch_separable(shape, dtype, memory, *cut, stream);
 }
 
-cudaError_t run_borders(Map map, const ConvShape& shape, PaddingMode mode, DType dtype, const void* first,
-                        const void* second, const Epilogue& epilogue, void* out, cudaStream_t stream) {
-  switch (map) {
-    case Map::forward: return launch_borders_forward(shape, mode, dtype, first, second, epilogue, out, stream);
-    case Map::grad_input: return launch_borders_grad_input(shape, mode, dtype, first, second, out, stream);
-    case Map::grad_weight: return launch_borders_grad_weight(shape, mode, dtype, first, second, out, stream);
-  }
-  return cudaErrorNotSupported;
+cudaError_t run_borders(Map map, const Launch& call, PaddingMode mode) {
+  if (map == Map::forward) return launch_borders_forward(call, mode);
+  return map == Map::grad_input ? launch_borders_grad_input(call, mode) : launch_borders_grad_weight(call, mode);
 }
 
 }  // namespace sepconv::cuda

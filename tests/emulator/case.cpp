@@ -4,7 +4,6 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cuda/tiling.h"
 #include "tensor.h"
 
 namespace emulator {
@@ -102,11 +101,62 @@ static sepconv::cuda::Device make_device(const Arguments& a) {
   return {static_cast<int>(a.number("multiprocessors", 132)), sm, sm >= 90 && a.number("copies_boxes", 1) != 0};
 }
 
+// The numbers of a cut that the command line names.
+static void overrule(sepconv::cuda::Cut& cut, const Arguments& a) {
+  std::visit(
+      [&](auto& own) {
+        own.each(own, [&](const char* name, auto& value) {
+          value = static_cast<std::remove_reference_t<decltype(value)>>(a.number(name, value));
+        });
+      },
+      cut);
+}
+
+// A kernel's cut where nothing is chosen, in the order of the enum.
+static sepconv::cuda::Cut plain_cut(sepconv::cuda::Kernel kernel) {
+  using namespace sepconv::cuda;
+  switch (kernel) {
+    case Kernel::depthwise_nhwc: return NhwcCut{};
+    case Kernel::depthwise_nhwc_mma: return NhwcMmaCut{};
+    case Kernel::depthwise_nhwc_tma: return NhwcTmaCut{};
+    case Kernel::depthwise_nchw: return NchwCut{};
+    case Kernel::depthwise_nchw_mma: return NchwMmaCut{};
+    case Kernel::depthwise_direct: return DirectCut{};
+    case Kernel::depthwise_grad_weight: return GradWeightCut{};
+    case Kernel::depthwise_grad_weight_nhwc:
+    case Kernel::depthwise_grad_weight_nhwc_mma:
+    case Kernel::depthwise_grad_weight_nchw: return GradWeightRowsCut{};
+    case Kernel::depthwise_toeplitz: return ToeplitzCut{};
+    case Kernel::depthwise_large: return LargeCut{};
+    case Kernel::pointwise:
+    case Kernel::pointwise_mma:
+    case Kernel::grouped: return SplitsCut{};
+    case Kernel::separable:
+    case Kernel::separable_mma: return SeparableCut{};
+    case Kernel::aten:
+    case Kernel::composite: return NoCut{};
+  }
+  return NoCut{};
+}
+
+// Partial sums of a grad_weight.
+static int splits_of(const sepconv::cuda::Cut& cut) {
+  int splits = 1;
+  std::visit(
+      [&](const auto& own) {
+        own.each(own, [&](const char* name, auto value) {
+          if (std::string(name) == "splits") splits = static_cast<int>(value);
+        });
+      },
+      cut);
+  return splits;
+}
+
 sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& pointwise, const Arguments& a) {
   using namespace sepconv::cuda;
   const Device device = make_device(a);
   Plan p = plan_separable({depthwise.shape, pointwise.shape}, depthwise.dtype, device, a.number("strict", 1) != 0);
-  p.tile.lanes = static_cast<int>(a.number("lanes", p.tile.lanes));
+  overrule(p.cut, a);
   return p;
 }
 
@@ -137,21 +187,15 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
     static_assert(std::size(kKernels) == static_cast<size_t>(Kernel::aten));
     p.kernel = static_cast<Kernel>(index_of(kKernels, kernel));
     p.name = "chosen by hand";
-    p.tile = {};
+    p.cut = plain_cut(p.kernel);
     p.copies = {};
   }
-  Tile& t = p.tile;
-  const int planned_splits = t.splits;
-  t.vec = static_cast<int>(a.number("vec", t.vec));
-  t.rows = static_cast<int>(a.number("rows", t.rows));
-  t.lanes = static_cast<int>(a.number("lanes", t.lanes));
-  t.splits = static_cast<int>(a.number("splits", t.splits));
-  t.keep = static_cast<int>(a.number("keep", t.keep));
-  t.parts = static_cast<int>(a.number("parts", t.parts));
-  t.wide = a.number("wide", t.wide) != 0;
-  if (kernel == "auto" && t.splits == planned_splits) return p;  // with the workspace that the plan asked for
+  const int planned_splits = splits_of(p.cut);
+  overrule(p.cut, a);
+  const int splits = splits_of(p.cut);
+  if (kernel == "auto" && splits == planned_splits) return p;  // with the workspace that the plan asked for
   if (c.map == Map::grad_weight) {
-    p.workspace_bytes = t.splits * c.shape.weight_elements() * (c.dtype == DType::float64 ? 8 : 4);
+    p.workspace_bytes = splits * c.shape.weight_elements() * (c.dtype == DType::float64 ? 8 : 4);
   } else if (p.kernel == Kernel::grouped) {
     p.workspace_bytes = grouped_workspace_bytes(c.shape, c.dtype, c.map == Map::grad_input);
   }

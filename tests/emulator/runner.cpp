@@ -4,10 +4,10 @@
 //   runner map=forward dtype=float16 layout=channels_last N=2 C=6 H=5 W=7 K=4 R=3 S=3 groups=2
 //          stride=1,1 padding=1,1,1,1 dilation=1,1 bias=1 activation=relu seeds=0:8
 //
-// padding_mode= is zeros, reflect, replicate or circular. The plan chooses the kernel; kernel=, vec=, rows=, lanes=, splits=,
-// and wide= overrule it, sm= and multiprocessors= are the GPU that it plans for. op=separable adds a 1x1 convolution
-// (case.h). "--" stands between several cases. Exit status 0: all are right for every
-// seed. Otherwise the last lines say what was wrong, where, and in which CUDA thread.
+// padding_mode= is zeros, reflect, replicate or circular. The plan chooses the kernel; kernel= and the
+// numbers of its cut (csrc/cuda/*/cut.h) overrule it, sm= and multiprocessors= are the GPU that it plans for.
+// op=separable adds a 1x1 convolution (case.h). "--" stands between several cases. Exit status 0: all are right for
+// every seed. Otherwise the last lines say what was wrong, where, and in which CUDA thread.
 #include <unistd.h>
 
 #include <cmath>
@@ -161,14 +161,12 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   const std::string failed = run_watched(seed, out, workspace, [&] {
     const sepconv::Epilogue epilogue{has_bias ? bias.data() : nullptr, activation};
     const sepconv::BorderExtent border = sepconv::border_extent(c.map, s, c.padding_mode);
+    const sepconv::cuda::Launch launch{s,        c.dtype,    first.data(),     second.data(),
+                                       epilogue, out.data(), workspace.data(), nullptr};
     cudaError_t error = cudaSuccess;
-    if (border != sepconv::BorderExtent::all) {
-      error = sepconv::cuda::run(plan, c.map, s, c.dtype, first.data(), second.data(), epilogue, out.data(),
-                                 workspace.data(), nullptr);
-    }
+    if (border != sepconv::BorderExtent::all) error = sepconv::cuda::run(plan, c.map, launch);
     if (error != cudaSuccess || border == sepconv::BorderExtent::none) return error;
-    return sepconv::cuda::run_borders(c.map, s, c.padding_mode, c.dtype, first.data(), second.data(), epilogue,
-                                      out.data(), nullptr);
+    return sepconv::cuda::run_borders(c.map, launch, c.padding_mode);
   });
   if (!failed.empty()) return failed;
 

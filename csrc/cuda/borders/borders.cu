@@ -1,13 +1,12 @@
-// What a padding mode other than zeros changes (padding_mode.h): forward and grad_input compute the frame of their result
-// again, and overwrite what a kernel for zero padding wrote there; grad_weight adds the products in the padding.
+// What a padding mode other than zeros changes (padding_mode.h): forward and grad_input compute the frame of their
+// result again, and overwrite what a kernel for zero padding wrote there; grad_weight adds the products in the padding.
 //
-// Threads to data. Forward and grad_input: a thread writes one number of the frame; neighbouring threads take neighbouring
-// channels where the channels of the image read are dense, else neighbouring pixels (first those of the whole rows at the
-// top and the bottom, then those at the sides of the other rows).
-// grad_weight: the threads of a block take turns at the products (image, pixel of the frame of that tap) of one weight and
-// add up their sums in a fixed order. Where channels are dense, a block has 32 weights, of neighbouring output channels, one
-// a lane, and its eight warps take turns.
-// Frames are small, so every index is of 64 bits and divided where it is needed.
+// Threads to data. Forward and grad_input: a thread writes one number of the frame; neighbouring threads take
+// neighbouring channels where the channels of the image read are dense, else neighbouring pixels (first those of the
+// whole rows at the top and the bottom, then those at the sides of the other rows). grad_weight: the threads of a block
+// take turns at the products (image, pixel of the frame of that tap) of one weight and add up their sums in a fixed
+// order. Where channels are dense, a block has 32 weights, of neighbouring output channels, one a lane, and its eight
+// warps take turns. Frames are small, so every index is of 64 bits and divided where it is needed.
 #include "cuda/device/common.cuh"
 
 namespace sepconv::cuda {
@@ -180,8 +179,8 @@ unsigned blocks_for(int64_t threads, int64_t threads_a_block) {
 }
 
 template <typename T, bool kTransposed>
-cudaError_t start(const ConvShape& s, PaddingMode mode, const void* in, const void* w, const Epilogue& epilogue,
-                  void* out, cudaStream_t stream) {
+cudaError_t start(const Launch& call, PaddingMode mode) {
+  const ConvShape& s = call.shape;
   const PaddedAxes axes(s, mode);
   const Frame frame = kTransposed ? Frame{s.H, s.W, axes.h.pixels_with_images(), axes.w.pixels_with_images()}
                                   : Frame{s.P, s.Q, axes.h.outputs_outside(), axes.w.outputs_outside()};
@@ -199,51 +198,42 @@ cudaError_t start(const ConvShape& s, PaddingMode mode, const void* in, const vo
                      s.w.h,
                      s.w.w};
   const LaunchConfig config{dim3(blocks_for(a.images * a.channels * frame.pixels(), kThreads)), dim3(kThreads), 0,
-                            stream};
+                            call.stream};
   const auto go = [&](auto kernel) {
-    return launch(kernel, config, a, static_cast<const T*>(in), static_cast<const T*>(w),
-                  static_cast<const T*>(epilogue.bias), epilogue.activation, static_cast<T*>(out));
+    return launch(kernel, config, a, call.first_as<T>(), call.second_as<T>(), call.bias_as<T>(),
+                  call.epilogue.activation, call.out_as<T>());
   };
   return a.in.c == 1 && a.channels > 1 ? go(border_kernel<T, kTransposed, true>)
                                        : go(border_kernel<T, kTransposed, false>);
 }
 
 template <typename T>
-cudaError_t start_grad_weight(const ConvShape& s, PaddingMode mode, const void* grad_y, const void* x, void* grad_w,
-                              cudaStream_t stream) {
+cudaError_t start_grad_weight(const Launch& call, PaddingMode mode) {
+  const ConvShape& s = call.shape;
   const ProductArgs a{
       PaddedAxes(s, mode), s.N, s.outputs_per_group(), s.channels_per_group(), s.weight_elements(), s.K, s.x, s.w, s.y};
   const bool lanes = s.y.c == 1 && s.K > 1;
-  const LaunchConfig config{dim3(blocks_for(a.weights, lanes ? 32 : 1)), dim3(kThreads), 0, stream};
+  const LaunchConfig config{dim3(blocks_for(a.weights, lanes ? 32 : 1)), dim3(kThreads), 0, call.stream};
   const auto go = [&](auto kernel) {
-    return launch(kernel, config, a, static_cast<const T*>(grad_y), static_cast<const T*>(x), static_cast<T*>(grad_w));
+    return launch(kernel, config, a, call.first_as<T>(), call.second_as<T>(), call.out_as<T>());
   };
   return lanes ? go(border_grad_weight_kernel<T, true>) : go(border_grad_weight_kernel<T, false>);
 }
 
 }  // namespace
 
-cudaError_t launch_borders_forward(const ConvShape& shape, PaddingMode mode, DType dtype, const void* x, const void* w,
-                                   const Epilogue& epilogue, void* y, cudaStream_t stream) {
-  return dispatch_dtype(dtype, [&](auto tag) {
-    return start<typename decltype(tag)::type, false>(shape, mode, x, w, epilogue, y, stream);
-  });
+cudaError_t launch_borders_forward(const Launch& call, PaddingMode mode) {
+  return dispatch_dtype(call.dtype, [&](auto tag) { return start<typename decltype(tag)::type, false>(call, mode); });
 }
 
-cudaError_t launch_borders_grad_input(const ConvShape& shape, PaddingMode mode, DType dtype, const void* grad_y,
-                                      const void* w, void* grad_x, cudaStream_t stream) {
-  return dispatch_dtype(dtype, [&](auto tag) {
-    return start<typename decltype(tag)::type, true>(shape, mode, grad_y, w, Epilogue{}, grad_x, stream);
-  });
+cudaError_t launch_borders_grad_input(const Launch& call, PaddingMode mode) {
+  return dispatch_dtype(call.dtype, [&](auto tag) { return start<typename decltype(tag)::type, true>(call, mode); });
 }
 
-cudaError_t launch_borders_grad_weight(const ConvShape& shape, PaddingMode mode, DType dtype, const void* grad_y,
-                                       const void* x, void* grad_w, cudaStream_t stream) {
-  switch (dtype) {
-    case DType::float32: return start_grad_weight<float>(shape, mode, grad_y, x, grad_w, stream);
-    case DType::float64: return start_grad_weight<double>(shape, mode, grad_y, x, grad_w, stream);
-    default: return cudaErrorNotSupported;  // the caller pads the input (launch.h)
-  }
+cudaError_t launch_borders_grad_weight(const Launch& call, PaddingMode mode) {
+  if (call.dtype == DType::float32) return start_grad_weight<float>(call, mode);
+  if (call.dtype == DType::float64) return start_grad_weight<double>(call, mode);
+  return cudaErrorNotSupported;  // the caller pads the input (launch.h)
 }
 
 }  // namespace sepconv::cuda

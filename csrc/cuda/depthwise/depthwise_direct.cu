@@ -12,6 +12,7 @@
 // Neighbouring threads take neighbouring channel vectors where channels are dense, else neighbouring columns.
 #include <numeric>
 
+#include "cuda/depthwise/cut.h"
 #include "cuda/device/common.cuh"
 
 namespace sepconv::cuda {
@@ -155,8 +156,8 @@ Axis<Index> make_axis(bool transposed, int64_t in_size, int64_t out_size, int64_
 }
 
 template <typename T, int kVec, bool kWide, bool kTransposed>
-cudaError_t start(const ConvShape& s, const void* in, const void* w, const Epilogue& epilogue, void* out,
-                  cudaStream_t stream) {
+cudaError_t start(const Launch& call) {
+  const ConvShape& s = call.shape;
   using Index = typename Args<kWide>::Index;
   using Count = typename Args<kWide>::Count;
   const Strides &from = kTransposed ? s.y : s.x, &to = kTransposed ? s.x : s.y;
@@ -178,33 +179,27 @@ cudaError_t start(const ConvShape& s, const void* in, const void* w, const Epilo
   a.by_phases = Divider<Count>(a.h.phases);
   a.by_multiplier = Divider<Count>(a.multiplier);
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div<int64_t>(a.threads, kThreads))), dim3(kThreads), 0,
-                            stream};
-  return launch(gather_kernel<T, kVec, kWide, kTransposed>, config, a, static_cast<const T*>(in),
-                static_cast<const T*>(w), static_cast<const T*>(epilogue.bias), epilogue.activation,
-                static_cast<T*>(out));
+                            call.stream};
+  return launch(gather_kernel<T, kVec, kWide, kTransposed>, config, a, call.first_as<T>(), call.second_as<T>(),
+                call.bias_as<T>(), call.epilogue.activation, call.out_as<T>());
 }
 
 template <bool kTransposed>
-cudaError_t run(const ConvShape& shape, DType dtype, const void* in, const void* w, const Epilogue& epilogue, void* out,
-                const Tile& tile, cudaStream_t stream) {
-  return dispatch_dtype(dtype, [&](auto tag) {
+cudaError_t run(const Launch& call, const DirectCut& cut) {
+  return dispatch_dtype(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (tile.wide) return start<T, 1, true, kTransposed>(shape, in, w, epilogue, out, stream);
-    if (tile.vec == kVec16<T>) return start<T, kVec16<T>, false, kTransposed>(shape, in, w, epilogue, out, stream);
-    return start<T, 1, false, kTransposed>(shape, in, w, epilogue, out, stream);
+    if (cut.wide) return start<T, 1, true, kTransposed>(call);
+    if (cut.vec == kVec16<T>) return start<T, kVec16<T>, false, kTransposed>(call);
+    return start<T, 1, false, kTransposed>(call);
   });
 }
 
 }  // namespace
 
-cudaError_t launch_depthwise_direct_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
-                                            const Epilogue& epilogue, void* y, const Tile& tile, cudaStream_t stream) {
-  return run<false>(shape, dtype, x, w, epilogue, y, tile, stream);
-}
+cudaError_t launch_depthwise_direct_forward(const Launch& call, const DirectCut& cut) { return run<false>(call, cut); }
 
-cudaError_t launch_depthwise_direct_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
-                                               void* grad_x, const Tile& tile, cudaStream_t stream) {
-  return run<true>(shape, dtype, grad_y, w, Epilogue{}, grad_x, tile, stream);
+cudaError_t launch_depthwise_direct_grad_input(const Launch& call, const DirectCut& cut) {
+  return run<true>(call, cut);
 }
 
 }  // namespace sepconv::cuda

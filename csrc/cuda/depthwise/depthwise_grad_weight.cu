@@ -1,14 +1,15 @@
-// Depthwise grad_weight: any kernel, stride, dilation, multiplier, memory layout and dtype, by pieces of a kernel row, one pass
-// over x and grad_y a piece.
+// Depthwise grad_weight: any kernel, stride, dilation, multiplier, memory layout and dtype, by pieces of a kernel row,
+// one pass over x and grad_y a piece.
 //
-// Thread-to-data map. A block owns a piece of up to kPiece taps of a kernel row, `lanes` neighbouring channel vectors and
-// `slots` places; a place is one output column of one strip of rows of one image, and a slot takes every
-// (splits * slots)-th place. A thread walks down its column and keeps a partial sum for every tap of the piece in
-// registers; at each step it loads one value of grad_y and the values of x that the piece meets there. Where channels are
-// dense, neighbouring threads are neighbouring lanes; else they are neighbouring slots, hence columns.
+// Thread-to-data map. A block owns a piece of up to kPiece taps of a kernel row, `lanes` neighbouring channel vectors
+// and `slots` places; a place is one output column of one strip of rows of one image, and a slot takes every (splits *
+// slots)-th place. A thread walks down its column and keeps a partial sum for every tap of the piece in registers; at
+// each step it loads one value of grad_y and the values of x that the piece meets there. Where channels are dense,
+// neighbouring threads are neighbouring lanes; else they are neighbouring slots, hence columns.
 //
 // The order of all additions is fixed: a thread's own places in turn, the slots of a block by a tree in shared
 // memory, the blocks (splits) by launch_sum_partials. Nothing is added atomically.
+#include "cuda/depthwise/cut.h"
 #include "cuda/device/common.cuh"
 
 namespace sepconv::cuda {
@@ -125,8 +126,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 }
 
 template <typename T, int kVec>
-cudaError_t start(const ConvShape& s, const void* grad_y, const void* x, void* workspace, const Tile& tile,
-                  cudaStream_t stream) {
+cudaError_t start(const Launch& call, const GradWeightCut& cut) {
+  const ConvShape& s = call.shape;
   Args a{};
   a.x_n = s.x.n, a.x_c = s.x.c, a.x_h = static_cast<int>(s.x.h), a.x_w = static_cast<int>(s.x.w);
   a.y_n = s.y.n, a.y_c = s.y.c, a.y_h = static_cast<int>(s.y.h), a.y_w = static_cast<int>(s.y.w);
@@ -136,7 +137,7 @@ cudaError_t start(const ConvShape& s, const void* grad_y, const void* x, void* w
   a.stride_h = static_cast<int>(s.stride_h), a.stride_w = static_cast<int>(s.stride_w);
   a.pad_h = static_cast<int>(s.pad_h), a.pad_w = static_cast<int>(s.pad_w);
   a.dilation_h = static_cast<int>(s.dilation_h), a.dilation_w = static_cast<int>(s.dilation_w);
-  a.rows = tile.rows, a.splits = tile.splits, a.lanes = tile.lanes, a.slots = kThreads / tile.lanes;
+  a.rows = cut.rows, a.splits = cut.splits, a.lanes = cut.lanes, a.slots = kThreads / cut.lanes;
   a.lanes_fastest = s.y.c == 1 && s.K > 1;
   const int64_t strips = ceil_div<int64_t>(s.P, a.rows), channel_blocks = ceil_div(a.vectors, a.lanes);
   const int64_t pieces = ceil_div<int64_t>(s.S, kPiece);
@@ -145,22 +146,19 @@ cudaError_t start(const ConvShape& s, const void* grad_y, const void* x, void* w
   a.by_splits = FastDiv(a.splits), a.by_pieces = FastDiv(pieces), a.by_columns = FastDiv(s.Q);
   a.by_strips = FastDiv(strips), a.by_multiplier = FastDiv(s.K / s.C);
   const LaunchConfig config{dim3(static_cast<unsigned>(channel_blocks * a.splits * pieces * s.R)), dim3(kThreads), 0,
-                            stream};
-  return launch(grad_weight_kernel<T, kVec>, config, a, static_cast<const T*>(grad_y), static_cast<const T*>(x),
-                static_cast<acc_t<T>*>(workspace));
+                            call.stream};
+  return launch(grad_weight_kernel<T, kVec>, config, a, call.first_as<T>(), call.second_as<T>(),
+                call.workspace_as<acc_t<T>>());
 }
 
 }  // namespace
 
-cudaError_t launch_depthwise_grad_weight(const ConvShape& shape, DType dtype, const void* grad_y, const void* x,
-                                         void* grad_w, void* workspace, const Tile& tile, cudaStream_t stream) {
-  const cudaError_t error = dispatch_dtype(dtype, [&](auto tag) {
+cudaError_t launch_depthwise_grad_weight(const Launch& call, const GradWeightCut& cut) {
+  const cudaError_t error = dispatch_dtype(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return tile.vec == 2 ? start<T, 2>(shape, grad_y, x, workspace, tile, stream)
-                         : start<T, 1>(shape, grad_y, x, workspace, tile, stream);
+    return cut.vec == 2 ? start<T, 2>(call, cut) : start<T, 1>(call, cut);
   });
-  if (error != cudaSuccess) return error;
-  return launch_sum_partials(shape, dtype, workspace, tile.splits, grad_w, stream);
+  return error != cudaSuccess ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

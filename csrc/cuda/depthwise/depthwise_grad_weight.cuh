@@ -1,22 +1,22 @@
 // Depthwise grad_weight in one pass: what depthwise_grad_weight_nhwc.cu and depthwise_grad_weight_nchw.cu share.
 //
-// A thread owns one channel and kColumns neighbouring columns of grad_y, and walks down the rows of its images. It keeps
-// a sum for every tap and the last rows of grad_y that an x can still meet; each value of x and of grad_y that it needs is
-// read from shared memory once, converted once, and multiplied into every sum that it belongs to. How the rows come to
-// shared memory, and which thread is where, is what the two layouts differ in.
+// A thread owns one channel and kColumns neighbouring columns of grad_y, and walks down the rows of its images. It
+// keeps a sum for every tap and the last rows of grad_y that an x can still meet; each value of x and of grad_y that it
+// needs is read from shared memory once, converted once, and multiplied into every sum that it belongs to. How the rows
+// come to shared memory, and which thread is where, is what the two layouts differ in.
 //
-// The order of all additions is a function of the shape: the rows of all images, one after the other, are cut into splits
-// of equal length; a thread adds its rows in turn, a block its threads in order (store_sums), and launch_sum_partials
-// adds the splits.
+// The order of all additions is a function of the shape: the rows of all images, one after the other, are cut into
+// splits of equal length; a thread adds its rows in turn, a block its threads in order (store_sums), and
+// launch_sum_partials adds the splits.
 //
 // Borders are zeros that are multiplied like other numbers: an infinite one that meets them makes a NaN.
 #pragma once
 
 #include <algorithm>
 
+#include "cuda/depthwise/cut.h"
 #include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda::grad_weight {
 
@@ -33,9 +33,9 @@ struct Rows {
   }
 };
 
-// One after the other, the segments of a split: its rows of grad_y that lie in one place. In step i a thread takes up row
-// first + i of grad_y, and then the kStride rows of x from (first + i) * kStride - pad_h on; it goes on until no row of x
-// that the segment meets is left.
+// One after the other, the segments of a split: its rows of grad_y that lie in one place. In step i a thread takes up
+// row first + i of grad_y, and then the kStride rows of x from (first + i) * kStride - pad_h on; it goes on until no
+// row of x that the segment meets is left.
 template <int kKernel, int kStride>
 struct Walk {
   static constexpr int kRing = (kKernel - 1) / kStride + 1;  // rows of grad_y that a row of x meets, or more
@@ -61,8 +61,8 @@ struct Walk {
   __device__ __forceinline__ int x_row(const Rows& a, int step) const { return (first + step) * kStride - a.pad_h; }
 };
 
-// What a thread keeps in registers. Neighbouring columns lie kPitch elements apart in shared memory. Bit i of a mask says
-// whether column i of a row exists.
+// What a thread keeps in registers. Neighbouring columns lie kPitch elements apart in shared memory. Bit i of a mask
+// says whether column i of a row exists.
 template <typename T, int kKernel, int kStride, int kPitch>
 struct Window {
   static constexpr int kRing = Walk<kKernel, kStride>::kRing;
@@ -123,9 +123,9 @@ struct Result {
   int K, splits;
 };
 
-// Adds up the sums of all threads of a channel, thread first(c) + i * step for i in [0, count) in this order, and stores
-// the totals of channels [first_channel, first_channel + channels). `buffer`: kKernel floats a thread, free to use once every
-// thread has arrived.
+// Adds up the sums of all threads of a channel, thread first(c) + i * step for i in [0, count) in this order, and
+// stores the totals of channels [first_channel, first_channel + channels). `buffer`: kKernel floats a thread, free to
+// use once every thread has arrived.
 template <int kKernel, typename T, typename First>
 __device__ __forceinline__ void store_sums(const Result<T>& a, const float (&sums)[kKernel][kKernel], float* buffer,
                                            uint32_t split, int first_channel, int channels, const First& first,
@@ -152,15 +152,16 @@ __device__ __forceinline__ void store_sums(const Result<T>& a, const float (&sum
   }
 }
 
-inline Rows make_rows(const ConvShape& s, int64_t places, const Tile& tile) {
-  const int64_t total = places * s.P, part = std::max<int64_t>(tile.rows, ceil_div<int64_t>(total, tile.splits));
+inline Rows make_rows(const ConvShape& s, int64_t places, const GradWeightRowsCut& cut) {
+  const int64_t total = places * s.P, part = std::max<int64_t>(cut.rows, ceil_div(total, cut.splits));
   return {static_cast<int>(s.H),        static_cast<int>(s.P),       static_cast<int>(s.pad_h),
           static_cast<uint32_t>(total), static_cast<uint32_t>(part), FastDiv(s.P)};
 }
 
 template <typename T>
-Result<T> make_result(const ConvShape& s, int splits, void* workspace, void* grad_w) {
-  return {static_cast<float*>(workspace), static_cast<T*>(grad_w), s.w.n, s.w.h, s.w.w, static_cast<int>(s.K), splits};
+Result<T> make_result(const Launch& call, int splits) {
+  const ConvShape& s = call.shape;
+  return {call.workspace_as<float>(), call.out_as<T>(), s.w.n, s.w.h, s.w.w, static_cast<int>(s.K), splits};
 }
 
 // Calls f(type, kernel, stride) with the three as types; float64 has no kernel here.

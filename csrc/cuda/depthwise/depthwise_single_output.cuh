@@ -1,5 +1,5 @@
-// One output of a depthwise convolution of stride 1, tap by tap: for the few that a kernel on tensor cores cannot give. Its products
-// with zeros beside a filter's row make a NaN of an infinite x that no tap of the output meets.
+// One output of a depthwise convolution of stride 1, tap by tap: for the few that a kernel on tensor cores cannot give.
+// Its products with zeros beside a filter's row make a NaN of an infinite x that no tap of the output meets.
 #pragma once
 
 #include "cuda/device/common.cuh"

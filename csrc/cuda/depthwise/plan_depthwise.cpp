@@ -2,7 +2,6 @@
 #include <limits>
 
 #include "cuda/plan_parts.h"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -21,23 +20,23 @@ bool nhwc_can_run(Map map, const ConvShape& s, DType dtype) {
   const bool steps = s.stride_h == s.stride_w && (s.stride_h == 1 ? dilation < kDilation : dilation == 1);
   // Places are counted in 31 bits, and so are the bytes from one column to the next.
   return map != Map::grad_weight && s.K == s.C && s.R == s.S && steps && has_window(s.R, s.stride_h) &&
-         dense_channels(s) && dtype != DType::float64 && s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow / 8 &&
-         std::max(s.x.w, s.y.w) * s.dilation_w * element_size(dtype) < kNarrow;
+         dense_channels(s) && dtype != DType::float64 && s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrowLimit / 8 &&
+         std::max(s.x.w, s.y.w) * s.dilation_w * element_size(dtype) < kNarrowLimit;
 }
 
 // ---- tiles
 
 Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  Plan p{Kernel::depthwise_nhwc, "cuda_depthwise_nhwc", "", {}, 0};
+  NhwcCut cut;
   const Written out = written(map, s);
   const int64_t even = map == Map::grad_input ? s.stride_h : 1;  // grad_input of stride 2 walks in pairs of rows
   const int64_t phases = std::clamp<int64_t>(out.rows, 1, s.dilation_h);
   const int64_t phase_rows = std::max<int64_t>(ceil_div(out.rows, phases), 1);
   const int64_t tiles = s.N * phases * ceil_div(out.columns, nhwc_columns(static_cast<int>(s.stride_h)));
-  // A block's time is its rows and those that it shares with others, each of vec * R * S products and what goes with them. A
-  // multiprocessor works off `busy` blocks as fast as fewer (3x3 waits for memory, 7x7 for arithmetic), and more than that
-  // one after the other. So problems that leave multiprocessors without work are cut into single rows, and into single
-  // channels where that is clearly less.
+  // A block's time is its rows and those that it shares with others, each of vec * R * S products and what goes with
+  // them. A multiprocessor works off `busy` blocks as fast as fewer (3x3 waits for memory, 7x7 for arithmetic), and
+  // more than that one after the other. So problems that leave multiprocessors without work are cut into single rows,
+  // and into single channels where that is clearly less.
   const int64_t busy = s.R == 3 ? 4 : s.R == 5 ? 2 : 1, shared = map == Map::forward ? s.R / s.stride_h : s.R;
   const bool pairs = whole_vectors(s, 2, dtype, alignment);
   int64_t least = std::numeric_limits<int64_t>::max();
@@ -50,18 +49,21 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
       const int64_t blocks = ceil_div(vectors, lanes) * ceil_div(tiles * ceil_div(phase_rows, rows), slots);
       load = ceil_div(blocks, device.multiprocessors);
       const int64_t time = (rows + shared) * step * std::max(load, busy);
-      if (time < least) least = time, p.tile.vec = vec, p.tile.rows = static_cast<int>(rows);
+      if (time < least) least = time, cut = {vec, static_cast<int>(rows)};
       last = strips;
       strips = std::min(strips + std::max<int64_t>(strips / 3, 1), phase_rows);
     }
   }
-  p.reason = p.tile.vec == 2 ? "depthwise 3x3, 5x5 or 7x7, channels dense, stride 1 or 2: every row read once"
-             : pairs
-                 ? "depthwise 3x3, 5x5 or 7x7, channels dense, stride 1 or 2, too few for pairs of channels to fill "
-                   "the GPU: every row read once"
-                 : "depthwise 3x3, 5x5 or 7x7, channels dense but odd or not aligned in pairs, stride 1 or 2: "
-                   "every row read once";
-  return p;
+  const char* reason =
+      "depthwise 3x3, 5x5 or 7x7, channels dense but odd or not aligned in pairs, stride 1 or 2: every row read once";
+  if (cut.vec == 2) {
+    reason = "depthwise 3x3, 5x5 or 7x7, channels dense, stride 1 or 2: every row read once";
+  } else if (pairs) {
+    reason =
+        "depthwise 3x3, 5x5 or 7x7, channels dense, stride 1 or 2, too few for pairs of channels to fill the GPU: "
+        "every row read once";
+  }
+  return {Kernel::depthwise_nhwc, "cuda_depthwise_nhwc", reason, cut, 0};
 }
 
 // Of the ways to deal an image to blocks of up to four warps, the one with the least time by a simple reckoning: a warp
@@ -70,16 +72,13 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
 Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& device) {
   constexpr int32_t kSharedBytes = 220 << 10;
   constexpr int64_t kBusy = 12;
-  Plan p{Kernel::depthwise_nchw,
-         "cuda_depthwise_nchw",
-         "depthwise, rows without gaps, 3x3, 5x5 or 7x7, stride 1 or 2",
-         {},
-         0};
+  NchwCut cut;
   const NchwWork work = nchw_work(map, s);
   const bool dense_planes = (s.C == 1 || s.x.c == s.H * s.W) && (s.K == 1 || s.y.c == s.P * s.Q);
   const double begin = s.R == 3 ? 3 : 1.5,
                shared = 0.6 * static_cast<double>(s.R - 1) / static_cast<double>(s.stride_h);
-  // All numbers fit in 31 bits (nchw_can_run), and a division of 64 is several times slower: this is done at every call.
+  // All numbers fit in 31 bits (nchw_can_run), and a division of 64 is several times slower: this is done at every
+  // call.
   const auto parts = [](int64_t size, int64_t part) -> int64_t {
     return (static_cast<uint32_t>(size) + static_cast<uint32_t>(part) - 1) / static_cast<uint32_t>(part);
   };
@@ -97,8 +96,7 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
     const double time = warp * std::max(share / resident, 1.);
     if (best != 0 && time >= best) return;
     best = time, full = share >= resident;
-    p.tile.rows = static_cast<int>(rows), p.tile.splits = static_cast<int>(strips);
-    p.tile.lanes = static_cast<int>(planes);
+    cut = {static_cast<int>(rows), static_cast<int>(strips), static_cast<int>(planes)};
   };
   int64_t last = 0;
   for (const int64_t most : {14, 10, 7, 5, 3, 1}) {
@@ -112,7 +110,8 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
       if (!whole) consider(rows, evenly(strips, std::max<int64_t>(lanes / static_cast<int32_t>(work.runs), 1)), 1);
     }
   }
-  return p;
+  return {Kernel::depthwise_nchw, "cuda_depthwise_nchw", "depthwise, rows without gaps, 3x3, 5x5 or 7x7, stride 1 or 2",
+          cut, 0};
 }
 
 // Rows follow each other without gaps, in what is read and in what is written.
@@ -122,31 +121,27 @@ bool nchw_can_run(Map map, const ConvShape& s, DType dtype) {
   const NchwWork work = nchw_work(map, s);
   return window(s) && dense_rows(s) && has_dense_filters(s) && dtype != DType::float64 &&
          (map == Map::forward || s.K == s.C) && nchw_memory(work, s, dtype, 1, 1).bytes() <= kMostShared &&
-         work.channels * work.steps * work.runs > 0 && s.N * work.channels * work.steps < kNarrow - 1;  // blocks
+         work.channels * work.steps * work.runs > 0 && s.N * work.channels * work.steps < kNarrowLimit - 1;  // blocks
 }
 
 Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignment, bool narrow) {
-  Plan p{Kernel::depthwise_direct,
-         "cuda_depthwise_direct",
-         "depthwise of any kernel, stride, dilation, multiplier and memory layout",
-         {},
-         0};
   const Written out = written(map, s);
   const int vec16 = static_cast<int>(16 / element_size(dtype));
   const int vec = whole_vectors(s, vec16, dtype, alignment) ? vec16 : 1;
   // Threads are counted in 31 bits too: four rows each, of every phase the last perhaps in part.
   const int64_t threads = s.N * (out.channels / vec) * (out.rows / 4 + s.stride_h + 1) * out.columns;
-  p.tile.wide = !narrow || threads >= kNarrow;
-  p.tile.vec = p.tile.wide ? 1 : vec;
-  return p;
+  const bool wide = !narrow || threads >= kNarrowLimit;
+  return {Kernel::depthwise_direct, "cuda_depthwise_direct",
+          "depthwise of any kernel, stride, dilation, multiplier and memory layout", DirectCut{wide ? 1 : vec, wide},
+          0};
 }
 
 // Neighbouring outputs lie side by side, and read the same channel or neighbours.
 bool outputs_dense(const ConvShape& s) { return s.K > 1 && s.y.c == 1 && (s.C == 1 || s.x.c == 1); }
 
-void cut_rows(Plan& p, const ConvShape& s, int64_t chunks, int64_t places, int64_t blocks) {
+void cut_rows(Plan& p, int vec, const ConvShape& s, int64_t chunks, int64_t places, int64_t blocks) {
   const GradWeightRows cut = grad_weight_rows(chunks, places, s.P, blocks);
-  p.tile.rows = cut.rows, p.tile.splits = cut.splits;
+  p.cut = GradWeightRowsCut{vec, cut.rows, cut.splits};
   if (cut.splits > 1) p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(DType::float32);
 }
 
@@ -159,10 +154,10 @@ Plan depthwise_grad_weight_nhwc(const ConvShape& s, DType dtype, int64_t alignme
          "depthwise, channels dense, 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass",
          {},
          0};
-  const GradWeightNhwc cut = grad_weight_nhwc(s);
+  const GradWeightNhwc block = grad_weight_nhwc_block(s);
   const int vec16 = static_cast<int>(16 / element_size(dtype));
-  p.tile.vec = whole_vectors(s, vec16, dtype, alignment) && near_images(s, cut.images * (32 / cut.lanes)) ? vec16 : 1;
-  cut_rows(p, s, cut.chunks, cut.places, (s.R == 7 ? 3 : 2) * kMultiprocessors);
+  const bool whole = whole_vectors(s, vec16, dtype, alignment) && near_images(s, block.images * (32 / block.lanes));
+  cut_rows(p, whole ? vec16 : 1, s, block.chunks, block.places, (s.R == 7 ? 3 : 2) * kMultiprocessors);
   return p;
 }
 
@@ -173,8 +168,8 @@ Plan depthwise_grad_weight_nchw(const ConvShape& s, DType dtype, int64_t alignme
          {},
          0};
   const bool pieces = s.K == s.C && alignment % 16 == 0 && dense_rows(s);
-  p.tile.vec = pieces ? static_cast<int>(16 / element_size(dtype)) : 1;
-  cut_rows(p, s, grad_weight_nchw(s, dtype).chunks, s.N, (s.R == 7 ? 3 : 4) * kMultiprocessors);
+  const int vec = pieces ? static_cast<int>(16 / element_size(dtype)) : 1;
+  cut_rows(p, vec, s, grad_weight_nchw_block(s, dtype).chunks, s.N, (s.R == 7 ? 3 : 4) * kMultiprocessors);
   return p;
 }
 
@@ -186,8 +181,8 @@ Plan depthwise_grad_weight_nhwc_mma(const ConvShape& s) {
       "depthwise up to 7x7 in a half type, stride 1, whole vectors of channels: every tap in one pass, on tensor cores",
       {},
       0};
-  const MmaCut cut = grad_weight_mma(s);
-  cut_rows(p, s, cut.slices, cut.image_groups * cut.column_tiles, kWarps / cut.groups * kMultiprocessors);
+  const MmaBlock block = grad_weight_mma_block(s);
+  cut_rows(p, 1, s, block.slices, block.image_groups * block.column_tiles, kWarps / block.groups * kMultiprocessors);
   return p;
 }
 
@@ -200,33 +195,29 @@ Plan depthwise_grad_weight(const ConvShape& s, DType dtype, const Device& device
     if (s.Q <= kGradWeightColumns * kGradWeightThreads) return depthwise_grad_weight_nchw(s, dtype, alignment);
   }
   constexpr int64_t kThreads = 256;
-  Plan p{Kernel::depthwise_grad_weight,
-         "cuda_depthwise_grad_weight",
-         "depthwise of any kernel: up to eight taps of a kernel row in a pass",
-         {},
-         0};
-  Tile& t = p.tile;
-  t.vec = whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
-  const int64_t vectors = s.K / t.vec;
+  GradWeightCut cut;
+  cut.vec = whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
+  const int64_t vectors = s.K / cut.vec;
   // Strips are as tall as 2^17 columns' worth of threads allow, and at least four rows.
   const int64_t strips = std::clamp<int64_t>((int64_t{1} << 17) / std::max<int64_t>(s.N * s.Q * vectors, 1), 1,
                                              std::max<int64_t>(s.P / 4, 1));
-  t.rows = static_cast<int>(ceil_div(s.P, strips));
-  const int64_t places = s.N * ceil_div(s.P, t.rows) * s.Q;
+  cut.rows = static_cast<int>(ceil_div(s.P, strips));
+  const int64_t places = s.N * ceil_div(s.P, cut.rows) * s.Q;
   if (s.y.c == 1 && s.K > 1) {
-    t.lanes = static_cast<int>(ceil_div(vectors, ceil_div(vectors, 32)));
+    cut.lanes = static_cast<int>(ceil_div(vectors, ceil_div(vectors, 32)));
   } else {
     int64_t slots = 32;
     while (slots < kThreads && slots < places) slots *= 2;
-    t.lanes = static_cast<int>(kThreads / slots);
+    cut.lanes = static_cast<int>(kThreads / slots);
   }
   const int64_t passes = s.R * ceil_div(s.S, 8);
-  const int64_t slots = kThreads / t.lanes;
-  const int64_t wanted = grad_weight_splits(2 * ceil_div(vectors, t.lanes) * passes, places, slots);
+  const int64_t slots = kThreads / cut.lanes;
+  const int64_t wanted = grad_weight_splits(2 * ceil_div(vectors, cut.lanes) * passes, places, slots);
   // Every slot has the same number of places, but for the last few.
-  t.splits = static_cast<int>(ceil_div(places, slots * std::max<int64_t>(places / (wanted * slots), 1)));
-  p.workspace_bytes = t.splits * s.weight_elements() * acc_size(dtype);
-  return p;
+  cut.splits = static_cast<int>(ceil_div(places, slots * std::max<int64_t>(places / (wanted * slots), 1)));
+  return {Kernel::depthwise_grad_weight, "cuda_depthwise_grad_weight",
+          "depthwise of any kernel: up to eight taps of a kernel row in a pass", cut,
+          cut.splits * s.weight_elements() * acc_size(dtype)};
 }
 
 }  // namespace
@@ -236,7 +227,7 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
   if (Plan p; narrow && plan_depthwise_tensor_cores(p, map, s, dtype, device, alignment)) return p;
   const bool large = narrow && large_can_run(map, s, device);
   if (map == Map::grad_weight) {
-    if (!narrow || s.N * s.P * s.Q >= kNarrow - (1 << 20)) {
+    if (!narrow || s.N * s.P * s.Q >= kNarrowLimit - (1 << 20)) {
       return plan_grouped(map, s, dtype, "depthwise, an image of 2^31 elements or more");
     }
     const Plan p = depthwise_grad_weight(s, dtype, device, alignment);

@@ -1,8 +1,8 @@
 // What every kernel file shares: launching, shared memory, element types, vectors, fast division, the epilogue.
 //
 // The same files compile for a CPU under an emulator of the execution model (tests/emulator), which then provides
-// LaunchConfig, launch() (which returns cudaSuccess, or throws), compiled_for(), SMEM_ARRAY, DYN_SMEM and the CUDA built-ins before
-// this file is seen, and defines CUDA_ON_CPU.
+// LaunchConfig, launch() (which returns cudaSuccess, or throws), compiled_for(), SMEM_ARRAY, DYN_SMEM and the CUDA
+// built-ins before this file is seen, and defines CUDA_ON_CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "core/activation.h"
+#include "core/arithmetic.h"
 #include "core/conv_shape.h"
 #include "cuda/launch.h"
 
@@ -37,8 +38,8 @@ template <typename... Params, typename... Args>
 [[nodiscard]] cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
   constexpr size_t kStaticLimit = 48 << 10;  // more than this has to be asked for
   if (config.smem_bytes > kStaticLimit) {
-    // Always the same number, as it belongs to the kernel and not to the launch: a lower one could forbid a launch of the
-    // same kernel that another thread is about to make, or that a CUDA graph has captured.
+    // Always the same number, as it belongs to the kernel and not to the launch: a lower one could forbid a launch of
+    // the same kernel that another thread is about to make, or that a CUDA graph has captured.
     if (config.smem_bytes > sepconv::cuda::kMostShared) return cudaErrorInvalidConfiguration;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{sepconv::cuda::kMostShared});
@@ -59,8 +60,8 @@ template <typename... Params, typename... Args>
   return cudaLaunchKernelEx(&c, kernel, std::forward<Args>(args)...);
 }
 
-// The virtual architecture (90 for 9.0) of the code that the current device runs for a kernel, 0 where there is none: PTX for
-// an older architecture runs on a newer device, without what was compiled for that one alone.
+// The virtual architecture (90 for 9.0) of the code that the current device runs for a kernel, 0 where there is none:
+// PTX for an older architecture runs on a newer device, without what was compiled for that one alone.
 template <typename... Params>
 int compiled_for(void (*kernel)(Params...)) {
   cudaFuncAttributes attributes{};
@@ -100,10 +101,6 @@ __host__ __device__ inline T from_acc(acc_t<T> v) {
   } else {
     return v;
   }
-}
-
-inline constexpr int64_t element_bytes(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
 // Calls f(TypeTag<T>{}) with the element type of dtype; f returns a cudaError_t.
@@ -162,14 +159,6 @@ __device__ __forceinline__ void store_vec(T* p, const acc_t<T> (&in)[kN]) {
 }
 
 // ---- whole numbers
-
-template <typename I>
-__host__ __device__ constexpr I ceil_div(I a, I b) {
-  return (a + b - 1) / b;
-}
-
-// Kernels with 32-bit indices take numbers below this one.
-inline constexpr int64_t kNarrowLimit = int64_t{1} << 31;
 
 // Division of a 32-bit number below 2^31 by a fixed divisor in 1 .. 2^31 - 1: a multiplication and a shift.
 // (Granlund and Montgomery, "Division by Invariant Integers using Multiplication", 1994.)

@@ -25,15 +25,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- the same number, of which the compiler no longer knows anything: it is kept, and neither computed again nor joined with
-// what it was made of. A load from an address made of it stays in its loop.
+// ---- the same number, of which the compiler no longer knows anything: it is kept, and neither computed again nor
+// joined with what it was made of. A load from an address made of it stays in its loop.
 __device__ __forceinline__ int opaque(int i) {
   asm volatile("" : "+r"(i));
   return i;
 }
 
-// ---- loads of 2, 4 or 8 aligned bytes of global memory that nobody writes, zeros where `valid` is zero: nothing is then read.
-// Always one predicated instruction, where an `if` may become a branch with the address made behind it.
+// ---- loads of 2, 4 or 8 aligned bytes of global memory that nobody writes, zeros where `valid` is zero: nothing is
+// then read. Always one predicated instruction, where an `if` may become a branch with the address made behind it.
 __device__ __forceinline__ uint32_t load16_if(const void* from, uint32_t valid) {
   uint32_t v;
   asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.u16 %0, [%1];}"
@@ -86,12 +86,12 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The same of a sparse factor, d += a * b with a 16 x 32, b 32 x 8: of every four neighbouring elements of a row of a, two that
-// `kept` names, in their order, and zeros (PTX ISA, "Matrix Fragments for sparse mma.m16n8k32").
+// The same of a sparse factor, d += a * b with a 16 x 32, b 32 x 8: of every four neighbouring elements of a row of a,
+// two that `kept` names, in their order, and zeros (PTX ISA, "Matrix Fragments for sparse mma.m16n8k32").
 //   a[0]: row g, two elements of columns 4t .. 4t + 3; a[1]: row g + 8; a[2], a[3]: the same rows, columns + 16
 //   b[i]: column g, k 8i + 2t and 8i + 2t + 1;  d: as above
-//   kept, of lanes t = 0 and 1 only: 4 bits for each four of columns 16t .. 16t + 15, the first element's number lowest;
-//   row g in the lower half and g + 8 in the upper one
+//   kept, of lanes t = 0 and 1 only: 4 bits for each four of columns 16t .. 16t + 15, the first element's number
+//   lowest; row g in the lower half and g + 8 in the upper one
 // CUDA before 12.5 knows it by its older name only, which newer GPUs may be slow at.
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
 #define SEPCONV_MMA_SP "mma.sp::ordered_metadata"
@@ -120,8 +120,9 @@ __device__ __forceinline__ void mma_sp_m16n8k32<__nv_bfloat16>(float (&d)[4], co
 }
 #undef SEPCONV_MMA_SP
 
-// ---- four 8 x 8 matrices of 16-bit elements from shared memory (sm_75). Lane 8 i + j holds the address of row j of matrix
-// i, aligned to 16 bytes; r[i] then holds elements 2t and 2t + 1 of row g of matrix i, or with _trans of its column g.
+// ---- four 8 x 8 matrices of 16-bit elements from shared memory (sm_75). Lane 8 i + j holds the address of row j of
+// matrix i, aligned to 16 bytes; r[i] then holds elements 2t and 2t + 1 of row g of matrix i, or with _trans of its
+// column g.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -142,8 +143,8 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
-// ---- asynchronous copies from global to shared memory (sm_80). 16 (or 8, or 4) aligned bytes, zeros where not `valid`: `global` is
-// then not read, but has to be an address all the same.
+// ---- asynchronous copies from global to shared memory (sm_80). 16 (or 8, or 4) aligned bytes, zeros where not
+// `valid`: `global` is then not read, but has to be an address all the same.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
@@ -171,12 +172,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 }
 
-// ---- barriers in shared memory that count bytes, and copies of boxes of a tensor by the copy engine (TMA, sm_90). A kernel
-// that uses them has no body where they are missing: `if constexpr (kHasTma)`.
+// ---- barriers in shared memory that count bytes, and copies of boxes of a tensor by the copy engine (TMA, sm_90). A
+// kernel that uses them has no body where they are missing: `if constexpr (kHasTma)`.
 inline constexpr bool kHasTma = kArch == 0 || has_tma(kArch / 10);
 
 // True in one lane of the warp, always the same; all 32 lanes ask. The compiler knows that a branch on it has one lane,
-// which it does not of a branch on a lane's number: instructions that take their operands once for a warp stand there plainly.
+// which it does not of a branch on a lane's number: instructions that take their operands once for a warp stand there
+// plainly.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
   asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
@@ -201,11 +203,12 @@ __device__ __forceinline__ void mbar_wait(uint64_t* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-// What this thread has read of shared memory is read before a box lands there: copies do not keep the order of loads and
-// stores, neither behind a barrier nor in the same thread. Each reader says so, then meets the thread that asks for the box.
+// What this thread has read of shared memory is read before a box lands there: copies do not keep the order of loads
+// and stores, neither behind a barrier nor in the same thread. Each reader says so, then meets the thread that asks for
+// the box.
 __device__ __forceinline__ void fence_async_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Copies the box that begins at channel c, column w, row h of image n, zeros where it is outside of the tensor (coordinates
-// may be negative), to 128-byte aligned shared memory; its bytes arrive at the barrier, all of the box's.
+// Copies the box that begins at channel c, column w, row h of image n, zeros where it is outside of the tensor
+// (coordinates may be negative), to 128-byte aligned shared memory; its bytes arrive at the barrier, all of the box's.
 __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap& map, int c, int w, int h, int n,
                                             uint64_t* barrier) {
   asm volatile(

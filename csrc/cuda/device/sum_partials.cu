@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kWeights* kSlices)
 }
 
 template <typename T, typename Index>
-cudaError_t start(const ConvShape& shape, const void* partials, int splits, void* grad_w, cudaStream_t stream) {
+cudaError_t start(const Launch& call, int splits) {
+  const ConvShape& shape = call.shape;
   const SumArgs<Index> a{shape.weight_elements(),
                          splits,
                          Divider<Index>(shape.S),
@@ -52,19 +53,17 @@ cudaError_t start(const ConvShape& shape, const void* partials, int splits, void
                          Divider<Index>(shape.channels_per_group()),
                          shape.w};
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div<int64_t>(a.elements, kWeights))),
-                            dim3(kWeights * kSlices), 0, stream};
-  return launch(sum_partials_kernel<T, Index>, config, a, static_cast<const acc_t<T>*>(partials),
-                static_cast<T*>(grad_w));
+                            dim3(kWeights * kSlices), 0, call.stream};
+  return launch(sum_partials_kernel<T, Index>, config, a, call.workspace_as<const acc_t<T>>(), call.out_as<T>());
 }
 
 }  // namespace
 
-cudaError_t launch_sum_partials(const ConvShape& shape, DType dtype, const void* partials, int splits, void* grad_w,
-                                cudaStream_t stream) {
-  return dispatch_dtype(dtype, [&](auto tag) {
+cudaError_t launch_sum_partials(const Launch& call, int splits) {
+  return dispatch_dtype(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return shape.weight_elements() < kNarrowLimit ? start<T, uint32_t>(shape, partials, splits, grad_w, stream)
-                                                  : start<T, int64_t>(shape, partials, splits, grad_w, stream);
+    return call.shape.weight_elements() < kNarrowLimit ? start<T, uint32_t>(call, splits)
+                                                       : start<T, int64_t>(call, splits);
   });
 }
 

@@ -1,31 +1,33 @@
 // Forward and grad_input for any groups, strides, kernel, dilation and padding: the net under every other kernel.
 //
-// Both maps are one gather. A pixel of the tensor that is written sums, over the taps that reach it, a pixel of the tensor
-// that is read times a filter tap; going along the taps, the row that is read moves by a fixed step:
+// Both maps are one gather. A pixel of the tensor that is written sums, over the taps that reach it, a pixel of the
+// tensor that is read times a filter tap; going along the taps, the row that is read moves by a fixed step:
 //
 //   forward     tap r = 0, 1, ...           reads row p * stride - pad + r * dilation
-//   grad_input  tap r = r0, r0 + step, ...  reads row (h + pad - r * dilation) / stride, where step = stride / gcd(stride,
+//   grad_input  tap r = r0, r0 + step, ...  reads row (h + pad - r * dilation) / stride, where step = stride /
+//   gcd(stride,
 //               dilation) and r0 is the first tap for which the stride divides; the taps between do not reach row h.
 //
-// The weight is first packed to [R, S, channels read, groups, channels written] in the accumulation type, the last dimension
-// padded to whole tiles, so that the gather reads it as vectors whatever strides the weight has.
+// The weight is first packed to [R, S, channels read, groups, channels written] in the accumulation type, the last
+// dimension padded to whole tiles, so that the gather reads it as vectors whatever strides the weight has.
 //
-// Threads to data: a thread owns kColumns pixels of one row times kChannels channels of one group, so that each value it
-// loads is used kColumns or kChannels times. Both are interleaved: the pixels of a thread are `column_tiles` apart (in
-// grad_input times the stride: they then share their taps), its channels `channel_tiles` apart, so that neighbouring
-// threads own neighbours. Neighbouring threads walk along the row or, where the written tensor is channels_last, along the
-// channels.
+// Threads to data: a thread owns kColumns pixels of one row times kChannels channels of one group, so that each value
+// it loads is used kColumns or kChannels times. Both are interleaved: the pixels of a thread are `column_tiles` apart
+// (in grad_input times the stride: they then share their taps), its channels `channel_tiles` apart, so that
+// neighbouring threads own neighbours. Neighbouring threads walk along the row or, where the written tensor is
+// channels_last, along the channels.
 #include <numeric>
 
 #include "cuda/device/common.cuh"
-#include "cuda/tiling.h"
+#include "cuda/grouped/cut.h"
 
 namespace sepconv::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kColumns = 4;
-// Blocks on a multiprocessor that the compiler has to leave registers for. Left to itself it spills some to fit one more.
+// Blocks on a multiprocessor that the compiler has to leave registers for. Left to itself it spills some to fit one
+// more.
 template <typename T, typename Index>
 constexpr int kLeastBlocks = sizeof(Index) == 4 && sizeof(acc_t<T>) == 4 ? 4 : 2;
 
@@ -198,8 +200,8 @@ LaunchConfig one_thread_each(int64_t items, cudaStream_t stream) {
 }
 
 template <typename T, typename Index, int kChannels, bool kGradInput>
-cudaError_t start(const ConvShape& s, const void* from, const void* w, const Epilogue& epilogue, void* to,
-                  void* workspace, cudaStream_t stream) {
+cudaError_t start(const Launch& call) {
+  const ConvShape& s = call.shape;
   using I = std::make_signed_t<Index>;
   using A = acc_t<T>;
   const int64_t read = kGradInput ? s.outputs_per_group() : s.channels_per_group();
@@ -224,8 +226,9 @@ cudaError_t start(const ConvShape& s, const void* from, const void* w, const Epi
                              Divider<Index>(read),
                              Divider<Index>(s.S),
                              Offsets<Index>(s.w)};
-  const cudaError_t error = launch(pack_weight_kernel<T, Index, kGradInput>, one_thread_each(packed_elements, stream),
-                                   pack, static_cast<const T*>(w), static_cast<A*>(workspace));
+  const cudaError_t error =
+      launch(pack_weight_kernel<T, Index, kGradInput>, one_thread_each(packed_elements, call.stream), pack,
+             call.second_as<T>(), call.workspace_as<A>());
   if (error != cudaSuccess) return error;
 
   const int64_t rows = kGradInput ? s.H : s.P, columns = kGradInput ? s.W : s.Q;
@@ -249,21 +252,21 @@ cudaError_t start(const ConvShape& s, const void* from, const void* w, const Epi
                                Divider<Index>(column_tiles),
                                Offsets<Index>(kGradInput ? s.y : s.x),
                                Offsets<Index>(kGradInput ? s.x : s.y)};
-  return launch(gather_kernel<T, Index, kChannels, kGradInput>, one_thread_each(items, stream), args,
-                static_cast<const T*>(from), static_cast<const A*>(workspace), static_cast<const T*>(epilogue.bias),
-                epilogue.activation, static_cast<T*>(to));
+  return launch(gather_kernel<T, Index, kChannels, kGradInput>, one_thread_each(items, call.stream), args,
+                call.first_as<T>(), call.workspace_as<const A>(), call.bias_as<T>(), call.epilogue.activation,
+                call.out_as<T>());
 }
 
 template <bool kGradInput>
-cudaError_t gather(const ConvShape& s, DType dtype, const void* from, const void* w, const Epilogue& epilogue, void* to,
-                   void* workspace, cudaStream_t stream) {
+cudaError_t gather(const Launch& call) {
+  const ConvShape& s = call.shape;
   const int channels = grouped_channel_tile(kGradInput ? s.channels_per_group() : s.outputs_per_group());
-  return dispatch_dtype(dtype, [&](auto tag) {
+  return dispatch_dtype(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto choose = [&](auto index, auto channels) {
       using Index = decltype(index);
       constexpr int kChannels = decltype(channels)::value;
-      return start<T, Index, kChannels, kGradInput>(s, from, w, epilogue, to, workspace, stream);
+      return start<T, Index, kChannels, kGradInput>(call);
     };
     const auto choose_channels = [&](auto index) {
       return channels == 1 ? choose(index, std::integral_constant<int, 1>{})
@@ -275,14 +278,8 @@ cudaError_t gather(const ConvShape& s, DType dtype, const void* from, const void
 
 }  // namespace
 
-cudaError_t launch_grouped_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
-                                   const Epilogue& epilogue, void* y, void* workspace, cudaStream_t stream) {
-  return gather<false>(shape, dtype, x, w, epilogue, y, workspace, stream);
-}
+cudaError_t launch_grouped_forward(const Launch& call, const SplitsCut&) { return gather<false>(call); }
 
-cudaError_t launch_grouped_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
-                                      void* grad_x, void* workspace, cudaStream_t stream) {
-  return gather<true>(shape, dtype, grad_y, w, Epilogue{}, grad_x, workspace, stream);
-}
+cudaError_t launch_grouped_grad_input(const Launch& call, const SplitsCut&) { return gather<true>(call); }
 
 }  // namespace sepconv::cuda

@@ -1,17 +1,19 @@
-// grad_weight for any groups, strides, kernel, dilation and padding. Two stages, no atomics: each block sums its part of the
-// output pixels for its weights and writes one partial sum a weight; sum_partials.cu adds the parts up in a fixed order.
+// grad_weight for any groups, strides, kernel, dilation and padding. Two stages, no atomics: each block sums its part
+// of the output pixels for its weights and writes one partial sum a weight; sum_partials.cu adds the parts up in a
+// fixed order.
 //
 //   partials[split, k, c, r, s] = sum over pixels (n, p, q) of the split of
 //                                 grad_y[n, k, p, q] * x[n, c, p * stride + r * dilation - pad, q * stride + ...]
 //
-// Threads to data: a thread sums a tile of kTile x kTile (output, input) channels of one group at one tap (r, s), so that a
-// value that it loads is used kTile times; the channels of a tile are interleaved, so that neighbouring tiles read neighbours.
-//   kChannelLanes (grad_y channels_last): the lanes of a warp own 32 neighbouring tiles and walk the same pixels; the eight
-//   warps of a block own the same tiles and take turns at the pixels of the split.
-//   otherwise: the whole block owns one tile, and its 256 threads take turns at the pixels, which are neighbours in memory.
+// Threads to data: a thread sums a tile of kTile x kTile (output, input) channels of one group at one tap (r, s), so
+// that a value that it loads is used kTile times; the channels of a tile are interleaved, so that neighbouring tiles
+// read neighbours.
+//   kChannelLanes (grad_y channels_last): the lanes of a warp own 32 neighbouring tiles and walk the same pixels; the
+//   eight warps of a block own the same tiles and take turns at the pixels of the split. otherwise: the whole block
+//   owns one tile, and its 256 threads take turns at the pixels, which are neighbours in memory.
 // A thread walks its pixels by adding a fixed step to (n, p, q) with carries: the loop does not divide.
 #include "cuda/device/common.cuh"
-#include "cuda/tiling.h"
+#include "cuda/grouped/cut.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -139,8 +141,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, typename Index, int kTile, bool kChannelLanes>
-cudaError_t start(const ConvShape& s, const void* grad_y, const void* x, int splits, void* workspace,
-                  cudaStream_t stream) {
+cudaError_t start(const Launch& call, int splits) {
+  const ConvShape& s = call.shape;
   using I = std::make_signed_t<Index>;
   const auto i = [](int64_t v) { return static_cast<I>(v); };
   const int64_t workers = kChannelLanes ? kWarps : kThreads;
@@ -180,23 +182,22 @@ cudaError_t start(const ConvShape& s, const void* grad_y, const void* x, int spl
                                    Offsets<Index>(s.y)};
   const int64_t blocks = kChannelLanes ? ceil_div<int64_t>(tiles, 32) : tiles;
   const LaunchConfig config{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), dim3(kThreads), 0,
-                            stream};
-  return launch(grad_weight_kernel<T, Index, kTile, kChannelLanes>, config, args, static_cast<const T*>(grad_y),
-                static_cast<const T*>(x), static_cast<acc_t<T>*>(workspace));
+                            call.stream};
+  return launch(grad_weight_kernel<T, Index, kTile, kChannelLanes>, config, args, call.first_as<T>(),
+                call.second_as<T>(), call.workspace_as<acc_t<T>>());
 }
 
 }  // namespace
 
-cudaError_t launch_grouped_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, const void* x, void* grad_w,
-                                       int splits, void* workspace, cudaStream_t stream) {
-  const cudaError_t error = dispatch_dtype(dtype, [&](auto tag) {
+cudaError_t launch_grouped_grad_weight(const Launch& call, const SplitsCut& cut) {
+  const ConvShape& s = call.shape;
+  const cudaError_t error = dispatch_dtype(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto choose = [&](auto index, auto tile) {
       using Index = decltype(index);
       constexpr int kTile = decltype(tile)::value;
-      return grouped_grad_weight_lanes_are_channels(s)
-                 ? start<T, Index, kTile, true>(s, grad_y, x, splits, workspace, stream)
-                 : start<T, Index, kTile, false>(s, grad_y, x, splits, workspace, stream);
+      return grouped_grad_weight_lanes_are_channels(s) ? start<T, Index, kTile, true>(call, cut.splits)
+                                                       : start<T, Index, kTile, false>(call, cut.splits);
     };
     const auto choose_tile = [&](auto index) {
       return grouped_grad_weight_tile(s) == 1 ? choose(index, std::integral_constant<int, 1>{})
@@ -204,7 +205,7 @@ cudaError_t launch_grouped_grad_weight(const ConvShape& s, DType dtype, const vo
     };
     return grouped_is_narrow(s) ? choose_tile(uint32_t{}) : choose_tile(int64_t{});
   });
-  return error != cudaSuccess ? error : launch_sum_partials(s, dtype, workspace, splits, grad_w, stream);
+  return error != cudaSuccess ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

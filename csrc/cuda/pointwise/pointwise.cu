@@ -1,9 +1,9 @@
 // The 1x1 convolution and its gradients as matrix products (pointwise.cuh) in plain arithmetic, for every element type.
 //
-// Threads to data: a block of 128 threads computes a tile of 64 x 64 of the result, 16 columns of threads times 8 rows of
-// threads, each thread 8 rows x 4 neighbouring columns in registers. The sum goes in steps of 16 along k: while a step is
-// multiplied out of shared memory, where both tiles lie as [k][64] in the accumulation type, the next step is on its way
-// from global memory into registers; two buffers in shared memory, so that one barrier a step is enough.
+// Threads to data: a block of 128 threads computes a tile of 64 x 64 of the result, 16 columns of threads times 8 rows
+// of threads, each thread 8 rows x 4 neighbouring columns in registers. The sum goes in steps of 16 along k: while a
+// step is multiplied out of shared memory, where both tiles lie as [k][64] in the accumulation type, the next step is
+// on its way from global memory into registers; two buffers in shared memory, so that one barrier a step is enough.
 #include "cuda/pointwise/pointwise.cuh"
 
 namespace sepconv::cuda {
@@ -171,27 +171,22 @@ cudaError_t start(const Product<T>& p, int splits, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_pointwise_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
-                                     const Epilogue& epilogue, void* y, cudaStream_t stream) {
-  return dispatch_dtype(dtype, [&](auto tag) {
-    return start(forward_product<typename decltype(tag)::type>(shape, x, w, epilogue, y), 1, stream);
+cudaError_t launch_pointwise_forward(const Launch& call, const SplitsCut&) {
+  return dispatch_dtype(
+      call.dtype, [&](auto tag) { return start(forward_product<typename decltype(tag)::type>(call), 1, call.stream); });
+}
+
+cudaError_t launch_pointwise_grad_input(const Launch& call, const SplitsCut&) {
+  return dispatch_dtype(call.dtype, [&](auto tag) {
+    return start(grad_input_product<typename decltype(tag)::type>(call), 1, call.stream);
   });
 }
 
-cudaError_t launch_pointwise_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
-                                        void* grad_x, cudaStream_t stream) {
-  return dispatch_dtype(dtype, [&](auto tag) {
-    return start(grad_input_product<typename decltype(tag)::type>(shape, grad_y, w, grad_x), 1, stream);
+cudaError_t launch_pointwise_grad_weight(const Launch& call, const SplitsCut& cut) {
+  const cudaError_t error = dispatch_dtype(call.dtype, [&](auto tag) {
+    return start(grad_weight_product<typename decltype(tag)::type>(call, cut.splits), cut.splits, call.stream);
   });
-}
-
-cudaError_t launch_pointwise_grad_weight(const ConvShape& shape, DType dtype, const void* grad_y, const void* x,
-                                         void* grad_w, int splits, void* workspace, cudaStream_t stream) {
-  const cudaError_t error = dispatch_dtype(dtype, [&](auto tag) {
-    return start(grad_weight_product<typename decltype(tag)::type>(shape, grad_y, x, splits, workspace), splits,
-                 stream);
-  });
-  return error != cudaSuccess ? error : launch_sum_partials(shape, dtype, workspace, splits, grad_w, stream);
+  return error != cudaSuccess ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

@@ -1,5 +1,5 @@
-// A 1x1 convolution as a matrix product, for every map and every memory layout: what pointwise.cu (plain arithmetic) and
-// pointwise_mma.cu (tensor cores) share.
+// A 1x1 convolution as a matrix product, for every map and every memory layout: what pointwise.cu (plain arithmetic)
+// and pointwise_mma.cu (tensor cores) share.
 //
 //   out[m, n] = sum over k of a[m, k] * b[n, k]
 //
@@ -8,20 +8,21 @@
 //   grad_input   output channel  {pixel, c}       grad_y, w
 //   grad_weight  pixel    output channel, c       grad_y, x; the pixels are split over blocks, which write partial sums
 //
-// In the first two, n is the dimension in which the result is dense: the channel in channels_last, the pixel in NCHW, so that
-// neighbouring threads store to neighbours in both. An operand is read along its own dense dimension, whichever that is, in
-// vectors of 16 bytes where strides, sizes and pointers allow it, else element by element.
+// In the first two, n is the dimension in which the result is dense: the channel in channels_last, the pixel in NCHW,
+// so that neighbouring threads store to neighbours in both. An operand is read along its own dense dimension, whichever
+// that is, in vectors of 16 bytes where strides, sizes and pointers allow it, else element by element.
 #pragma once
 
 #include <algorithm>
 #include <utility>
 
 #include "cuda/device/common.cuh"
+#include "cuda/pointwise/cut.h"
 
 namespace sepconv::cuda::pointwise {
 
-// From an index of the product to an offset in a tensor. An index is a channel or a pixel; a pixel is (image, row, column),
-// with as many of the three melted together as the strides allow.
+// From an index of the product to an offset in a tensor. An index is a channel or a pixel; a pixel is (image, row,
+// column), with as many of the three melted together as the strides allow.
 struct Axis {
   uint32_t size = 0;
   int64_t image = 0, row = 0, step = 0;  // strides
@@ -117,24 +118,26 @@ struct Product {
   bool bias_along_n = false;
   Activation activation = Activation::identity;
   uint32_t k_a_split = 0;  // a multiple of every tile's depth
-  bool m_tiles_first =
-      false;  // neighbouring blocks share a tile of b, else of a: the tile of pixels, which is the large one
+  // Neighbouring blocks share a tile of b, else of a: the tile of pixels, which is the large one.
+  bool m_tiles_first = false;
 
   Product(const Operand<T>& a_, const Operand<T>& b_) : a(a_), b(b_) {}
 };
 
-// forward and grad_input: pixels x channels. from: the image that is read; w: (pixel's channel to sum over, channel written).
+// forward and grad_input: pixels x channels. `from` is the image that is read, `to` the one that is written; the weight
+// has channels that are summed over and channels that are written.
 template <typename T>
-Product<T> image_product(const void* from, const Axis& from_pixels, const Axis& from_channels, const void* w,
-                         const Axis& w_read, const Axis& w_written, void* to, const Axis& to_pixels,
-                         const Axis& to_channels) {
-  const Operand<T> pixels(from, from_pixels, from_channels), weight(w, w_written, w_read);
+Product<T> image_product(const Launch& call, const Axis& from_pixels, const Axis& from_channels, const Axis& w_read,
+                         const Axis& w_written, const Axis& to_pixels, const Axis& to_channels) {
+  const Operand<T> pixels(call.first, from_pixels, from_channels), weight(call.second, w_written, w_read);
   const bool channels_dense = dense_along(to_channels, to_pixels);
   Product<T> p = channels_dense ? Product<T>(pixels, weight) : Product<T>(weight, pixels);
-  p.out = static_cast<T*>(to);
+  p.out = call.out_as<T>();
   p.out_m = channels_dense ? to_pixels : to_channels;
   p.out_n = channels_dense ? to_channels : to_pixels;
-  p.out_vectors = whole_vectors<T>(kVec16<T>, to, p.out_n, p.out_m);
+  p.out_vectors = whole_vectors<T>(kVec16<T>, call.out, p.out_n, p.out_m);
+  p.bias = call.bias_as<T>();
+  p.activation = call.epilogue.activation;
   p.bias_along_n = channels_dense;
   p.k_a_split = from_channels.size;
   p.m_tiles_first = !channels_dense;
@@ -147,27 +150,27 @@ inline Axis x_pixels(const ConvShape& s) {
 inline Axis y_pixels(const ConvShape& s) { return pixel_axis(s.N, s.P, s.Q, s.y.n, s.y.h, s.y.w); }
 
 template <typename T>
-Product<T> forward_product(const ConvShape& s, const void* x, const void* w, const Epilogue& epilogue, void* y) {
-  Product<T> p = image_product<T>(x, x_pixels(s), channel_axis(s.C, s.x.c), w, channel_axis(s.C, s.w.c),
-                                  channel_axis(s.K, s.w.n), y, y_pixels(s), channel_axis(s.K, s.y.c));
-  p.bias = static_cast<const T*>(epilogue.bias);
-  p.activation = epilogue.activation;
-  return p;
+Product<T> forward_product(const Launch& call) {
+  const ConvShape& s = call.shape;
+  return image_product<T>(call, x_pixels(s), channel_axis(s.C, s.x.c), channel_axis(s.C, s.w.c),
+                          channel_axis(s.K, s.w.n), y_pixels(s), channel_axis(s.K, s.y.c));
 }
 
 template <typename T>
-Product<T> grad_input_product(const ConvShape& s, const void* grad_y, const void* w, void* grad_x) {
-  return image_product<T>(grad_y, y_pixels(s), channel_axis(s.K, s.y.c), w, channel_axis(s.K, s.w.n),
-                          channel_axis(s.C, s.w.c), grad_x, x_pixels(s), channel_axis(s.C, s.x.c));
+Product<T> grad_input_product(const Launch& call) {
+  const ConvShape& s = call.shape;
+  return image_product<T>(call, y_pixels(s), channel_axis(s.K, s.y.c), channel_axis(s.K, s.w.n),
+                          channel_axis(s.C, s.w.c), x_pixels(s), channel_axis(s.C, s.x.c));
 }
 
 template <typename T>
-Product<T> grad_weight_product(const ConvShape& s, const void* grad_y, const void* x, int splits, void* workspace) {
+Product<T> grad_weight_product(const Launch& call, int splits) {
   constexpr int64_t kDepth = 32;
-  Product<T> p(Operand<T>(grad_y, channel_axis(s.K, s.y.c), y_pixels(s)),
-               Operand<T>(x, channel_axis(s.C, s.x.c), x_pixels(s)));
-  p.partials = static_cast<acc_t<T>*>(workspace);
-  p.k_a_split = static_cast<uint32_t>(ceil_div<int64_t>(ceil_div<int64_t>(p.a.k.size, splits), kDepth) * kDepth);
+  const ConvShape& s = call.shape;
+  Product<T> p(Operand<T>(call.first, channel_axis(s.K, s.y.c), y_pixels(s)),
+               Operand<T>(call.second, channel_axis(s.C, s.x.c), x_pixels(s)));
+  p.partials = call.workspace_as<acc_t<T>>();
+  p.k_a_split = static_cast<uint32_t>(ceil_div(ceil_div<int64_t>(p.a.k.size, splits), kDepth) * kDepth);
   return p;
 }
 
@@ -187,10 +190,10 @@ struct TileGrid {
   }
 };
 
-// How the threads of a block share a tile of kOuter x kDepth elements of an operand. Where the operand has whole vectors, in
-// vectors of 16 bytes, neighbouring threads along the dense dimension: vector i of a thread begins at (outer(i), depth(i)).
-// Else element by element: along k in the same order, along outer with one element a thread, so that a thread has but one
-// outer index and neighbouring threads read neighbours.
+// How the threads of a block share a tile of kOuter x kDepth elements of an operand. Where the operand has whole
+// vectors, in vectors of 16 bytes, neighbouring threads along the dense dimension: vector i of a thread begins at
+// (outer(i), depth(i)). Else element by element: along k in the same order, along outer with one element a thread, so
+// that a thread has but one outer index and neighbouring threads read neighbours.
 template <typename T, bool kAlongK, int kOuter, int kDepth, int kThreads>
 struct TileShare {
   static constexpr int kVec = kVec16<T>;

@@ -1,10 +1,10 @@
 // The 1x1 convolution and its gradients as matrix products (pointwise.cuh) on tensor cores, for float16 and bfloat16.
 //
-// Threads to data: a block of 256 threads computes a tile of 128 x 64 of the result; its eight warps lie 4 x 2 on it, each
-// with 32 x 32 in registers (2 x 4 fragments of m16n8k16). The sum goes in steps of 32 along k through a ring of three
-// stages in shared memory: while one is multiplied, the next two are on their way (cp.async). A tile lies in shared memory
-// the way it is dense in global memory, as [outer][k] or [k][outer]; ldmatrix turns the second kind over. Rows are padded by
-// 16 bytes, so that the eight rows of an ldmatrix fall on different banks.
+// Threads to data: a block of 256 threads computes a tile of 128 x 64 of the result; its eight warps lie 4 x 2 on it,
+// each with 32 x 32 in registers (2 x 4 fragments of m16n8k16). The sum goes in steps of 32 along k through a ring of
+// three stages in shared memory: while one is multiplied, the next two are on their way (cp.async). A tile lies in
+// shared memory the way it is dense in global memory, as [outer][k] or [k][outer]; ldmatrix turns the second kind over.
+// Rows are padded by 16 bytes, so that the eight rows of an ldmatrix fall on different banks.
 //
 // The result goes through shared memory once more, in fp32, so that bias, activation and stores see whole rows of 8.
 #include "cuda/device/ptx.cuh"
@@ -36,8 +36,8 @@ struct Tile : TileShare<T, kAlongK, kOuter, kDepth, kThreads> {
     return kAlongK ? outer * kPitch + depth : depth * kPitch + outer;
   }
 
-  // Elements of an operand without whole vectors are held in registers from begin() to finish(), so that they too are on
-  // their way while the tensor cores are at work.
+  // Elements of an operand without whole vectors are held in registers from begin() to finish(), so that they too are
+  // on their way while the tensor cores are at work.
   T held[Share::kElements];
 
   __device__ __forceinline__ void begin(T* tile, const Operand<T>& operand, uint32_t k0, uint32_t k_end) {
@@ -234,27 +234,22 @@ cudaError_t start(const Product<T>& p, int splits, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_pointwise_mma_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
-                                         const Epilogue& epilogue, void* y, cudaStream_t stream) {
-  return dispatch_half(dtype, [&](auto tag) {
-    return start(forward_product<typename decltype(tag)::type>(shape, x, w, epilogue, y), 1, stream);
+cudaError_t launch_pointwise_mma_forward(const Launch& call, const SplitsCut&) {
+  return dispatch_half(
+      call.dtype, [&](auto tag) { return start(forward_product<typename decltype(tag)::type>(call), 1, call.stream); });
+}
+
+cudaError_t launch_pointwise_mma_grad_input(const Launch& call, const SplitsCut&) {
+  return dispatch_half(call.dtype, [&](auto tag) {
+    return start(grad_input_product<typename decltype(tag)::type>(call), 1, call.stream);
   });
 }
 
-cudaError_t launch_pointwise_mma_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
-                                            void* grad_x, cudaStream_t stream) {
-  return dispatch_half(dtype, [&](auto tag) {
-    return start(grad_input_product<typename decltype(tag)::type>(shape, grad_y, w, grad_x), 1, stream);
+cudaError_t launch_pointwise_mma_grad_weight(const Launch& call, const SplitsCut& cut) {
+  const cudaError_t error = dispatch_half(call.dtype, [&](auto tag) {
+    return start(grad_weight_product<typename decltype(tag)::type>(call, cut.splits), cut.splits, call.stream);
   });
-}
-
-cudaError_t launch_pointwise_mma_grad_weight(const ConvShape& shape, DType dtype, const void* grad_y, const void* x,
-                                             void* grad_w, int splits, void* workspace, cudaStream_t stream) {
-  const cudaError_t error = dispatch_half(dtype, [&](auto tag) {
-    return start(grad_weight_product<typename decltype(tag)::type>(shape, grad_y, x, splits, workspace), splits,
-                 stream);
-  });
-  return error != cudaSuccess ? error : launch_sum_partials(shape, dtype, workspace, splits, grad_w, stream);
+  return error != cudaSuccess ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

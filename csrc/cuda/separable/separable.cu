@@ -1,8 +1,8 @@
 // The fused depthwise and 1x1 convolution (separable.cuh) in plain arithmetic, for every dtype.
 //
 // Threads to data: a block of 256 threads computes 64 pixels x kColumns output channels; thread (i, j) of 16 x 16 sums
-// 4 neighbouring pixels x kColumns / 16 channels (in groups of 4, 64 apart) in registers. Chunk by chunk the threads lay
-// down h as [channel][pixel] and v as [channel][output], so that the product reads both in vectors of four.
+// 4 neighbouring pixels x kColumns / 16 channels (in groups of 4, 64 apart) in registers. Chunk by chunk the threads
+// lay down h as [channel][pixel] and v as [channel][output], so that the product reads both in vectors of four.
 #include "cuda/separable/separable.cuh"
 
 namespace sepconv::cuda {
@@ -106,13 +106,13 @@ cudaError_t start(const SeparableShape& shape, const SeparableMemory& memory, cu
 
 }  // namespace
 
-cudaError_t launch_separable(const SeparableShape& shape, DType dtype, const SeparableMemory& memory, int columns,
-                             cudaStream_t stream) {
+cudaError_t launch_separable(const SeparableShape& shape, DType dtype, const SeparableMemory& memory,
+                             const SeparableCut& cut, cudaStream_t stream) {
   return dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (columns == 64) return start<T, 64>(shape, memory, stream);
+    if (cut.columns == 64) return start<T, 64>(shape, memory, stream);
     if constexpr (!std::is_same_v<T, double>) {
-      if (columns == 128) return start<T, 128>(shape, memory, stream);
+      if (cut.columns == 128) return start<T, 128>(shape, memory, stream);
     }
     return cudaErrorInvalidValue;
   });

@@ -1,11 +1,13 @@
 // The depthwise convolution and the 1x1 one after it in a single kernel: what separable.cu (plain arithmetic) and
-// separable_mma.cu (tensor cores) share. The intermediate h lives in shared memory only, kDepth of its channels at a time:
+// separable_mma.cu (tensor cores) share. The intermediate h lives in shared memory only, kDepth of its channels at a
+// time:
 //
-//   y[pixel, k] = sum over chunks of kDepth channels c of  h[pixel, c] * v[k, c],   h = activation(bias + depthwise(x, w))
+//   y[pixel, k] = sum over chunks of kDepth channels c of  h[pixel, c] * v[k, c],   h = activation(bias + depthwise(x,
+//   w))
 //
 // A block owns kPixels neighbouring output pixels (of all images in a row) and a tile of output channels. For each
-// chunk its threads compute h for its pixels, straight from global memory (the windows of neighbours overlap in L1), lay
-// it down as the left factor of the product, lay the chunk of v beside it, and multiply.
+// chunk its threads compute h for its pixels, straight from global memory (the windows of neighbours overlap in L1),
+// lay it down as the left factor of the product, lay the chunk of v beside it, and multiply.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +15,7 @@
 
 #include "core/separable_shape.h"
 #include "cuda/device/common.cuh"
+#include "cuda/separable/cut.h"
 
 namespace sepconv::cuda::separable {
 
@@ -37,8 +40,8 @@ struct Args {
   bool y_vectors;  // channels of y are dense, and written in pieces of 16 bytes
 };
 
-// How the depthwise stage deals a chunk to the threads: neighbours take neighbouring 16-byte vectors of channels, or single
-// channels (both where channels are dense), or neighbouring pixels.
+// How the depthwise stage deals a chunk to the threads: neighbours take neighbouring 16-byte vectors of channels, or
+// single channels (both where channels are dense), or neighbouring pixels.
 enum class Deal : int { vectors, channels, pixels };
 
 // Where a block's pixels lie: the corner of the window in x, and the pixel in y. Pixels beyond the last have row `far`.

@@ -2,9 +2,9 @@
 //
 // Threads to data: a block of 256 threads computes 64 pixels x kColumns output channels; its eight warps lie 2 x 4 on
 // the tile, each with 32 pixels x kColumns / 4 channels in registers. Chunk by chunk the threads lay down h as
-// [pixel][channel] and v as [output][channel], both padded by 16 bytes a row so that the eight rows of an ldmatrix fall on
-// different banks. h is rounded to T there, as it would be in memory. Two blocks share a multiprocessor, so that one may
-// read x while the other multiplies.
+// [pixel][channel] and v as [output][channel], both padded by 16 bytes a row so that the eight rows of an ldmatrix fall
+// on different banks. h is rounded to T there, as it would be in memory. Two blocks share a multiprocessor, so that one
+// may read x while the other multiplies.
 //
 // The result goes through shared memory once more, behind bias and activation, in the order in which y is dense.
 #include "cuda/device/ptx.cuh"
@@ -151,11 +151,11 @@ cudaError_t start(const SeparableShape& shape, const SeparableMemory& memory, cu
 
 }  // namespace
 
-cudaError_t launch_separable_mma(const SeparableShape& shape, DType dtype, const SeparableMemory& memory, int columns,
-                                 cudaStream_t stream) {
+cudaError_t launch_separable_mma(const SeparableShape& shape, DType dtype, const SeparableMemory& memory,
+                                 const SeparableCut& cut, cudaStream_t stream) {
   return dispatch_half(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    switch (columns) {
+    switch (cut.columns) {
       case 64: return start<T, 64>(shape, memory, stream);
       case 128: return start<T, 128>(shape, memory, stream);
       case 256: return start<T, 256>(shape, memory, stream);

@@ -1,4 +1,5 @@
-// Spatially separable convolution: a column filter and then a row filter over every channel, in one pass through memory.
+// Spatially separable convolution: a column filter and then a row filter over every channel, in one pass through
+// memory.
 //
 //   t[p, w] = sum over r of column[c, r] * x[n, c, p + r - pad_h, w]
 //   y[n, c, p, q] = sum over s of row[c, s] * t[p, q + s - pad_w]
@@ -7,11 +8,11 @@
 // (one channel where columns are dense, up to 32 neighbours where channels are). First its threads go over the elements
 // of a line of t, with the halo of S - 1 columns, channels fastest: each computes that element of all kRows lines,
 // loading an input row once for up to kRun taps, and leaves it in shared memory, in the accumulation type. After a
-// barrier they go over the elements of a line of output, and read the lines of t shifted by one column a tap. So t never
-// reaches memory, and a half type is rounded once. Neighbouring threads read and write neighbouring addresses in both
-// passes. Strides of memory are any; offsets are 64 bits wide.
+// barrier they go over the elements of a line of output, and read the lines of t shifted by one column a tap. So t
+// never reaches memory, and a half type is rounded once. Neighbouring threads read and write neighbouring addresses in
+// both passes. Strides of memory are any; offsets are 64 bits wide.
 #include "cuda/device/common.cuh"
-#include "cuda/tiling.h"
+#include "cuda/spatial/cut.h"
 
 namespace sepconv::cuda {
 namespace {

@@ -1,16 +1,16 @@
 // What depthwise_large.cu and depthwise_large_grad_weight.cu share: how a block lays planes into shared memory, and the
-// inner loop, which correlates a plane of an image with a plane of a filter (depthwise_large.h says what is which).
+// inner loop, which correlates a plane of an image with a plane of a filter (core/correlation.h says what is which).
 //
-// Thread-to-data map. A thread keeps a tile of kKeep rows and 8 columns of results in registers. It walks over the rows of
-// the image that they meet; along such a row it slides a window of 11 values by four columns at a time. The window meets
-// kKeep rows of the filter: of each it reads four taps, as one load of 16 bytes that most threads of a warp share. So
-// kKeep + 1 loads of shared memory feed 32 kKeep multiply-adds. Rows beyond the filter at either end are skipped by a
-// branch that is the same for the whole warp; of rows beyond the image only those are walked that another thread of
-// the warp has, and they are read as zeros.
-// Threads: columns fastest, then planes, rows, and parts of the filter's rows, so that a warp meets few rows of the image.
+// Thread-to-data map. A thread keeps a tile of kKeep rows and 8 columns of results in registers. It walks over the rows
+// of the image that they meet; along such a row it slides a window of 11 values by four columns at a time. The window
+// meets kKeep rows of the filter: of each it reads four taps, as one load of 16 bytes that most threads of a warp
+// share. So kKeep + 1 loads of shared memory feed 32 kKeep multiply-adds. Rows beyond the filter at either end are
+// skipped by a branch that is the same for the whole warp; of rows beyond the image only those are walked that another
+// thread of the warp has, and they are read as zeros. Threads: columns fastest, then planes, rows, and parts of the
+// filter's rows, so that a warp meets few rows of the image.
 #pragma once
 
-#include "cuda/depthwise/large/depthwise_large.h"
+#include "cuda/depthwise/large/cut.h"
 #include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
 
@@ -28,25 +28,26 @@ struct Planes {
 struct Args {
   Planes image, filter;  // filter: grad_weight only
   int N, channels, result_h, result_w, pad_h, pad_w, filter_h, filter_w;
-  LargeCut cut;
+  LargeBlock block;
   int images, row_channels;  // planes of a block that are a row of loads each; channels side by side in such a row
   FastDiv by_row_channels, by_image_rows, by_filter_rows, by_planes, by_columns, by_rows, by_multiplier;
   FastDiv by_channel_blocks, by_channels, by_column_tiles, by_strips;
   uint32_t places;
 };
 
-inline Args make_args(const ConvShape& s, const Correlation& c, const LargeCut& cut) {
-  const LargePlaces places = large_places(c, cut);
+inline Args make_args(const ConvShape& s, const Correlation& c, const LargeBlock& block) {
+  const LargePlaces places = large_places(c, block);
   Args a{};
-  a.N = static_cast<int>(c.N), a.channels = static_cast<int>(c.channels), a.cut = cut;
+  a.N = static_cast<int>(c.N), a.channels = static_cast<int>(c.channels), a.block = block;
   a.result_h = static_cast<int>(c.result_h), a.result_w = static_cast<int>(c.result_w);
   a.filter_h = static_cast<int>(c.filter_h), a.filter_w = static_cast<int>(c.filter_w);
   a.pad_h = static_cast<int>(c.pad_h), a.pad_w = static_cast<int>(c.pad_w);
-  a.row_channels = c.channels_dense ? cut.channels : 1;
-  a.by_row_channels = FastDiv(a.row_channels), a.by_image_rows = FastDiv(cut.image_rows);
-  a.by_filter_rows = FastDiv(cut.filter_rows);
-  a.by_planes = FastDiv(cut.planes()), a.by_columns = FastDiv(cut.column_threads), a.by_rows = FastDiv(cut.row_threads);
-  a.by_multiplier = FastDiv(s.K / s.C), a.by_channels = FastDiv(cut.channels);
+  a.row_channels = c.channels_dense ? block.channels : 1;
+  a.by_row_channels = FastDiv(a.row_channels), a.by_image_rows = FastDiv(block.image_rows);
+  a.by_filter_rows = FastDiv(block.filter_rows);
+  a.by_planes = FastDiv(block.planes()), a.by_columns = FastDiv(block.column_threads),
+  a.by_rows = FastDiv(block.row_threads);
+  a.by_multiplier = FastDiv(s.K / s.C), a.by_channels = FastDiv(block.channels);
   a.by_channel_blocks = FastDiv(places.channel_blocks), a.by_column_tiles = FastDiv(places.column_tiles);
   a.by_strips = FastDiv(places.strips), a.places = static_cast<uint32_t>(places.places());
   return a;
@@ -56,7 +57,8 @@ inline Planes make_planes(const Strides& t, int64_t rows, int64_t columns, int64
   const auto whole = [](int64_t size, int64_t stride) { return size <= 1 || stride % 4 == 0; };
   const bool quads =
       (columns == 1 || t.w == 1) && columns % 4 == 0 && whole(rows, t.h) && whole(channels, t.c) && whole(N, t.n);
-  // The stride of a single plane may be anything, but copies need addresses on 16 bytes for planes that do not exist too.
+  // The stride of a single plane may be anything, but copies need addresses on 16 bytes for planes that do not exist
+  // too.
   return {N > 1 ? t.n : 0,
           channels > 1 ? t.c : 0,
           static_cast<int>(t.h),
@@ -92,8 +94,8 @@ __device__ __forceinline__ void stage(const Args& a, const Planes& from, const F
                                       const FastDiv& by_multiplier, const Window& window, int pitch, int plane,
                                       const T* __restrict__ data, acc_t<T>* tile) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
-  const int outer = a.row_channels == 1 ? a.cut.channels : 1;  // channels that are rows of their own
-  const int rows = static_cast<int>(by_rows.divisor) * a.cut.images * outer;
+  const int outer = a.row_channels == 1 ? a.block.channels : 1;  // channels that are rows of their own
+  const int rows = static_cast<int>(by_rows.divisor) * a.block.images * outer;
 #pragma unroll 2
   for (int i = static_cast<int>(threadIdx.x) / 32; i < rows; i += warps) {
     uint32_t row = i;
@@ -105,7 +107,7 @@ __device__ __forceinline__ void stage(const Args& a, const Planes& from, const F
     const int h = window.first_row + static_cast<int>(row);
     const bool line_exists = n < a.N && h < from.rows;
     const T* const line = data + n * from.n + static_cast<int64_t>(h) * from.h;
-    acc_t<T>* const to = tile + (image * a.cut.channels + channel) * plane + static_cast<int>(row) * pitch;
+    acc_t<T>* const to = tile + (image * a.block.channels + channel) * plane + static_cast<int>(row) * pitch;
     const auto column_exists = [&](int w) { return static_cast<unsigned>(w) < static_cast<unsigned>(from.columns); };
     if (a.row_channels == 1) {
       const bool exists = line_exists && k < a.channels;
@@ -147,7 +149,7 @@ __device__ __forceinline__ void finish_stage() {
 struct Lane {
   int part, column, plane, row;
   __device__ __forceinline__ explicit Lane(const Args& a) {
-    uint32_t own = min(threadIdx.x, a.cut.used - 1u);
+    uint32_t own = min(threadIdx.x, a.block.used - 1u);
     uint32_t above = a.by_columns.split(own), over = a.by_planes.split(above);
     column = static_cast<int>(own), plane = static_cast<int>(above);
     part = static_cast<int>(a.by_rows.split(over));
@@ -166,8 +168,8 @@ __device__ __forceinline__ void load_four(A* to, const A* from) {
   }
 }
 
-// One row of the image. `taps` is row j of the filter and meets the first row of results, the rows before it meet the next;
-// those in [0, rows) exist (kAll: all of them do).
+// One row of the image. `taps` is row j of the filter and meets the first row of results, the rows before it meet the
+// next; those in [0, rows) exist (kAll: all of them do).
 template <int kKeep, bool kAll, typename A>
 __device__ __forceinline__ void walk_row(A (&sums)[kKeep * kLargeColumns], const A* pixels, const A* taps, int pitch,
                                          int columns, int j, int rows) {
@@ -209,8 +211,8 @@ __device__ __forceinline__ void walk_row(A (&sums)[kKeep * kLargeColumns], const
   }
 }
 
-// Adds what a thread's results meet of `filter_rows` rows and `columns` columns of a filter. Its first row of results meets
-// the first of these rows at row `top` of the tile, of which rows [0, rows) exist.
+// Adds what a thread's results meet of `filter_rows` rows and `columns` columns of a filter. Its first row of results
+// meets the first of these rows at row `top` of the tile, of which rows [0, rows) exist.
 template <int kKeep, typename A>
 __device__ __forceinline__ void correlate(const Args& a, A (&sums)[kKeep * kLargeColumns], const A* tile, int top,
                                           int rows, const A* zeros, const A* filter, int columns, int filter_rows) {
@@ -221,12 +223,13 @@ __device__ __forceinline__ void correlate(const Args& a, A (&sums)[kKeep * kLarg
     highest = max(highest, __shfl_xor_sync(kFullWarp, highest, i));
   }
   const int first = max(0, -highest), last = min(filter_rows + kKeep - 1, rows - lowest);
-  const int pitch = a.cut.filter_columns;
+  const int pitch = a.block.filter_columns;
   const A* taps = filter + first * pitch;
 #pragma unroll 1
   for (int j = first; j < last; ++j, taps += pitch) {
     const int row = top + j;
-    const A* const pixels = static_cast<unsigned>(row) < static_cast<unsigned>(rows) ? tile + row * a.cut.pitch : zeros;
+    const A* const pixels =
+        static_cast<unsigned>(row) < static_cast<unsigned>(rows) ? tile + row * a.block.pitch : zeros;
     if (j >= kKeep - 1 && j < filter_rows) {
       walk_row<kKeep, true>(sums, pixels, taps, pitch, columns, j, filter_rows);
     } else {

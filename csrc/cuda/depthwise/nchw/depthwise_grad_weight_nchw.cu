@@ -1,18 +1,19 @@
-// Depthwise grad_weight, columns dense (NCHW), kernels 3x3, 5x5 and 7x7 at stride 1 and 2, in one pass over x and grad_y:
-// every byte of both comes from memory once, by copies of 16 bytes that run ahead of the arithmetic.
+// Depthwise grad_weight, columns dense (NCHW), kernels 3x3, 5x5 and 7x7 at stride 1 and 2, in one pass over x and
+// grad_y: every byte of both comes from memory once, by copies of 16 bytes that run ahead of the arithmetic.
 //
 // Thread-to-data map. A block owns neighbouring channels and a split of the rows of all images; thread t takes seven
 // neighbouring columns of grad_y of one channel: slot t % slots of the row of channel t / slots, up to 128 threads. All
 // planes of a block are worked down side by side. A stage of shared memory holds `rows` rows of grad_y of every plane
 // and the rows of x that are new with them:
 //     x [channels, x_pitch bytes]   grad_y [channels, y_pitch bytes].
-// The rows of a plane are one run of bytes in memory. It is copied from the 16-byte boundary at or before it, so rows of
-// any width are copied whole; a thread skips the bytes before the run, and asks for the columns that exist only. While the
-// block works on one stage, the copies of the next are under way (arithmetic: depthwise_grad_weight.cuh).
+// The rows of a plane are one run of bytes in memory. It is copied from the 16-byte boundary at or before it, so rows
+// of any width are copied whole; a thread skips the bytes before the run, and asks for the columns that exist only.
+// While the block works on one stage, the copies of the next are under way (arithmetic: depthwise_grad_weight.cuh).
 //
-// Where tensors are not aligned or rows have gaps, and where an input channel has several outputs, the copies go element by
-// element.
+// Where tensors are not aligned or rows have gaps, and where an input channel has several outputs, the copies go
+// element by element.
 #include "cuda/depthwise/depthwise_grad_weight.cuh"
+#include "cuda/depthwise/nchw/cut.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -193,8 +194,8 @@ Image<T> make_image(const void* data, const Strides& s, int64_t columns, int64_t
           FastDiv(multiplier)};
 }
 
-// Deals pieces and planes to threads, as cheaply as it can be had: a piece's address costs about as much as its copies from
-// one plane more. plane_step is a multiple of what 16 bytes hold.
+// Deals pieces and planes to threads, as cheaply as it can be had: a piece's address costs about as much as its copies
+// from one plane more. plane_step is a multiple of what 16 bytes hold.
 template <typename T>
 void share_pieces(Args<T>& a, int threads) {
   int least = 0;
@@ -208,31 +209,30 @@ void share_pieces(Args<T>& a, int threads) {
 
 }  // namespace
 
-cudaError_t launch_depthwise_grad_weight_nchw(const ConvShape& s, DType dtype, const void* grad_y, const void* x,
-                                              void* grad_w, void* workspace, const Tile& tile, cudaStream_t stream) {
-  const cudaError_t error = dispatch(s, dtype, [&](auto tag, auto kernel, auto stride) {
+cudaError_t launch_depthwise_grad_weight_nchw(const Launch& call, const GradWeightRowsCut& cut) {
+  const ConvShape& s = call.shape;
+  const cudaError_t error = dispatch(s, call.dtype, [&](auto tag, auto kernel, auto stride) {
     using T = typename decltype(tag)::type;
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
-    const GradWeightNchw cut = grad_weight_nchw(s, dtype);
-    const int threads = ceil_div(cut.channels * cut.slots, 32) * 32;
+    const GradWeightNchw block = grad_weight_nchw_block(s, call.dtype);
+    const int threads = ceil_div(block.channels * block.slots, 32) * 32;
     Args<T> a{};
-    a.rows = make_rows(s, s.N, tile);
-    a.result = make_result<T>(s, tile.splits, workspace, grad_w);
-    a.x = make_image<T>(x, s.x, s.W, std::min<int64_t>(cut.rows * kStride, s.H), s.K / s.C);
-    a.y = make_image<T>(grad_y, s.y, s.Q, std::min<int64_t>(cut.rows, s.P), 1);
+    a.rows = make_rows(s, s.N, cut);
+    a.result = make_result<T>(call, cut.splits);
+    a.x = make_image<T>(call.second, s.x, s.W, std::min<int64_t>(block.rows * kStride, s.H), s.K / s.C);
+    a.y = make_image<T>(call.first, s.y, s.Q, std::min<int64_t>(block.rows, s.P), 1);
     a.pad_w = static_cast<int>(s.pad_w);
-    a.channels = cut.channels, a.slots = cut.slots, a.stage_rows = cut.rows;
-    a.pieces = tile.vec > 1;
+    a.channels = block.channels, a.slots = block.slots, a.stage_rows = block.rows;
+    a.pieces = cut.vec > 1;
     share_pieces(a, threads);
-    a.by_chunks = FastDiv(cut.chunks), a.by_slots = FastDiv(cut.slots);
+    a.by_chunks = FastDiv(block.chunks), a.by_slots = FastDiv(block.slots);
     const size_t stages = static_cast<size_t>(kStages) * a.channels * (a.x.pitch + a.y.pitch);
     const size_t bytes = std::max(stages, threads * kKernel * sizeof(float));
-    const LaunchConfig config{dim3(static_cast<unsigned>(cut.chunks * tile.splits)),
-                              dim3(static_cast<unsigned>(threads)), bytes, stream};
+    const LaunchConfig config{dim3(static_cast<unsigned>(block.chunks * cut.splits)),
+                              dim3(static_cast<unsigned>(threads)), bytes, call.stream};
     return launch(grad_weight_nchw_kernel<T, kKernel, kStride>, config, a);
   });
-  if (error != cudaSuccess || tile.splits == 1) return error;
-  return launch_sum_partials(s, dtype, workspace, tile.splits, grad_w, stream);
+  return error != cudaSuccess || cut.splits == 1 ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

@@ -2,9 +2,9 @@
 // channels cut out of it), kernels 3x3, 5x5 and 7x7. depthwise_nchw.cuh has the tiles and their copies.
 //
 // Thread-to-data map. A block's planes stand in shared memory. A thread owns a run of kRun neighbouring output columns
-// of one plane, and walks down `rows` rows; neighbouring threads take neighbouring runs, then the next strip of rows, then
-// the next plane. The filter is in registers. An image row is read once on the way down and added at once to
-// all output rows that it meets: these are a ring of registers, whose oldest is complete after each step.
+// of one plane, and walks down `rows` rows; neighbouring threads take neighbouring runs, then the next strip of rows,
+// then the next plane. The filter is in registers. An image row is read once on the way down and added at once to all
+// output rows that it meets: these are a ring of registers, whose oldest is complete after each step.
 #include "cuda/depthwise/nchw/depthwise_nchw.cuh"
 
 #include <cstring>
@@ -12,8 +12,8 @@
 namespace sepconv::cuda {
 namespace {
 
-// Copies the sums that begin at tile + elements_off(to) to to[0 .. count), through the activation: four at a time, so that
-// neighbouring threads read neighbouring vectors.
+// Copies the sums that begin at tile + elements_off(to) to to[0 .. count), through the activation: four at a time, so
+// that neighbouring threads read neighbouring vectors.
 template <typename T>
 __device__ __forceinline__ void write_sums(T* __restrict__ to, const float* tile, int count, Activation activation) {
   using Words = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
         for (int sub = 0; sub < kStride; ++sub) {
           if (static_cast<uint32_t>(h) < rows_read) {
             load_run(values, row, masks);
-            // Output rows step - back; from the second on they are left out by twos where they are not of this strip, all
-            // threads alike.
+            // Output rows step - back; from the second on they are left out by twos where they are not of this strip,
+            // all threads alike.
 #pragma unroll
             for (int pair = 0; pair <= kRing / 2; ++pair) {
               if (pair > 0 && static_cast<uint32_t>(step - 2 * pair + 1) > static_cast<uint32_t>(a.rows)) continue;
@@ -137,14 +137,13 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
   write_sums(to, out, (block.planes - 1) * out_plane + rows * a.out_columns, activation);
 }
 
-cudaError_t run_forward(const ConvShape& shape, DType dtype, const PlaneArgs& a, const LaunchConfig& config,
-                        int64_t stride, const void* in, const void* w, const Epilogue& epilogue, void* out) {
-  return dispatch_nchw(dtype, shape.R, [&](auto tag, auto kernel) {
+cudaError_t run_forward(const Launch& call, const PlaneArgs& a, const LaunchConfig& config, int64_t stride) {
+  return dispatch_nchw(call.dtype, call.shape.R, [&](auto tag, auto kernel) {
     using T = typename decltype(tag)::type;
     constexpr int kKernel = decltype(kernel)::value;
     const auto start = [&](auto function) {
-      return launch(function, config, a, static_cast<const T*>(in), static_cast<const T*>(w),
-                    static_cast<const T*>(epilogue.bias), epilogue.activation, static_cast<T*>(out));
+      return launch(function, config, a, call.first_as<T>(), call.second_as<T>(), call.bias_as<T>(),
+                    call.epilogue.activation, call.out_as<T>());
     };
     return stride == 1 ? start(forward_kernel<T, kKernel, 1, nchw_run(kKernel, 1)>)
                        : start(forward_kernel<T, kKernel, 2, nchw_run(kKernel, 2)>);
@@ -153,24 +152,18 @@ cudaError_t run_forward(const ConvShape& shape, DType dtype, const PlaneArgs& a,
 
 }  // namespace
 
-cudaError_t launch_depthwise_nchw_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
-                                          const Epilogue& epilogue, void* y, const Tile& tile, cudaStream_t stream) {
-  const PlaneArgs a = make_plane_args(Map::forward, shape, dtype, tile);
-  const LaunchConfig config = plane_config(Map::forward, shape, dtype, a, stream);
-  return run_forward(shape, dtype, a, config, shape.stride_h, x, w, epilogue, y);
+cudaError_t launch_depthwise_nchw_forward(const Launch& call, const NchwCut& cut) {
+  const PlaneArgs a = make_plane_args(Map::forward, call, cut);
+  return run_forward(call, a, plane_config(Map::forward, call, a), call.shape.stride_h);
 }
 
-cudaError_t launch_depthwise_nchw_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
-                                             void* grad_x, const Tile& tile, cudaStream_t stream) {
-  if (shape.stride_h == 2) {
-    return launch_depthwise_nchw_grad_input_stride2(shape, dtype, grad_y, w, grad_x, tile, stream);
-  }
-  PlaneArgs a = make_plane_args(Map::grad_input, shape, dtype, tile);
+cudaError_t launch_depthwise_nchw_grad_input(const Launch& call, const NchwCut& cut) {
+  if (call.shape.stride_h == 2) return launch_depthwise_nchw_grad_input_stride2(call, cut);
+  const Correlation c = correlation(Map::grad_input, call.shape);
+  PlaneArgs a = make_plane_args(Map::grad_input, call, cut);
   a.turned = true;
-  a.pad_h = static_cast<int>(shape.R - 1) - a.pad_h;
-  a.pad_w = static_cast<int>(shape.S - 1) - a.pad_w;
-  const LaunchConfig config = plane_config(Map::grad_input, shape, dtype, a, stream);
-  return run_forward(shape, dtype, a, config, 1, grad_y, w, Epilogue{}, grad_x);
+  a.pad_h = static_cast<int>(c.pad_h), a.pad_w = static_cast<int>(c.pad_w);
+  return run_forward(call, a, plane_config(Map::grad_input, call, a), 1);
 }
 
 }  // namespace sepconv::cuda

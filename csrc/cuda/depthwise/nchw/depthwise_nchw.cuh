@@ -1,17 +1,18 @@
 // What the kernels of depthwise_nchw*.cu share: a block's tile, and its way in and out of shared memory.
 //
-// A block owns `planes` neighbouring whole planes of the image that it writes, or a band of rows of one plane. Where rows
-// are dense (and planes, where there are several), what it writes is one contiguous range of memory, and so is what it
-// reads. The range that is read comes in by 16-byte asynchronous copies, exactly as it lies in memory and at the same
-// offset from a 16-byte boundary: rows of any width follow each other without gaps. Blocks are small (one tile each)
-// and several of them share a multiprocessor, so that while some compute, the tiles of the others are on their way.
-// Then every thread walks down a few columns of one plane, with the edges of the image as a mask of its columns. Results
-// wait in shared memory as they lie in memory, and leave by stores of whole vectors.
+// A block owns `planes` neighbouring whole planes of the image that it writes, or a band of rows of one plane. Where
+// rows are dense (and planes, where there are several), what it writes is one contiguous range of memory, and so is
+// what it reads. The range that is read comes in by 16-byte asynchronous copies, exactly as it lies in memory and at
+// the same offset from a 16-byte boundary: rows of any width follow each other without gaps. Blocks are small (one tile
+// each) and several of them share a multiprocessor, so that while some compute, the tiles of the others are on their
+// way. Then every thread walks down a few columns of one plane, with the edges of the image as a mask of its columns.
+// Results wait in shared memory as they lie in memory, and leave by stores of whole vectors.
 #pragma once
 
+#include "core/correlation.h"
+#include "cuda/depthwise/nchw/cut.h"
 #include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 
@@ -77,8 +78,8 @@ struct Pieces {
   }
 };
 
-// A range on its way to tile + elements_off(from). The tile is on a 16-byte boundary. To begin all ranges before the first is
-// waited for, a block calls begin() for each, load() for each, and only then store().
+// A range on its way to tile + elements_off(from). The tile is on a 16-byte boundary. To begin all ranges before the
+// first is waited for, a block calls begin() for each, load() for each, and only then store().
 template <typename T>
 struct StagedRange {
   T* const tile;
@@ -140,35 +141,36 @@ __device__ __forceinline__ void store_run(T* row, const float (&values)[kCount],
 
 // ---- on the host
 
-// "in" and "out" of the map; tile.rows steps a thread, tile.splits strips of them in a band, tile.lanes planes a block.
-inline PlaneArgs make_plane_args(Map map, const ConvShape& shape, DType dtype, const Tile& tile) {
+// "in" and "out" of the map; a band has cut.strips strips.
+inline PlaneArgs make_plane_args(Map map, const Launch& call, const NchwCut& cut) {
+  const ConvShape& shape = call.shape;
   const NchwWork work = nchw_work(map, shape);
   const Strides &in = map == Map::forward ? shape.x : shape.y, &out = map == Map::forward ? shape.y : shape.x;
-  const NchwMemory memory = nchw_memory(work, shape, dtype, tile.rows * tile.splits, tile.lanes);
+  const NchwMemory memory = nchw_memory(work, shape, call.dtype, cut.rows * cut.strips, cut.planes);
   PlaneArgs a{};
   a.in_n = in.n, a.in_c = in.c, a.out_n = out.n, a.out_c = out.c;
   a.in_rows = static_cast<int>(work.in_rows), a.in_columns = static_cast<int>(work.in_columns);
   a.out_rows = static_cast<int>(work.rows), a.out_columns = static_cast<int>(work.columns);
   a.pad_h = static_cast<int>(shape.pad_h), a.pad_w = static_cast<int>(shape.pad_w);
   a.channels = static_cast<int>(work.channels);
-  a.rows = tile.rows, a.band = tile.rows * tile.splits, a.planes = tile.lanes;
+  a.rows = cut.rows, a.band = cut.rows * cut.strips, a.planes = cut.planes;
   a.in_bytes = static_cast<int>(memory.in), a.out_bytes = static_cast<int>(memory.out);
   a.filter_bytes = static_cast<int>(memory.filters);
-  a.by_runs = FastDiv(work.runs), a.by_strips = FastDiv(tile.splits);
+  a.by_runs = FastDiv(work.runs), a.by_strips = FastDiv(cut.strips);
   a.by_bands = FastDiv(ceil_div<int64_t>(work.steps, a.band));
   a.by_groups = FastDiv(ceil_div<int64_t>(work.channels, a.planes));
   a.by_multiplier = FastDiv(shape.K / shape.C);
   return a;
 }
 
-inline LaunchConfig plane_config(Map map, const ConvShape& shape, DType dtype, const PlaneArgs& a,
-                                 cudaStream_t stream) {
+inline LaunchConfig plane_config(Map map, const Launch& call, const PlaneArgs& a) {
+  const ConvShape& shape = call.shape;
   const int64_t items = int64_t{a.planes} * a.by_strips.divisor * a.by_runs.divisor;
   const int64_t passes = ceil_div<int64_t>(items, kNchwThreads);
   const auto threads = static_cast<unsigned>(ceil_div<int64_t>(items, passes * 32) * 32);
   const auto blocks = static_cast<unsigned>(shape.N * a.by_groups.divisor * a.by_bands.divisor);
-  const int64_t bytes = nchw_memory(nchw_work(map, shape), shape, dtype, a.band, a.planes).bytes();
-  return {dim3(blocks), dim3(threads), static_cast<size_t>(bytes), stream};
+  const int64_t bytes = nchw_memory(nchw_work(map, shape), shape, call.dtype, a.band, a.planes).bytes();
+  return {dim3(blocks), dim3(threads), static_cast<size_t>(bytes), call.stream};
 }
 
 // Calls f(type, kernel) with the two as types.

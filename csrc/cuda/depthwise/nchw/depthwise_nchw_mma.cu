@@ -1,22 +1,24 @@
 // Depthwise forward and grad_input (forward with the filter turned around) of stride 1 in half types, kernels 3x3, 5x5
 // and 7x7, of contiguous images (NCHW) whose rows are whole 4- or 8-byte pieces, on tensor cores.
 //
-// The products are those of depthwise_toeplitz.cu: for a kernel row r, 8 neighbouring outputs of a row are a window of 16
-// columns times T[j, i] = w[r, j - i - lead], one mma for 16 output rows. What is saved here:
+// The products are those of depthwise_toeplitz.cu: for a kernel row r, 8 neighbouring outputs of a row are a window of
+// 16 columns times T[j, i] = w[r, j - i - lead], one mma for 16 output rows. What is saved here:
 //   - The windows begin `left` columns before the outputs, a multiple of a piece, so that asynchronous copies put the
 //     image's rows straight into place; the padding stays what it is zeroed to at the beginning.
 //   - All of T is in registers: the kernel is small.
-//   - The 16 output rows of an mma lie kPhases rows apart. Kernel row r of phase f then reads the same 16 rows of the image
+//   - The 16 output rows of an mma lie kPhases rows apart. Kernel row r of phase f then reads the same 16 rows of the
+//   image
 //     as row r + 1 of phase f - 1, so that R + 3 loads from shared memory serve four mma tiles, where each took R. For
-//     ldmatrix to find such rows on different banks, row h of the image stands in section h % kPhases at place h / kPhases.
+//     ldmatrix to find such rows on different banks, row h of the image stands in section h % kPhases at place h /
+//     kPhases.
 //
-// Thread-to-data map. A block of four warps owns a channel and a part of the places; a place is a strip of `rows` output
-// rows, or whole planes in `images` images. Each place is copied while the one before is computed, into the other of two
-// tiles. A group is kPhases output rows; a warp takes 16 groups and 16 columns at a time, which are 4 x 2 mma tiles. The
-// results wait in shared memory as they lie in memory, and leave by stores of whole vectors.
+// Thread-to-data map. A block of four warps owns a channel and a part of the places; a place is a strip of `rows`
+// output rows, or whole planes in `images` images. Each place is copied while the one before is computed, into the
+// other of two tiles. A group is kPhases output rows; a warp takes 16 groups and 16 columns at a time, which are 4 x 2
+// mma tiles. The results wait in shared memory as they lie in memory, and leave by stores of whole vectors.
 //
-// A window reaches up to 7 columns beyond a tap's own: an infinite x there meets a zero of T and makes a NaN. So results
-// that are NaN are computed again, tap by tap.
+// A window reaches up to 7 columns beyond a tap's own: an infinite x there meets a zero of T and makes a NaN. So
+// results that are NaN are computed again, tap by tap.
 #include "cuda/depthwise/depthwise_single_output.cuh"
 #include "cuda/depthwise/nchw/depthwise_nchw_mma.cuh"
 
@@ -27,7 +29,8 @@ namespace {
 
 constexpr int kThreads = kNchwMmaThreads, kPhases = kNchwMmaPhases;
 
-// x is grad_y and y is grad_x in grad_input. Results stand in shared memory in whole groups, group_pitch elements apart.
+// x is grad_y and y is grad_x in grad_input. Results stand in shared memory in whole groups, group_pitch elements
+// apart.
 struct Args {
   MmaPlaces places;
   MmaImage x;
@@ -199,37 +202,35 @@ __global__ void __launch_bounds__(kThreads, forward_blocks(kKernel))
   }
 }
 
-cudaError_t run(Map map, const ConvShape& s, DType dtype, const Tile& t, const void* x, const void* w,
-                const Epilogue& epilogue, void* y, cudaStream_t stream) {
-  const bool forward = map == Map::forward;
-  const Strides &in = forward ? s.x : s.y, &out = forward ? s.y : s.x;
-  const NchwMmaCut cut = nchw_mma_cut(map, s, t);
+cudaError_t run(Map map, const Launch& call, const NchwMmaCut& cut) {
+  const ConvShape& s = call.shape;
+  const Correlation c = correlation(map, s);
+  const NchwMmaBlock block = nchw_mma_block(map, s, cut);
   Args a{};
-  a.P = static_cast<int>(forward ? s.P : s.H), a.Q = static_cast<int>(forward ? s.Q : s.W);
-  a.places = make_mma_places(s, t, cut, a.P);
-  a.x = make_mma_image(in, forward ? s.H : s.P, forward ? s.pad_h : s.R - 1 - s.pad_h, cut.in, cut, cut.slots, t.lanes);
-  a.y_n = out.n, a.y_c = out.c, a.w_n = s.w.n;
+  a.P = static_cast<int>(c.result_h), a.Q = static_cast<int>(c.result_w);
+  a.places = make_mma_places(s, cut, block, a.P);
+  a.x = make_mma_image(c.image, c.image_h, c.pad_h, block.in, block, block.slots, cut.images);
+  a.y_n = c.result.n, a.y_c = c.result.c, a.w_n = s.w.n;
   a.single = {a.x.h,
               static_cast<int>(s.w.h),
               static_cast<int>(s.w.w),
               a.x.H,
-              static_cast<int>(forward ? s.W : s.Q),
+              static_cast<int>(c.image_w),
               static_cast<int>(s.R),
               static_cast<int>(s.S),
               a.x.up,
-              static_cast<int>(forward ? s.pad_w : s.S - 1 - s.pad_w),
-              !forward};
-  a.parts = t.splits, a.vec = t.vec, a.group_pitch = cut.group_pitch;
+              static_cast<int>(c.pad_w),
+              c.turned};
+  a.parts = cut.splits, a.vec = cut.vec, a.group_pitch = block.group_pitch;
   a.by_channels = FastDiv(s.K), a.by_multiplier = FastDiv(s.K / s.C);
-  a.by_vectors = FastDiv(t.rows * a.Q / t.vec), a.by_group_vectors = FastDiv(kPhases * a.Q / t.vec);
+  a.by_vectors = FastDiv(cut.rows * a.Q / cut.vec), a.by_group_vectors = FastDiv(kPhases * a.Q / cut.vec);
   const LaunchConfig config{dim3(static_cast<unsigned>(s.K * a.parts)), dim3(kThreads),
-                            static_cast<size_t>(cut.smem_bytes), stream};
-  return dispatch_half(dtype, [&](auto tag) {
+                            static_cast<size_t>(block.smem_bytes), call.stream};
+  return dispatch_half(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto start = [&](auto kernel) {
-      return launch(forward_kernel<T, decltype(kernel)::value>, config, a, static_cast<const T*>(x),
-                    static_cast<const T*>(w), static_cast<const T*>(epilogue.bias), epilogue.activation,
-                    static_cast<T*>(y));
+      return launch(forward_kernel<T, decltype(kernel)::value>, config, a, call.first_as<T>(), call.second_as<T>(),
+                    call.bias_as<T>(), call.epilogue.activation, call.out_as<T>());
     };
     return s.R == 3 ? start(Int<3>{}) : s.R == 5 ? start(Int<5>{}) : start(Int<7>{});
   });
@@ -237,15 +238,12 @@ cudaError_t run(Map map, const ConvShape& s, DType dtype, const Tile& t, const v
 
 }  // namespace
 
-cudaError_t launch_depthwise_nchw_mma_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
-                                              const Epilogue& epilogue, void* y, const Tile& tile,
-                                              cudaStream_t stream) {
-  return run(Map::forward, shape, dtype, tile, x, w, epilogue, y, stream);
+cudaError_t launch_depthwise_nchw_mma_forward(const Launch& call, const NchwMmaCut& cut) {
+  return run(Map::forward, call, cut);
 }
 
-cudaError_t launch_depthwise_nchw_mma_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
-                                                 void* grad_x, const Tile& tile, cudaStream_t stream) {
-  return run(Map::grad_input, shape, dtype, tile, grad_y, w, Epilogue{}, grad_x, stream);
+cudaError_t launch_depthwise_nchw_mma_grad_input(const Launch& call, const NchwMmaCut& cut) {
+  return run(Map::grad_input, call, cut);
 }
 
 }  // namespace sepconv::cuda

@@ -1,18 +1,20 @@
-// What depthwise_nchw_mma.cu and depthwise_nchw_mma_grad_weight.cu share: places, and the way of their images into shared
-// memory.
+// What depthwise_nchw_mma.cu and depthwise_nchw_mma_grad_weight.cu share: places, and the way of their images into
+// shared memory.
 //
-// A place is a strip of `rows` output rows, or whole planes in several images. Its groups are kPhases output rows each; a warp takes
-// 16 groups and 16 columns at a time. The 16 rows of a matrix lie kPhases rows apart, so that what kernel row r of phase f
-// reads is what row r + 1 of phase f - 1 does, and is loaded once. For ldmatrix to find such rows on different banks, row h of an
-// image stands in section h % kPhases at slot h / kPhases of its tile. Rows begin at the same column of the tile, and are copied
-// there in pieces of 8 or 4 bytes; the zeros beside them are those that the tile begins with.
+// A place is a strip of `rows` output rows, or whole planes in several images. Its groups are kPhases output rows each;
+// a warp takes 16 groups and 16 columns at a time. The 16 rows of a matrix lie kPhases rows apart, so that what kernel
+// row r of phase f reads is what row r + 1 of phase f - 1 does, and is loaded once. For ldmatrix to find such rows on
+// different banks, row h of an image stands in section h % kPhases at slot h / kPhases of its tile. Rows begin at the
+// same column of the tile, and are copied there in pieces of 8 or 4 bytes; the zeros beside them are those that the
+// tile begins with.
 #pragma once
 
 #include <algorithm>
 
+#include "core/correlation.h"
+#include "cuda/depthwise/nchw/cut.h"
 #include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 
@@ -52,8 +54,8 @@ struct MmaImage {
   __host__ __device__ int elements() const { return kNchwMmaPhases * section; }
 };
 
-// Begins to copy the rows of a place: `warps` of the warps an image, 8 to 32 lanes a row, so that a thread's rows lie a multiple
-// of kPhases apart. Rows and images that do not exist are zeros.
+// Begins to copy the rows of a place: `warps` of the warps an image, 8 to 32 lanes a row, so that a thread's rows lie a
+// multiple of kPhases apart. Rows and images that do not exist are zeros.
 template <int kPiece, typename T>
 __device__ __forceinline__ void begin_copies(const MmaImage& a, T* tile, const T* __restrict__ x,
                                              const MmaPlace& place) {
@@ -108,27 +110,28 @@ __device__ __forceinline__ void clear_tiles(T* tiles, int elements) {
 
 // ---- on the host
 
-inline MmaPlaces make_mma_places(const ConvShape& s, const Tile& t, const NchwMmaCut& cut, int64_t out_rows) {
+inline MmaPlaces make_mma_places(const ConvShape& s, const NchwMmaCut& cut, const NchwMmaBlock& block,
+                                 int64_t out_rows) {
   MmaPlaces a{};
-  const int64_t strips = ceil_div<int64_t>(out_rows, t.rows);
-  a.N = static_cast<int>(s.N), a.rows = t.rows, a.images = t.lanes;
-  a.count = static_cast<int>(strips * ceil_div<int64_t>(s.N, t.lanes));
-  a.groups = cut.groups * t.lanes, a.blocks = cut.blocks, a.tiles = cut.sets * cut.blocks;
-  a.by_strips = FastDiv(strips), a.by_groups = FastDiv(cut.groups), a.by_blocks = FastDiv(cut.blocks);
+  const int64_t strips = ceil_div(out_rows, cut.rows);
+  a.N = static_cast<int>(s.N), a.rows = cut.rows, a.images = cut.images;
+  a.count = static_cast<int>(strips * ceil_div(s.N, cut.images));
+  a.groups = block.groups * cut.images, a.blocks = block.blocks, a.tiles = block.sets * block.blocks;
+  a.by_strips = FastDiv(strips), a.by_groups = FastDiv(block.groups), a.by_blocks = FastDiv(block.blocks);
   return a;
 }
 
 // A tile of `slots` for each image, and `spare` more that nobody writes.
 inline MmaImage make_mma_image(const Strides& strides, int64_t H, int64_t up, const NchwMmaRows& rows,
-                               const NchwMmaCut& cut, int slots, int images, int spare = 0) {
+                               const NchwMmaBlock& block, int slots, int images, int spare = 0) {
   MmaImage a{};
   // A single row may have any stride, but copies need aligned addresses for rows that do not exist too.
   a.n = strides.n, a.c = strides.c, a.h = H > 1 ? static_cast<int>(strides.h) : 0, a.H = static_cast<int>(H);
   a.up = static_cast<int>(up), a.left = rows.left, a.piece = rows.piece, a.row_pieces = rows.pieces;
-  a.images = images, a.image_rows = kNchwMmaPhases * slots, a.between = slots - cut.groups;
+  a.images = images, a.image_rows = kNchwMmaPhases * slots, a.between = slots - block.groups;
   a.lanes_log2 = a.row_pieces <= 8 ? 3 : a.row_pieces <= 16 ? 4 : 5;
   a.warps = std::max(1 << (a.lanes_log2 - 3), images >= 4 ? 1 : images >= 2 ? 2 : 4);
-  a.pitch = cut.pitch, a.section = (slots * images + spare) * cut.pitch;
+  a.pitch = block.pitch, a.section = (slots * images + spare) * block.pitch;
   return a;
 }
 

@@ -1,15 +1,17 @@
 // Depthwise grad_weight of stride 1 in half types, kernels 3x3, 5x5 and 7x7, of contiguous images (NCHW) whose rows are
 // whole 4- or 8-byte pieces, on tensor cores.
 //
-// For a kernel row r, the products of 16 columns of x, transposed, with 8 columns of grad_y, summed over 16 rows p, are one mma:
+// For a kernel row r, the products of 16 columns of x, transposed, with 8 columns of grad_y, summed over 16 rows p, are
+// one mma:
 //     D_r[i, j] += sum over p of  x[p - pad_h + r, q0 - left + i] * grad_y[p, q0 + j]
-// What tap s needs lies on a diagonal, i = j + s + lead with lead = left - pad_w, for every q0: so the sums of all tiles of
-// all images gather in the same few registers, and the diagonals are added up once, at the end. The 16 rows are kPhases
-// apart (depthwise_nchw_mma.cuh), which lets one load of x serve up to four kernel rows.
+// What tap s needs lies on a diagonal, i = j + s + lead with lead = left - pad_w, for every q0: so the sums of all
+// tiles of all images gather in the same few registers, and the diagonals are added up once, at the end. The 16 rows
+// are kPhases apart (depthwise_nchw_mma.cuh), which lets one load of x serve up to four kernel rows.
 //
-// Thread-to-data map. A block of four warps owns a channel and a part of its places. The images of a place are copied while
-// the place before is worked on, into the other two of four tiles; its tiles of 16 groups of rows and 16 columns are dealt to
-// the warps. The warps' sums are added in order, then launch_sum_partials adds the parts, where there are several.
+// Thread-to-data map. A block of four warps owns a channel and a part of its places. The images of a place are copied
+// while the place before is worked on, into the other two of four tiles; its tiles of 16 groups of rows and 16 columns
+// are dealt to the warps. The warps' sums are added in order, then launch_sum_partials adds the parts, where there are
+// several.
 //
 // Rows and columns beyond grad_y count as zeros: an infinite x there makes a NaN, also for taps that do not meet it.
 #include "cuda/depthwise/nchw/depthwise_nchw_mma.cuh"
@@ -109,28 +111,27 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 4 : 5)
 
 }  // namespace
 
-cudaError_t launch_depthwise_nchw_mma_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, const void* x,
-                                                  void* grad_w, void* workspace, const Tile& t, cudaStream_t stream) {
-  const NchwMmaCut cut = nchw_mma_cut(Map::grad_weight, s, t);
+cudaError_t launch_depthwise_nchw_mma_grad_weight(const Launch& call, const NchwMmaCut& cut) {
+  const ConvShape& s = call.shape;
+  const NchwMmaBlock block = nchw_mma_block(Map::grad_weight, s, cut);
   Args a{};
-  a.places = make_mma_places(s, t, cut, s.P);
-  a.x = make_mma_image(s.x, s.H, s.pad_h, cut.in, cut, cut.slots, t.lanes);
-  a.y = make_mma_image(s.y, s.P, 0, cut.other, cut, cut.groups, t.lanes, 1);
+  a.places = make_mma_places(s, cut, block, s.P);
+  a.x = make_mma_image(s.x, s.H, s.pad_h, block.in, block, block.slots, cut.images);
+  a.y = make_mma_image(s.y, s.P, 0, block.other, block, block.groups, cut.images, 1);
   a.w_n = s.w.n, a.w_h = s.w.h, a.w_w = s.w.w;
-  a.parts = t.splits, a.K = static_cast<int>(s.K), a.lead = cut.in.left - static_cast<int>(s.pad_w);
+  a.parts = cut.splits, a.K = static_cast<int>(s.K), a.lead = block.in.left - static_cast<int>(s.pad_w);
   a.by_channels = FastDiv(s.K), a.by_multiplier = FastDiv(s.K / s.C);
-  const LaunchConfig config{dim3(static_cast<unsigned>(s.K * t.splits)), dim3(kThreads),
-                            static_cast<size_t>(cut.smem_bytes), stream};
-  const cudaError_t error = dispatch_half(dtype, [&](auto tag) {
+  const LaunchConfig config{dim3(static_cast<unsigned>(s.K * cut.splits)), dim3(kThreads),
+                            static_cast<size_t>(block.smem_bytes), call.stream};
+  const cudaError_t error = dispatch_half(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto start = [&](auto kernel) {
-      return launch(grad_weight_kernel<T, decltype(kernel)::value>, config, a, static_cast<const T*>(grad_y),
-                    static_cast<const T*>(x), static_cast<float*>(workspace), static_cast<T*>(grad_w));
+      return launch(grad_weight_kernel<T, decltype(kernel)::value>, config, a, call.first_as<T>(), call.second_as<T>(),
+                    call.workspace_as<float>(), call.out_as<T>());
     };
     return s.R == 3 ? start(Int<3>{}) : s.R == 5 ? start(Int<5>{}) : start(Int<7>{});
   });
-  if (error != cudaSuccess || t.splits == 1) return error;
-  return launch_sum_partials(s, dtype, workspace, t.splits, grad_w, stream);
+  return error != cudaSuccess || cut.splits == 1 ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

@@ -1,13 +1,13 @@
 // Depthwise grad_input of stride 2, of dense rows (contiguous, or channels cut out of it), kernels 3x3, 5x5 and 7x7.
 // depthwise_nchw.cuh has the tiles and their copies.
 //
-// With v = h + pad_h and u = w + pad_w, grad_y[p, q] * w[r, s] goes to grad_x[v = 2 p + r, u = 2 q + s]: each parity of (v, u)
-// has a filter of its own, the taps of that parity, and all four read the same values of grad_y.
+// With v = h + pad_h and u = w + pad_w, grad_y[p, q] * w[r, s] goes to grad_x[v = 2 p + r, u = 2 q + s]: each parity of
+// (v, u) has a filter of its own, the taps of that parity, and all four read the same values of grad_y.
 //
 // Thread-to-data map. A block's planes of grad_y stand in shared memory. A thread owns kPairs neighbouring pairs of
-// columns (u even, u + 1) of one plane of grad_x, and walks down `rows` pairs of rows (v even, v + 1); neighbouring threads take
-// neighbouring runs of columns, then the next strip of rows, then the next plane. The filter is in registers, and so are
-// the last rows of grad_y: a step reads one more and finishes one pair of rows.
+// columns (u even, u + 1) of one plane of grad_x, and walks down `rows` pairs of rows (v even, v + 1); neighbouring
+// threads take neighbouring runs of columns, then the next strip of rows, then the next plane. The filter is in
+// registers, and so are the last rows of grad_y: a step reads one more and finishes one pair of rows.
 #include "cuda/depthwise/nchw/depthwise_nchw.cuh"
 
 namespace sepconv::cuda {
@@ -110,17 +110,15 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
 
 }  // namespace
 
-cudaError_t launch_depthwise_nchw_grad_input_stride2(const ConvShape& shape, DType dtype, const void* grad_y,
-                                                     const void* w, void* grad_x, const Tile& tile,
-                                                     cudaStream_t stream) {
-  const PlaneArgs a = make_plane_args(Map::grad_input, shape, dtype, tile);
-  const LaunchConfig config = plane_config(Map::grad_input, shape, dtype, a, stream);
-  const int pairs = static_cast<int>(nchw_work(Map::grad_input, shape).steps);
-  return dispatch_nchw(dtype, shape.R, [&](auto tag, auto kernel) {
+cudaError_t launch_depthwise_nchw_grad_input_stride2(const Launch& call, const NchwCut& cut) {
+  const PlaneArgs a = make_plane_args(Map::grad_input, call, cut);
+  const LaunchConfig config = plane_config(Map::grad_input, call, a);
+  const int pairs = static_cast<int>(nchw_work(Map::grad_input, call.shape).steps);
+  return dispatch_nchw(call.dtype, call.shape.R, [&](auto tag, auto kernel) {
     using T = typename decltype(tag)::type;
     constexpr int kKernel = decltype(kernel)::value;
-    return launch(grad_input_stride2_kernel<T, kKernel, nchw_pairs(kKernel)>, config, a, pairs,
-                  static_cast<const T*>(grad_y), static_cast<const T*>(w), static_cast<T*>(grad_x));
+    return launch(grad_input_stride2_kernel<T, kKernel, nchw_pairs(kKernel)>, config, a, pairs, call.first_as<T>(),
+                  call.second_as<T>(), call.out_as<T>());
   });
 }
 

@@ -1,17 +1,19 @@
 // Depthwise grad_weight, channels dense (channels_last), kernels 3x3, 5x5 and 7x7 at stride 1 and 2, in one pass over x
 // and grad_y: every byte of both comes from memory once, by copies of 16 bytes that run ahead of the arithmetic.
 //
-// Thread-to-data map. A block owns a chunk of up to 32 channels and a split of the rows; lane l of each warp is channel l
-// of the chunk, and a warp takes seven neighbouring columns of grad_y: up to eight warps are a row of 56 columns, a tile of
-// a longer row, or short rows of several images one after the other; up to 16 channels share the lanes with those of
-// other images. A stage of shared memory holds two rows of grad_y, or one at stride 2, and the rows of x that are new with
-// them,
+// Thread-to-data map. A block owns a chunk of up to 32 channels and a split of the rows; lane l of each warp is channel
+// l of the chunk, and a warp takes seven neighbouring columns of grad_y: up to eight warps are a row of 56 columns, a
+// tile of a longer row, or short rows of several images one after the other; up to 16 channels share the lanes with
+// those of other images. A stage of shared memory holds two rows of grad_y, or one at stride 2, and the rows of x that
+// are new with them,
 //     x [rows * kStride, images, columns of x, 32 lanes]   grad_y [rows, images, columns of grad_y, 32 lanes],
 // with zeros where a column does not exist, so a warp reads neighbouring words and knows no borders. All threads copy
 // what is one or two stages ahead, then each takes the present rows into its registers (depthwise_grad_weight.cuh).
 //
-// Where pixels do not begin on 16 bytes, and where an input channel has several outputs, the copies go element by element.
+// Where pixels do not begin on 16 bytes, and where an input channel has several outputs, the copies go element by
+// element.
 #include "cuda/depthwise/depthwise_grad_weight.cuh"
+#include "cuda/depthwise/nhwc/cut.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -211,9 +213,9 @@ __global__ void __launch_bounds__(kLanes* grad_weight_slots(kKernel), kKernel ==
 
 template <typename T>
 Image<T> make_image(const void* data, const Strides& s, int64_t N, int64_t columns, int tile, int64_t multiplier,
-                    const GradWeightNhwc& cut, bool copies_pieces) {
+                    const GradWeightNhwc& block, bool copies_pieces) {
   constexpr int kVec = kVec16<T>;
-  const int pieces = cut.images * tile * (kLanes / kVec), threads = kLanes * cut.images * cut.slots;
+  const int pieces = block.images * tile * (kLanes / kVec), threads = kLanes * block.images * block.slots;
   // The stride of a single column or image may be anything, but copies need addresses on 16 bytes for those that do not
   // exist too.
   const int64_t column = columns > 1 ? s.w : 0;
@@ -232,29 +234,28 @@ Image<T> make_image(const void* data, const Strides& s, int64_t N, int64_t colum
 
 }  // namespace
 
-cudaError_t launch_depthwise_grad_weight_nhwc(const ConvShape& s, DType dtype, const void* grad_y, const void* x,
-                                              void* grad_w, void* workspace, const Tile& tile, cudaStream_t stream) {
-  const cudaError_t error = dispatch(s, dtype, [&](auto tag, auto kernel, auto stride) {
+cudaError_t launch_depthwise_grad_weight_nhwc(const Launch& call, const GradWeightRowsCut& cut) {
+  const ConvShape& s = call.shape;
+  const cudaError_t error = dispatch(s, call.dtype, [&](auto tag, auto kernel, auto stride) {
     using T = typename decltype(tag)::type;
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
-    const GradWeightNhwc cut = grad_weight_nhwc(s);
-    const int threads = kLanes * cut.images * cut.slots, y_tile = cut.slots * kColumns;
+    const GradWeightNhwc block = grad_weight_nhwc_block(s);
+    const int threads = kLanes * block.images * block.slots, y_tile = block.slots * kColumns;
     Args<T> a{};
-    a.rows = make_rows(s, cut.places, tile);
-    a.result = make_result<T>(s, tile.splits, workspace, grad_w);
-    a.x = make_image<T>(x, s.x, s.N, s.W, (y_tile - 1) * kStride + kKernel, s.K / s.C, cut, tile.vec > 1);
-    a.y = make_image<T>(grad_y, s.y, s.N, s.Q, y_tile, 1, cut, tile.vec > 1);
+    a.rows = make_rows(s, block.places, cut);
+    a.result = make_result<T>(call, cut.splits);
+    a.x = make_image<T>(call.second, s.x, s.N, s.W, (y_tile - 1) * kStride + kKernel, s.K / s.C, block, cut.vec > 1);
+    a.y = make_image<T>(call.first, s.y, s.N, s.Q, y_tile, 1, block, cut.vec > 1);
     a.N = static_cast<int>(s.N), a.pad_w = static_cast<int>(s.pad_w);
-    a.channels = cut.channels, a.lanes = cut.lanes, a.images = cut.images, a.slots = cut.slots;
-    a.by_chunks = FastDiv(cut.chunks), a.by_tiles = FastDiv(cut.tiles), a.by_slots = FastDiv(cut.slots);
+    a.channels = block.channels, a.lanes = block.lanes, a.images = block.images, a.slots = block.slots;
+    a.by_chunks = FastDiv(block.chunks), a.by_tiles = FastDiv(block.tiles), a.by_slots = FastDiv(block.slots);
     const size_t stage = kStageRows<kStride> * (kStride * a.x.stage_row + a.y.stage_row) * sizeof(T);
     const size_t bytes = std::max(kStages<T> * stage, threads * kKernel * sizeof(float));
-    const LaunchConfig config{dim3(static_cast<unsigned>(cut.chunks * tile.splits)),
-                              dim3(static_cast<unsigned>(threads)), bytes, stream};
+    const LaunchConfig config{dim3(static_cast<unsigned>(block.chunks * cut.splits)),
+                              dim3(static_cast<unsigned>(threads)), bytes, call.stream};
     return launch(grad_weight_nhwc_kernel<T, kKernel, kStride>, config, a);
   });
-  if (error != cudaSuccess || tile.splits == 1) return error;
-  return launch_sum_partials(s, dtype, workspace, tile.splits, grad_w, stream);
+  return error != cudaSuccess || cut.splits == 1 ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

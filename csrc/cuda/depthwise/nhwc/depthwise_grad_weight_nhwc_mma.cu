@@ -1,28 +1,31 @@
-// Depthwise grad_weight of half types, multiplier 1, channels dense in memory (channels_last), stride 1, filters of up to 7 x 7
-// taps, on tensor cores.
+// Depthwise grad_weight of half types, multiplier 1, channels dense in memory (channels_last), stride 1, filters of up
+// to 7 x 7 taps, on tensor cores.
 //
-// For four channels, the sum over a row of pixels is a product of matrices. Columns of grad_y go in pairs (2n, 2n + 1), which
-// meet the eight columns 2n + m, m = 0 .. 7, of x (from the first tap's on). With the pairs as what is summed over,
+// For four channels, the sum over a row of pixels is a product of matrices. Columns of grad_y go in pairs (2n, 2n + 1),
+// which meet the eight columns 2n + m, m = 0 .. 7, of x (from the first tap's on). With the pairs as what is summed
+// over,
 //     D[(m, c), (j, c')] += sum over n of  x[2n + m, c] * grad_y[2n + j, c']
-// has the sums of tap m - j where c = c': a quarter of D, all others are left alone. In shared memory a unit of 16 bytes is a
-// pair of columns of four channels, so that ldmatrix reads eight pairs of (m, c) or (j, c') as they lie: rows of x from any
-// unit on, as the left factor, and grad_y as the right one. A tap has two sums, of even and of odd columns of grad_y.
+// has the sums of tap m - j where c = c': a quarter of D, all others are left alone. In shared memory a unit of 16
+// bytes is a pair of columns of four channels, so that ldmatrix reads eight pairs of (m, c) or (j, c') as they lie:
+// rows of x from any unit on, as the left factor, and grad_y as the right one. A tap has two sums, of even and of odd
+// columns of grad_y.
 //
-// Thread-to-data map. A block owns up to eight groups of four channels, with a warp for each, and a split of the rows of grad_y
-// of all places, one after the other: a place has 32 columns of one image or the narrow rows of several images side by side.
-// These rows, each with the row of x that its first tap meets, are one stream (Walk), with rows of zeros between two images
-// so that rows of one do not meet those of the other. The block takes it in batches of kRows:
+// Thread-to-data map. A block owns up to eight groups of four channels, with a warp for each, and a split of the rows
+// of grad_y of all places, one after the other: a place has 32 columns of one image or the narrow rows of several
+// images side by side. These rows, each with the row of x that its first tap meets, are one stream (Walk), with rows of
+// zeros between two images so that rows of one do not meet those of the other. The block takes it in batches of kRows:
 //   - all threads copy the next batch to shared memory, 8 bytes at a time, zeros where there is no pixel;
-//   - a warp keeps the last kRows rows of its group's grad_y as right factors in registers, and multiplies each row of x with
+//   - a warp keeps the last kRows rows of its group's grad_y as right factors in registers, and multiplies each row of
+//   x with
 //     all of them. The ring turns once a batch, so that every factor stays in its register.
 // At the end each tap's two sums are added; launch_sum_partials adds the splits.
 //
 // Borders are zeros that are multiplied like other numbers: an infinite one that meets them makes a NaN.
 #include <algorithm>
 
+#include "cuda/depthwise/nhwc/cut.h"
 #include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -155,8 +158,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   };
   bool more = copy_batch(batch);
 
-  // Where the lane's rows of matrices lie in a row of both images. Lane 8 i + n has pair n, or n + 8 where i is 2 or 3 (x), or
-  // 1 (grad_y), and of x the columns m = 2 (i % 2) and the next.
+  // Where the lane's rows of matrices lie in a row of both images. Lane 8 i + n has pair n, or n + 8 where i is 2 or 3
+  // (x), or 1 (grad_y), and of x the columns m = 2 (i % 2) and the next.
   const int lane = static_cast<int>(threadIdx.x) % 32, group = static_cast<int>(threadIdx.x) / 32;
   uint32_t x_pair = min(lane % 8 + lane / 16 * 8, a.images * a.pairs - 1);
   const int side = static_cast<int>(a.by_pairs.split(x_pair));
@@ -227,43 +230,39 @@ Image make_image(const Strides& s, int64_t N, int64_t rows, int64_t columns, int
 }
 
 template <typename T, int kRows>
-cudaError_t start(const Args& a, uint32_t blocks, const void* grad_y, const void* x, void* grad_w, void* workspace,
-                  cudaStream_t stream) {
+cudaError_t start(const Launch& call, const Args& a, uint32_t blocks) {
   const size_t bytes = std::max(2 * kRows * a.row * sizeof(T), a.groups * kGroupSums<kRows> * sizeof(float));
-  const LaunchConfig config{dim3(blocks), dim3(32 * a.groups), bytes, stream};
-  return launch(grad_weight_nhwc_mma_kernel<T, kRows>, config, a, static_cast<const T*>(grad_y),
-                static_cast<const T*>(x), static_cast<float*>(workspace), static_cast<T*>(grad_w));
+  const LaunchConfig config{dim3(blocks), dim3(32 * a.groups), bytes, call.stream};
+  return launch(grad_weight_nhwc_mma_kernel<T, kRows>, config, a, call.first_as<T>(), call.second_as<T>(),
+                call.workspace_as<float>(), call.out_as<T>());
 }
 
 }  // namespace
 
-cudaError_t launch_depthwise_grad_weight_nhwc_mma(const ConvShape& s, DType dtype, const void* grad_y, const void* x,
-                                                  void* grad_w, void* workspace, const Tile& tile,
-                                                  cudaStream_t stream) {
-  const MmaCut cut = grad_weight_mma(s);
+cudaError_t launch_depthwise_grad_weight_nhwc_mma(const Launch& call, const GradWeightRowsCut& cut) {
+  const ConvShape& s = call.shape;
+  const MmaBlock block = grad_weight_mma_block(s);
   Args a{};
-  a.x = make_image(s.x, s.N, s.H, s.W, cut.width(), cut.images * cut.width());
-  a.y = make_image(s.y, s.N, s.P, s.Q, 2 * cut.pairs, kMmaColumns);
+  a.x = make_image(s.x, s.N, s.H, s.W, block.width(), block.images * block.width());
+  a.y = make_image(s.y, s.N, s.P, s.Q, 2 * block.pairs, kMmaColumns);
   a.w_n = s.w.n, a.w_h = s.w.h, a.w_w = s.w.w;
   a.N = static_cast<int>(s.N), a.C = static_cast<int>(s.C), a.R = static_cast<int>(s.R), a.S = static_cast<int>(s.S);
   a.pad_h = static_cast<int>(s.pad_h), a.pad_w = static_cast<int>(s.pad_w);
   // As many as let every row of grad_y meet its last row of x, and leave none of it to the first of the next image.
   a.between = std::clamp(std::max(static_cast<int>(s.H + s.pad_h - s.P), a.R - 1 - a.pad_h), 0, a.R - 1);
-  a.all_groups = a.C / kChannels, a.groups = cut.groups, a.images = cut.images, a.pairs = cut.pairs;
+  a.all_groups = a.C / kChannels, a.groups = block.groups, a.images = block.images, a.pairs = block.pairs;
   a.row = a.groups * (a.x.plane + a.y.plane);
-  const int64_t places = cut.image_groups * cut.column_tiles;
-  a.total = static_cast<uint32_t>(places * s.P), a.splits = tile.splits;
-  a.part = static_cast<uint32_t>(std::max<int64_t>(tile.rows, ceil_div<int64_t>(a.total, tile.splits)));
-  a.by_slices = FastDiv(cut.slices), a.by_groups = FastDiv(a.groups), a.by_pairs = FastDiv(a.pairs);
-  a.by_rows = FastDiv(s.P), a.by_column_tiles = FastDiv(cut.column_tiles);
-  const auto blocks = static_cast<uint32_t>(cut.slices * tile.splits);
-  const cudaError_t error = dispatch_half(dtype, [&](auto tag) {
+  const int64_t places = block.image_groups * block.column_tiles;
+  a.total = static_cast<uint32_t>(places * s.P), a.splits = cut.splits;
+  a.part = static_cast<uint32_t>(std::max<int64_t>(cut.rows, ceil_div<int64_t>(a.total, cut.splits)));
+  a.by_slices = FastDiv(block.slices), a.by_groups = FastDiv(a.groups), a.by_pairs = FastDiv(a.pairs);
+  a.by_rows = FastDiv(s.P), a.by_column_tiles = FastDiv(block.column_tiles);
+  const auto blocks = static_cast<uint32_t>(block.slices * cut.splits);
+  const cudaError_t error = dispatch_half(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return s.R <= 5 ? start<T, 5>(a, blocks, grad_y, x, grad_w, workspace, stream)
-                    : start<T, 7>(a, blocks, grad_y, x, grad_w, workspace, stream);
+    return s.R <= 5 ? start<T, 5>(call, a, blocks) : start<T, 7>(call, a, blocks);
   });
-  if (error != cudaSuccess || tile.splits == 1) return error;
-  return launch_sum_partials(s, dtype, workspace, tile.splits, grad_w, stream);
+  return error != cudaSuccess || cut.splits == 1 ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

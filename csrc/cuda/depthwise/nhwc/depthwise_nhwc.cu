@@ -1,18 +1,19 @@
 // Depthwise forward and grad_input, multiplier 1, channels dense in memory (channels_last): kernels 3x3, 5x5 and 7x7 of
 // stride 1, dilated or not, and stride 2.
 //
-// Thread-to-data map. A block owns `lanes` neighbouring channel vectors (up to 32; a vector is two channels, or one where
-// there is an odd number of them or storage is not aligned to two) and `slots` places; thread t is lane t % lanes of
-// place t / lanes. A place is a tile of seven output columns (stride 2: four) by `rows` output rows of one image, down
-// which the thread walks as depthwise_nhwc.cuh describes:
-//   - neighbouring threads read neighbouring channels: a warp's load is 64 channels of a pixel, whole cache lines, for any
+// Thread-to-data map. A block owns `lanes` neighbouring channel vectors (up to 32; a vector is two channels, or one
+// where there is an odd number of them or storage is not aligned to two) and `slots` places; thread t is lane t % lanes
+// of place t / lanes. A place is a tile of seven output columns (stride 2: four) by `rows` output rows of one image,
+// down which the thread walks as depthwise_nhwc.cuh describes:
+//   - neighbouring threads read neighbouring channels: a warp's load is 64 channels of a pixel, whole cache lines, for
+//   any
 //     number of channels, and two channels a thread leave registers for the sums of many columns and kernel rows;
 //   - a thread reads and converts each value once for its columns, rows ahead of their use; the columns that two tiles
 //     share overlap in L1;
 //   - the filters of the block's channels are converted once and lie in shared memory.
 //
-// grad_input of stride 1 is the forward walk with the filter turned around. A dilated convolution is as many plain ones as
-// there are phases, each of every dilation-th row and column of both images: a place belongs to one of them.
+// grad_input of stride 1 is the forward walk with the filter turned around. A dilated convolution is as many plain ones
+// as there are phases, each of every dilation-th row and column of both images: a place belongs to one of them.
 #include "cuda/depthwise/nhwc/depthwise_nhwc.cuh"
 
 namespace sepconv::cuda {
@@ -37,9 +38,9 @@ struct Args {
   FilterSource filter;
 };
 
-// A thread's place. Inputs and outputs are numbered from an origin in steps of the dilation: from where tap 0 of the phase's
-// first output reads, and from that output; going up in size, from the image's first input and from the output that
-// its tap 0 meets, which lies in the padding.
+// A thread's place. Inputs and outputs are numbered from an origin in steps of the dilation: from where tap 0 of the
+// phase's first output reads, and from that output; going up in size, from the image's first input and from the output
+// that its tap 0 meets, which lies in the padding.
 struct Place {
   bool active;
   int lane, vector, n;
@@ -205,12 +206,12 @@ int64_t tiles(const Axis& axis, int up, int64_t tile) {
 }
 
 template <int kDown, int kUp>
-cudaError_t run(const ConvShape& shape, DType dtype, Args a, const void* in, const void* w, const Epilogue& epilogue,
-                void* out, const Tile& tile, cudaStream_t stream) {
-  a.vectors = static_cast<int>(shape.C / tile.vec);
+cudaError_t run(const Launch& call, const NhwcCut& cut, Args a) {
+  const ConvShape& shape = call.shape;
+  a.vectors = static_cast<int>(shape.C / cut.vec);
   a.lanes = static_cast<int>(nhwc_lanes(a.vectors));
   a.slots = kNhwcThreads / a.lanes;
-  a.rows = ceil_div(tile.rows, kUp) * kUp;
+  a.rows = ceil_div(cut.rows, kUp) * kUp;
   const int64_t strips = tiles(a.h, kUp, a.rows), column_tiles = tiles(a.w, kUp, nhwc_columns(kDown * kUp));
   a.places = static_cast<uint32_t>(shape.N * strips * column_tiles);
   a.by_lanes = FastDiv(a.lanes), a.by_channel_blocks = FastDiv(ceil_div(a.vectors, a.lanes));
@@ -218,14 +219,13 @@ cudaError_t run(const ConvShape& shape, DType dtype, Args a, const void* in, con
   a.by_phases_h = FastDiv(a.h.phases), a.by_phases_w = FastDiv(a.w.phases);
   a.by_dilation_h = FastDiv(a.h.dilation);
   const int64_t blocks = a.by_channel_blocks.divisor * ceil_div<int64_t>(a.places, a.slots);
-  return dispatch(dtype, tile.vec, shape.R, [&](auto tag, auto vector, auto kernel) {
+  return dispatch(call.dtype, cut.vec, shape.R, [&](auto tag, auto vector, auto kernel) {
     using T = typename decltype(tag)::type;
     constexpr int kVec = decltype(vector)::value, kKernel = decltype(kernel)::value;
     const size_t smem_bytes = a.lanes * FilterLayout<kKernel, kVec>::kLane * sizeof(float);
-    const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(kNhwcThreads), smem_bytes, stream};
-    return launch(walk_kernel<T, kVec, Walk<kKernel, kDown, kUp>>, config, a, static_cast<const T*>(in),
-                  static_cast<const T*>(w), static_cast<const T*>(epilogue.bias), epilogue.activation,
-                  static_cast<T*>(out));
+    const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(kNhwcThreads), smem_bytes, call.stream};
+    return launch(walk_kernel<T, kVec, Walk<kKernel, kDown, kUp>>, config, a, call.first_as<T>(), call.second_as<T>(),
+                  call.bias_as<T>(), call.epilogue.activation, call.out_as<T>());
   });
 }
 
@@ -234,9 +234,9 @@ Axis make_axis(int64_t in_size, int64_t out_size, int64_t pad, int64_t dilation)
           static_cast<int>(std::min(dilation, out_size))};
 }
 
-Args make_args(const ConvShape& shape, DType dtype, const Axis& h, const Axis& w, const Strides& in, const Strides& out,
-               bool turned) {
-  const int64_t bytes = element_bytes(dtype);
+Args make_args(const Launch& call, const Axis& h, const Axis& w, const Strides& in, const Strides& out, bool turned) {
+  const ConvShape& shape = call.shape;
+  const int64_t bytes = element_size(call.dtype);
   Args a{};
   a.h = h, a.w = w;
   a.in_n = bytes * in.n, a.in_h = bytes * in.h, a.in_w = bytes * in.w;
@@ -249,23 +249,23 @@ Args make_args(const ConvShape& shape, DType dtype, const Axis& h, const Axis& w
 
 }  // namespace
 
-cudaError_t launch_depthwise_nhwc_forward(const ConvShape& s, DType dtype, const void* x, const void* w,
-                                          const Epilogue& epilogue, void* y, const Tile& tile, cudaStream_t stream) {
-  const Args a = make_args(s, dtype, make_axis(s.H, s.P, s.pad_h, s.dilation_h),
-                           make_axis(s.W, s.Q, s.pad_w, s.dilation_w), s.x, s.y, false);
-  if (s.stride_h == 1) return run<1, 1>(s, dtype, a, x, w, epilogue, y, tile, stream);
-  return run<2, 1>(s, dtype, a, x, w, epilogue, y, tile, stream);
+cudaError_t launch_depthwise_nhwc_forward(const Launch& call, const NhwcCut& cut) {
+  const ConvShape& s = call.shape;
+  const Args a = make_args(call, make_axis(s.H, s.P, s.pad_h, s.dilation_h), make_axis(s.W, s.Q, s.pad_w, s.dilation_w),
+                           s.x, s.y, false);
+  return s.stride_h == 1 ? run<1, 1>(call, cut, a) : run<2, 1>(call, cut, a);
 }
 
-cudaError_t launch_depthwise_nhwc_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w,
-                                             void* grad_x, const Tile& tile, cudaStream_t stream) {
+cudaError_t launch_depthwise_nhwc_grad_input(const Launch& call, const NhwcCut& cut) {
+  const ConvShape& s = call.shape;
   if (s.stride_h == 1) {
-    const Args a = make_args(s, dtype, make_axis(s.P, s.H, s.dilation_h * (s.R - 1) - s.pad_h, s.dilation_h),
-                             make_axis(s.Q, s.W, s.dilation_w * (s.S - 1) - s.pad_w, s.dilation_w), s.y, s.x, true);
-    return run<1, 1>(s, dtype, a, grad_y, w, Epilogue{}, grad_x, tile, stream);
+    const Correlation c = correlation(Map::grad_input, s);
+    return run<1, 1>(call, cut,
+                     make_args(call, make_axis(s.P, s.H, c.pad_h, s.dilation_h),
+                               make_axis(s.Q, s.W, c.pad_w, s.dilation_w), s.y, s.x, true));
   }
-  const Args a = make_args(s, dtype, make_axis(s.P, s.H, s.pad_h, 1), make_axis(s.Q, s.W, s.pad_w, 1), s.y, s.x, false);
-  return run<1, 2>(s, dtype, a, grad_y, w, Epilogue{}, grad_x, tile, stream);
+  return run<1, 2>(call, cut,
+                   make_args(call, make_axis(s.P, s.H, s.pad_h, 1), make_axis(s.Q, s.W, s.pad_w, 1), s.y, s.x, false));
 }
 
 }  // namespace sepconv::cuda

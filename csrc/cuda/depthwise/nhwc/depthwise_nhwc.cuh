@@ -1,14 +1,15 @@
-// What the channels_last depthwise kernels share: how a walk down an image meets its outputs, the filter in shared memory,
-// and one row's products.
+// What the channels_last depthwise kernels share: how a walk down an image meets its outputs, the filter in shared
+// memory, and one row's products.
 //
-// A thread walks down a few neighbouring output columns of one channel vector. It reads every image row once, and adds it
-// at once to all output rows that the row meets: these partial outputs are a ring of registers, whose first row is
+// A thread walks down a few neighbouring output columns of one channel vector. It reads every image row once, and adds
+// it at once to all output rows that the row meets: these partial outputs are a ring of registers, whose first row is
 // complete after the step, is stored, and leaves the ring.
 #pragma once
 
+#include "core/correlation.h"
+#include "cuda/depthwise/nhwc/cut.h"
 #include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 
@@ -100,8 +101,8 @@ struct Pixel {
 
 // ---- the filter
 
-// The filters of a block's lanes in shared memory: [lane][R][S][kVec] in float. A kernel row takes whole vectors of four,
-// a lane an odd number of them, so that eight neighbouring lanes read from all banks at once.
+// The filters of a block's lanes in shared memory: [lane][R][S][kVec] in float. A kernel row takes whole vectors of
+// four, a lane an odd number of them, so that eight neighbouring lanes read from all banks at once.
 template <int kKernel, int kVec>
 struct FilterLayout {
   static constexpr int kRow = (kKernel * kVec + 3) / 4 * 4;
@@ -114,8 +115,9 @@ struct FilterSource {
   bool turned;  // from the last tap to the first
 };
 
-// Fills `filter` with the channels from `first` on, `lanes` vectors of them. Neighbouring threads take neighbouring taps of a
-// kernel row, and the zeros after it; each walks down the rows of a few channels. All loads come before all stores.
+// Fills `filter` with the channels from `first` on, `lanes` vectors of them. Neighbouring threads take neighbouring
+// taps of a kernel row, and the zeros after it; each walks down the rows of a few channels. All loads come before all
+// stores.
 template <int kThreads, int kMostLanes, int kKernel, int kVec, typename T>
 __device__ __forceinline__ void stage_filter(float* filter, const FilterSource& from, const T* __restrict__ w,
                                              int first, int lanes) {
@@ -148,8 +150,8 @@ __device__ __forceinline__ void stage_filter(float* filter, const FilterSource& 
 
 // ---- products
 
-// Adds row `in` of a step to the ring. The first row of a step moves the ring on: kUp rows leave it, and new ones begin with
-// `start`. That costs nothing, as the first product of each sum is added into the register of its new place.
+// Adds row `in` of a step to the ring. The first row of a step moves the ring on: kUp rows leave it, and new ones begin
+// with `start`. That costs nothing, as the first product of each sum is added into the register of its new place.
 template <typename W, int kVec>
 __device__ __forceinline__ void add_row(float (&ring)[W::kRing][W::kColumns][kVec],
                                         const float (&window)[W::kWindow][kVec], const float (&start)[kVec],

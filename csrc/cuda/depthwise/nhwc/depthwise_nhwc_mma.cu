@@ -1,33 +1,37 @@
-// Depthwise forward and grad_input of half types, multiplier 1, channels dense in memory (channels_last), stride 1, filters of
-// up to 7 x 7 taps, on tensor cores.
+// Depthwise forward and grad_input of half types, multiplier 1, channels dense in memory (channels_last), stride 1,
+// filters of up to 7 x 7 taps, on tensor cores.
 //
-// For eight channels, one row of the filter slid along one row of the image is a product with a matrix of diagonals. Columns of
-// the output go in pairs (2n, 2n + 1), which meet the eight input columns 2n + m, m = 0 .. 7 (from the first tap's on):
-//     y[2n + j, c] += sum over m and c' of  A[(j, c), (m, c')] * x[2n + m, c'],   A[(j, c), (m, c')] = w[m - j, c] where c' = c
+// For eight channels, one row of the filter slid along one row of the image is a product with a matrix of diagonals.
+// Columns of the output go in pairs (2n, 2n + 1), which meet the eight input columns 2n + m, m = 0 .. 7 (from the first
+// tap's on):
+//     y[2n + j, c] += sum over m and c' of  A[(j, c), (m, c')] * x[2n + m, c'],   A[(j, c), (m, c')] = w[m - j, c]
+//     where c' = c
 // A has 2 x 8 rows and is the left factor of mma.sp: of four neighbouring elements of its rows three are zeros, and the
-// sparse instruction multiplies 32 columns, four places m, in the time that a dense one needs for 16. The right factor is
-// eight pixels of eight channels, as they lie in shared memory: ldmatrix reads them from any pixel on. So the columns and
-// rows of the filter, and the distance of two taps, are addresses only; two instructions give 16 columns of eight
-// channels a filter row of up to seven taps: 448 products of use of the 4096 that each stands for.
+// sparse instruction multiplies 32 columns, four places m, in the time that a dense one needs for 16. The right factor
+// is eight pixels of eight channels, as they lie in shared memory: ldmatrix reads them from any pixel on. So the
+// columns and rows of the filter, and the distance of two taps, are addresses only; two instructions give 16 columns of
+// eight channels a filter row of up to seven taps: 448 products of use of the 4096 that each stands for.
 //
-// Thread-to-data map. A block owns up to four groups of eight channels, with a warp for each, and works off places: a place
-// is a strip of `rows` output rows, and of each of them 32 columns of one image or the narrow rows of several images side by
-// side. The rows of the input that its places need, one place after the other, are one stream to the block (Walk), that
-// it takes in batches of kRows:
+// Thread-to-data map. A block owns up to four groups of eight channels, with a warp for each, and works off places: a
+// place is a strip of `rows` output rows, and of each of them 32 columns of one image or the narrow rows of several
+// images side by side. The rows of the input that its places need, one place after the other, are one stream to the
+// block (Walk), that it takes in batches of kRows:
 //   - all threads copy the next batch to shared memory, 16 bytes at a time, zeros where there is no pixel;
-//   - a warp multiplies each row of the batch by all rows of its group's filter, which it keeps in registers with the sums
-//     of kRows output rows and 32 columns. A row completes the oldest sums, which leave the ring for shared memory. The ring turns
-//     once a batch, so that every sum stays in its register; it knows nothing of places, as what rows of two of them have
-//     in common is not stored;
+//   - a warp multiplies each row of the batch by all rows of its group's filter, which it keeps in registers with the
+//   sums
+//     of kRows output rows and 32 columns. A row completes the oldest sums, which leave the ring for shared memory. The
+//     ring turns once a batch, so that every sum stays in its register; it knows nothing of places, as what rows of two
+//     of them have in common is not stored;
 //   - all threads store the rows of sums that are output rows, whole pieces of 16 bytes each.
 //
-// Zeros of A meet the other channels of a group: an infinite one makes a NaN of a neighbour. So sums that are not finite are
-// computed again, one by one from global memory.
+// Zeros of A meet the other channels of a group: an infinite one makes a NaN of a neighbour. So sums that are not
+// finite are computed again, one by one from global memory.
 //
 // grad_input is forward with the filter turned around.
+#include "core/correlation.h"
+#include "cuda/depthwise/nhwc/cut.h"
 #include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -85,8 +89,8 @@ struct Walk {
   }
 };
 
-// Where the piece of a group and a column lies in a row in shared memory: even columns before odd ones. Pieces of a column
-// change places so that eight columns of one kind have theirs on different banks.
+// Where the piece of a group and a column lies in a row in shared memory: even columns before odd ones. Pieces of a
+// column change places so that eight columns of one kind have theirs on different banks.
 __device__ __forceinline__ int at_column(const Args& a, int column, int group) {
   const int i = column / 2, pieces = 1 << a.swizzle;
   return column % 2 * a.half + (i * pieces + (group ^ (i >> (3 - a.swizzle) & (pieces - 1)))) * kPiece;
@@ -138,8 +142,9 @@ struct Copies {
   }
 };
 
-// The left factors of one group of channels: of filter row r and places 4 half .. 4 half + 3 of the window. Of a row's four
-// neighbouring elements, the instruction takes two: kept are the first two or the last two, as the row's channel is.
+// The left factors of one group of channels: of filter row r and places 4 half .. 4 half + 3 of the window. Of a row's
+// four neighbouring elements, the instruction takes two: kept are the first two or the last two, as the row's channel
+// is.
 template <typename T, int kRows>
 struct Filter {
   uint32_t words[kRows][2][4];
@@ -264,7 +269,8 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   filter.load(a, w, channel, lane);
   const float add = bias != nullptr ? to_acc(bias[channel + lane / 4]) : 0.f;
 
-  // Where in a row the lane's row of a matrix lies: lane 8 m + n has pixel m of the window of pair n of a tile, or m + 4.
+  // Where in a row the lane's row of a matrix lies: lane 8 m + n has pixel m of the window of pair n of a tile, or m
+  // + 4.
   int window[kTiles][2];
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
@@ -273,7 +279,8 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     window[i / 2][i % 2] =
         opaque(at_column(a, image * a.width + 2 * static_cast<int>(pair) + lane / 8 + 4 * (i % 2), group));
   }
-  // And where in a row of sums its own go: of channel lane / 4, pairs 2 (lane % 4) and the next, even columns and odd ones.
+  // And where in a row of sums its own go: of channel lane / 4, pairs 2 (lane % 4) and the next, even columns and odd
+  // ones.
   float* const own_sums = sums + (lane % 4 * 2 * kSumPitch + group * kPiece + lane / 4);
   // The sums that the thread stores: neighbouring threads have neighbouring channels, then columns.
   uint32_t out_group = threadIdx.x;
@@ -315,63 +322,50 @@ __global__ void __launch_bounds__(kMostThreads, 3)
 }
 
 template <typename T, int kRows>
-cudaError_t start(const Args& a, int64_t bytes, const void* in, const void* w, const Epilogue& epilogue, void* out,
-                  cudaStream_t stream) {
+cudaError_t start(const Launch& call, const Args& a, int64_t bytes) {
   const LaunchConfig config{dim3(a.by_slices.divisor * a.parts), dim3(32 * a.groups), static_cast<size_t>(bytes),
-                            stream};
-  return launch(nhwc_mma_kernel<T, kRows>, config, a, static_cast<const T*>(in), static_cast<const T*>(w),
-                static_cast<const T*>(epilogue.bias), epilogue.activation, static_cast<T*>(out));
+                            call.stream};
+  return launch(nhwc_mma_kernel<T, kRows>, config, a, call.first_as<T>(), call.second_as<T>(), call.bias_as<T>(),
+                call.epilogue.activation, call.out_as<T>());
 }
 
-// `a` has the sizes, strides and padding of the image that is read and of the one that is written.
-cudaError_t run(Args a, Map map, const ConvShape& s, DType dtype, const void* in, const void* w,
-                const Epilogue& epilogue, void* out, const Tile& tile, cudaStream_t stream) {
-  const NhwcMma cut = nhwc_mma(map, s);
+cudaError_t run(Map map, const Launch& call, const NhwcMmaCut& cut) {
+  const ConvShape& s = call.shape;
+  const Correlation c = correlation(map, s);
+  const NhwcMmaBlock block = nhwc_mma_block(map, s);
+  Args a{};
+  a.in_n = c.image.n, a.in_h = c.image.h, a.in_w = c.image.w;
+  a.out_n = c.result.n, a.out_h = c.result.h, a.out_w = c.result.w;
+  a.in_rows = static_cast<int>(c.image_h), a.in_columns = static_cast<int>(c.image_w);
+  a.out_rows = static_cast<int>(c.result_h), a.out_columns = static_cast<int>(c.result_w);
+  a.pad_h = static_cast<int>(c.pad_h), a.pad_w = static_cast<int>(c.pad_w);
   a.N = static_cast<int>(s.N), a.R = static_cast<int>(s.R), a.S = static_cast<int>(s.S);
-  a.w_n = s.w.n, a.w_h = s.w.h, a.w_w = s.w.w, a.turned = map == Map::grad_input;
+  a.w_n = s.w.n, a.w_h = s.w.h, a.w_w = s.w.w, a.turned = c.turned;
   // A dimension of size 1 may have any stride, but copies need addresses on 16 bytes for pixels that do not exist too.
   if (a.in_columns == 1) a.in_w = 0;
   if (a.in_rows == 1) a.in_h = 0;
-  a.all_groups = static_cast<int>(s.C / kPiece), a.groups = cut.groups;
-  a.rows = tile.rows, a.images = cut.images, a.pairs = cut.pairs, a.width = cut.width();
-  a.swizzle = cut.swizzle, a.row = static_cast<int>(cut.row_bytes() / 2), a.half = a.row / 2;
+  a.all_groups = static_cast<int>(s.C / kPiece), a.groups = block.groups;
+  a.rows = cut.rows, a.images = block.images, a.pairs = block.pairs, a.width = block.width();
+  a.swizzle = block.swizzle, a.row = static_cast<int>(block.row_bytes() / 2), a.half = a.row / 2;
   const int64_t strips = ceil_div<int64_t>(a.out_rows, a.rows);
-  a.places = static_cast<uint32_t>(cut.image_groups * strips * cut.column_tiles);
-  a.parts = static_cast<uint32_t>(tile.splits);
-  a.by_slices = FastDiv(cut.slices), a.by_groups = FastDiv(a.groups), a.by_pairs = FastDiv(a.pairs);
-  a.by_width = FastDiv(a.width), a.by_column_tiles = FastDiv(cut.column_tiles), a.by_strips = FastDiv(strips);
-  return dispatch_half(dtype, [&](auto tag) {
+  a.places = static_cast<uint32_t>(block.image_groups * strips * block.column_tiles);
+  a.parts = static_cast<uint32_t>(cut.splits);
+  a.by_slices = FastDiv(block.slices), a.by_groups = FastDiv(a.groups), a.by_pairs = FastDiv(a.pairs);
+  a.by_width = FastDiv(a.width), a.by_column_tiles = FastDiv(block.column_tiles), a.by_strips = FastDiv(strips);
+  return dispatch_half(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto with_rows = [&](auto rows) {
-      return start<T, decltype(rows)::value>(a, cut.bytes(), in, w, epilogue, out, stream);
-    };
-    return cut.rows == 5 ? with_rows(Int<5>{}) : with_rows(Int<7>{});
+    return block.rows == 5 ? start<T, 5>(call, a, block.bytes()) : start<T, 7>(call, a, block.bytes());
   });
-}
-
-Args make_args(const Strides& in, int64_t in_rows, int64_t in_columns, const Strides& out, int64_t out_rows,
-               int64_t out_columns, int64_t pad_h, int64_t pad_w) {
-  Args a{};
-  a.in_n = in.n, a.in_h = in.h, a.in_w = in.w, a.out_n = out.n, a.out_h = out.h, a.out_w = out.w;
-  a.in_rows = static_cast<int>(in_rows), a.in_columns = static_cast<int>(in_columns);
-  a.out_rows = static_cast<int>(out_rows), a.out_columns = static_cast<int>(out_columns);
-  a.pad_h = static_cast<int>(pad_h), a.pad_w = static_cast<int>(pad_w);
-  return a;
 }
 
 }  // namespace
 
-cudaError_t launch_depthwise_nhwc_mma_forward(const ConvShape& s, DType dtype, const void* x, const void* w,
-                                              const Epilogue& epilogue, void* y, const Tile& tile,
-                                              cudaStream_t stream) {
-  const Args a = make_args(s.x, s.H, s.W, s.y, s.P, s.Q, s.pad_h, s.pad_w);
-  return run(a, Map::forward, s, dtype, x, w, epilogue, y, tile, stream);
+cudaError_t launch_depthwise_nhwc_mma_forward(const Launch& call, const NhwcMmaCut& cut) {
+  return run(Map::forward, call, cut);
 }
 
-cudaError_t launch_depthwise_nhwc_mma_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w,
-                                                 void* grad_x, const Tile& tile, cudaStream_t stream) {
-  const Args a = make_args(s.y, s.P, s.Q, s.x, s.H, s.W, s.R - 1 - s.pad_h, s.S - 1 - s.pad_w);
-  return run(a, Map::grad_input, s, dtype, grad_y, w, Epilogue{}, grad_x, tile, stream);
+cudaError_t launch_depthwise_nhwc_mma_grad_input(const Launch& call, const NhwcMmaCut& cut) {
+  return run(Map::grad_input, call, cut);
 }
 
 }  // namespace sepconv::cuda

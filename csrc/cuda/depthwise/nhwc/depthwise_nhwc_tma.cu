@@ -1,20 +1,22 @@
-// Depthwise forward and grad_input of stride 1 in float32, channels dense in memory (channels_last), on GPUs with a copy
-// engine for boxes of tensors (TMA, compute capability 9.0): the walk of depthwise_nhwc.cuh, with rows that it brings.
+// Depthwise forward and grad_input of stride 1 in float32, channels dense in memory (channels_last), on GPUs with a
+// copy engine for boxes of tensors (TMA, compute capability 9.0): the walk of depthwise_nhwc.cuh, with rows that it
+// brings.
 //
-// Thread-to-data map. A warp is a pipeline of its own, and waits for no other warp. It owns a strip of output rows of one
-// image, of which it has kTiles tiles of seven neighbouring columns, and kLanes pairs of neighbouring channels (kTiles *
-// kLanes = 32): lane l has pair l % kLanes of tile l / kLanes. The four warps of a block have the same channels, and share
-// their filters; their places follow each other along the rows of the image, then down, then from image to image.
+// Thread-to-data map. A warp is a pipeline of its own, and waits for no other warp. It owns a strip of output rows of
+// one image, of which it has kTiles tiles of seven neighbouring columns, and kLanes pairs of neighbouring channels
+// (kTiles * kLanes = 32): lane l has pair l % kLanes of tile l / kLanes. The four warps of a block have the same
+// channels, and share their filters; their places follow each other along the rows of the image, then down, then from
+// image to image.
 //
 //   image, row by row                     shared memory of a warp                    registers of a lane
 //   box: 7 kTiles + k - 1 columns  -TMA-> ring of kStages rows, each with -window->  ring of k rows of sums  -->  y
 //        2 kLanes channels                a barrier: are its bytes there?
 //
 // A step of the walk: wait for the row's bytes; read the window; when all lanes have, one of them asks for the row that
-// comes kStages later, into the place of the one just read; add the products; store the row of outputs that is complete.
-// What is on its way lives in no register and takes no instructions of the warp's: the engine fills boxes with zeros where
-// they are outside of the image, which is the padding, and columns lie at fixed distances, without addresses or masks.
-// The price: columns at the border of two warps' boxes come from L2 twice.
+// comes kStages later, into the place of the one just read; add the products; store the row of outputs that is
+// complete. What is on its way lives in no register and takes no instructions of the warp's: the engine fills boxes
+// with zeros where they are outside of the image, which is the padding, and columns lie at fixed distances, without
+// addresses or masks. The price: columns at the border of two warps' boxes come from L2 twice.
 //
 // Banks: half a warp is served at a time, and its 16 lanes read 128 consecutive bytes of a pixel. No swizzle is needed.
 #include "cuda/depthwise/nhwc/depthwise_nhwc.cuh"
@@ -72,8 +74,8 @@ __global__ void __launch_bounds__(kNhwcThreads, nhwc_tma_blocks(kKernel))
     using P = Pipeline<kKernel, kLanes>;
     using W = typename P::W;
     DYN_SMEM(smem);
-    // All that a warp does as one follows from this number; as it comes from one lane, the compiler knows that it is the
-    // same in all of them, and keeps what follows from it once for a warp.
+    // All that a warp does as one follows from this number; as it comes from one lane, the compiler knows that it is
+    // the same in all of them, and keeps what follows from it once for a warp.
     const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
     const int lane = static_cast<int>(threadIdx.x) % 32;
 
@@ -153,37 +155,31 @@ cudaError_t dispatch(int64_t kernel, int lanes, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// An image, its size and how it lies.
-struct Image {
-  const void* data;
-  int64_t H, W;
-  Strides strides;
-};
-
-cudaError_t run(const ConvShape& s, const Image& in, const Image& out, int64_t pad_h, int64_t pad_w, bool turned,
-                const void* w, const Epilogue& epilogue, const Tile& tile, cudaStream_t stream) {
-  return dispatch(s.R, tile.lanes, [&](auto kernel, auto lanes) {
+cudaError_t run(Map map, const Launch& call, const NhwcTmaCut& cut) {
+  const ConvShape& s = call.shape;
+  const Correlation c = correlation(map, s);
+  return dispatch(s.R, cut.pairs, [&](auto kernel, auto lanes) {
     constexpr int kKernel = decltype(kernel)::value, kLanes = decltype(lanes)::value;
     using P = Pipeline<kKernel, kLanes>;
-    TensorMap map;
-    const ImageBoxes boxes{in.data, s.N, in.H, in.W, s.C, in.strides, P::kBoxColumns, 2 * kLanes};
-    if (const cudaError_t error = make_tensor_map(map, DType::float32, boxes); error != cudaSuccess) return error;
+    TensorMap tensor_map;
+    const ImageBoxes boxes{call.first, s.N, c.image_h, c.image_w, s.C, c.image, P::kBoxColumns, 2 * kLanes};
+    if (const cudaError_t error = make_tensor_map(tensor_map, DType::float32, boxes); error != cudaSuccess)
+      return error;
     Args a{};
-    a.out_rows = static_cast<int>(out.H), a.out_columns = static_cast<int>(out.W);
-    a.pad_h = static_cast<int>(pad_h), a.pad_w = static_cast<int>(pad_w);
-    a.out_n = 4 * out.strides.n, a.out_h = 4 * out.strides.h, a.out_w = static_cast<int>(4 * out.strides.w);
-    a.pairs = static_cast<int>(s.C / 2), a.rows = tile.rows;
-    const int64_t strips = ceil_div<int64_t>(out.H, tile.rows), column_tiles = ceil_div<int64_t>(out.W, P::kColumns);
+    a.out_rows = static_cast<int>(c.result_h), a.out_columns = static_cast<int>(c.result_w);
+    a.pad_h = static_cast<int>(c.pad_h), a.pad_w = static_cast<int>(c.pad_w);
+    a.out_n = 4 * c.result.n, a.out_h = 4 * c.result.h, a.out_w = static_cast<int>(4 * c.result.w);
+    a.pairs = static_cast<int>(s.C / 2), a.rows = cut.rows;
+    const int64_t strips = ceil_div(c.result_h, cut.rows), column_tiles = ceil_div(c.result_w, P::kColumns);
     const int64_t channel_blocks = ceil_div(a.pairs, kLanes), places = s.N * strips * column_tiles;
     a.places = static_cast<uint32_t>(places);
     a.by_channel_blocks = FastDiv(channel_blocks), a.by_strips = FastDiv(strips);
     a.by_column_tiles = FastDiv(column_tiles);
-    a.filter = {s.w.n, s.w.h, s.w.w, static_cast<int>(s.C), turned};
-    const auto blocks = static_cast<unsigned>(channel_blocks * ceil_div<int64_t>(places, kWarps));
-    const LaunchConfig config{dim3(blocks), dim3(kNhwcThreads), P::kSharedBytes, stream};
-    return launch(tma_kernel<kKernel, kLanes>, config, map, a, static_cast<const float*>(w),
-                  static_cast<const float*>(epilogue.bias), epilogue.activation,
-                  static_cast<float*>(const_cast<void*>(out.data)));
+    a.filter = {s.w.n, s.w.h, s.w.w, static_cast<int>(s.C), c.turned};
+    const auto blocks = static_cast<unsigned>(channel_blocks * ceil_div(places, kWarps));
+    const LaunchConfig config{dim3(blocks), dim3(kNhwcThreads), P::kSharedBytes, call.stream};
+    return launch(tma_kernel<kKernel, kLanes>, config, tensor_map, a, call.second_as<float>(), call.bias_as<float>(),
+                  call.epilogue.activation, call.out_as<float>());
   });
 }
 
@@ -191,16 +187,12 @@ cudaError_t run(const ConvShape& s, const Image& in, const Image& out, int64_t p
 
 bool has_depthwise_nhwc_tma() { return has_tma(compiled_for(tma_kernel<5, 16>)) && has_tensor_maps(); }
 
-cudaError_t launch_depthwise_nhwc_tma_forward(const ConvShape& s, const void* x, const void* w,
-                                              const Epilogue& epilogue, void* y, const Tile& tile,
-                                              cudaStream_t stream) {
-  return run(s, {x, s.H, s.W, s.x}, {y, s.P, s.Q, s.y}, s.pad_h, s.pad_w, false, w, epilogue, tile, stream);
+cudaError_t launch_depthwise_nhwc_tma_forward(const Launch& call, const NhwcTmaCut& cut) {
+  return run(Map::forward, call, cut);
 }
 
-cudaError_t launch_depthwise_nhwc_tma_grad_input(const ConvShape& s, const void* grad_y, const void* w, void* grad_x,
-                                                 const Tile& tile, cudaStream_t stream) {
-  return run(s, {grad_y, s.P, s.Q, s.y}, {grad_x, s.H, s.W, s.x}, s.R - 1 - s.pad_h, s.S - 1 - s.pad_w, true, w,
-             Epilogue{}, tile, stream);
+cudaError_t launch_depthwise_nhwc_tma_grad_input(const Launch& call, const NhwcTmaCut& cut) {
+  return run(Map::grad_input, call, cut);
 }
 
 }  // namespace sepconv::cuda

@@ -2,7 +2,6 @@
 #include <limits>
 
 #include "cuda/plan_parts.h"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 
@@ -11,38 +10,38 @@ bool nhwc_mma_can_run(const ConvShape& s, DType dtype, const Device& device) {
   constexpr int64_t kTaps = 7;
   return is_half(dtype) && device.compute_capability >= 80 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
          s.dilation_w == 1 && s.R <= kTaps && s.S <= kTaps && (s.R != 3 || s.S != 3) &&
-         s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow;
+         s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrowLimit;
 }
 
-// As many blocks as the GPU holds at once, each with a stream of every `splits`-th place: a time of its batches of rows, and of
-// what it does before the first. Images are cut into strips where that leaves fewer multiprocessors without work.
+// As many blocks as the GPU holds at once, each with a stream of every `splits`-th place: a time of its batches of
+// rows, and of what it does before the first. Images are cut into strips where that leaves fewer multiprocessors
+// without work.
 Plan plan_depthwise_nhwc_mma(Map map, const ConvShape& s, const Device& device) {
   constexpr int64_t kWarps = 12, kSharedBytes = 220 << 10;  // of a multiprocessor
   constexpr int64_t kBegin = 2;                             // batches that the beginning is worth
-  Plan p{Kernel::depthwise_nhwc_mma,
-         "cuda_depthwise_nhwc_mma",
-         "depthwise up to 7x7 in a half type, stride 1, whole vectors of channels: kernel rows as diagonals, on tensor "
-         "cores",
-         {},
-         0};
-  const NhwcMma cut = nhwc_mma(map, s);
+  NhwcMmaCut cut;
+  const NhwcMmaBlock block = nhwc_mma_block(map, s);
   const int64_t rows = std::max<int64_t>(map == Map::forward ? s.P : s.H, 1);
-  const int64_t resident = std::min(kWarps / cut.groups, kSharedBytes / cut.bytes()) * device.multiprocessors;
-  const int64_t most = std::max<int64_t>(resident / cut.slices, 1);
+  const int64_t resident = std::min(kWarps / block.groups, kSharedBytes / block.bytes()) * device.multiprocessors;
+  const int64_t most = std::max<int64_t>(resident / block.slices, 1);
   int64_t least = std::numeric_limits<int64_t>::max();
   int64_t turns = 0;  // with many of them it no longer matters how they come out
   for (int64_t strips = 1, last = 0; strips != last && turns < 8;) {
     const int64_t strip = ceil_div(rows, strips), shared = strip < rows ? s.R - 1 : s.R / 2;
-    const int64_t places = cut.image_groups * cut.column_tiles * ceil_div(rows, strip);
+    const int64_t places = block.image_groups * block.column_tiles * ceil_div(rows, strip);
     turns = ceil_div(places, most);
     const int64_t parts = ceil_div(places, turns);
-    const int64_t waves = ceil_div(parts * cut.slices, resident);
-    const int64_t time = waves * (kBegin + ceil_div(turns * (strip + shared) + s.R - 1 - shared, cut.rows));
-    if (time < least) least = time, p.tile.rows = static_cast<int>(strip), p.tile.splits = static_cast<int>(parts);
+    const int64_t waves = ceil_div(parts * block.slices, resident);
+    const int64_t time = waves * (kBegin + ceil_div(turns * (strip + shared) + s.R - 1 - shared, block.rows));
+    if (time < least) least = time, cut = {static_cast<int>(strip), static_cast<int>(parts)};
     last = strips;
     strips = std::min(strips + std::max<int64_t>(strips / 3, 1), rows);
   }
-  return p;
+  return {
+      Kernel::depthwise_nhwc_mma, "cuda_depthwise_nhwc_mma",
+      "depthwise up to 7x7 in a half type, stride 1, whole vectors of channels: kernel rows as diagonals, on tensor "
+      "cores",
+      cut, 0};
 }
 
 }  // namespace sepconv::cuda

@@ -1,11 +1,10 @@
-// The plan of depthwise_nhwc_tma.cu: where rows that the copy engine brings are predicted to be faster than rows that threads
-// load ahead themselves (benchmarks/notes has the figures). That is where registers are the matter, 5x5 and 7x7: next
-// to the sums there is room for one row ahead and for 8 to 12 warps a multiprocessor, and without the row for 12 to 16.
-// At 3x3, two rows ahead of 16 warps are enough, and memory is all that both kernels wait for.
+// The plan of depthwise_nhwc_tma.cu: where rows that the copy engine brings are predicted to be faster than rows that
+// threads load ahead themselves (benchmarks/notes has the figures). That is where registers are the matter, 5x5 and
+// 7x7: next to the sums there is room for one row ahead and for 8 to 12 warps a multiprocessor, and without the row for
+// 12 to 16. At 3x3, two rows ahead of 16 warps are enough, and memory is all that both kernels wait for.
 #include <limits>
 
 #include "cuda/plan_parts.h"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {
@@ -40,24 +39,17 @@ std::optional<Plan> plan_depthwise_nhwc_tma(Map map, const ConvShape& s, DType d
 
   // Pairs of channels by tiles of columns of a warp, whichever leaves fewer lanes without work, and whole lines of
   // memory where that is the same; an eighth of them idle is as much as there is to win.
-  Plan p{Kernel::depthwise_nhwc_tma,
-         "cuda_depthwise_nhwc_tma",
-         "depthwise 5x5 or 7x7 in float32, channels dense in whole fours, stride 1, work for every multiprocessor: "
-         "rows by the "
-         "copy engine (TMA), each read once",
-         {},
-         0};
   const auto covered = [&](int64_t lanes) {
     const int64_t tile = nhwc_columns(1) * (32 / lanes);
     return ceil_div(pairs, lanes) * lanes * (ceil_div(columns, tile) * tile);
   };
   const int64_t lanes = covered(16) < covered(32) ? 16 : 32;
   if (8 * pairs * columns < 7 * covered(lanes)) return {};
-  p.tile.lanes = static_cast<int>(lanes);
+  NhwcTmaCut cut{static_cast<int>(lanes)};
 
-  // Strips of the height that costs the least time: a multiprocessor has as many blocks at once as it holds, and a strip
-  // repeats the rows that the next one reads too. Where only strips of less than twice the kernel would fill the GPU, the
-  // problem is one for the other kernel, which cuts finer.
+  // Strips of the height that costs the least time: a multiprocessor has as many blocks at once as it holds, and a
+  // strip repeats the rows that the next one reads too. Where only strips of less than twice the kernel would fill the
+  // GPU, the problem is one for the other kernel, which cuts finer.
   const int64_t resident = nhwc_tma_blocks(s.R), tiles = ceil_div(columns, nhwc_columns(1) * (32 / lanes));
   const int64_t lowest = std::min(rows, 2 * s.R);
   int64_t least = std::numeric_limits<int64_t>::max(), best_load = 0, load = 0;
@@ -65,10 +57,14 @@ std::optional<Plan> plan_depthwise_nhwc_tma(Map map, const ConvShape& s, DType d
     const int64_t warps = s.N * ceil_div(rows, height) * tiles;
     load = ceil_div(ceil_div(pairs, lanes) * ceil_div(warps, kNhwcThreads / 32), device.multiprocessors);
     const int64_t time = (height + s.R) * std::max(load, resident);
-    if (time < least) least = time, best_load = load, p.tile.rows = static_cast<int>(height);
+    if (time < least) least = time, best_load = load, cut.rows = static_cast<int>(height);
   }
   if (best_load < resident) return {};
-  return p;
+  return Plan{
+      Kernel::depthwise_nhwc_tma, "cuda_depthwise_nhwc_tma",
+      "depthwise 5x5 or 7x7 in float32, channels dense in whole fours, stride 1, work for every multiprocessor: "
+      "rows by the copy engine (TMA), each read once",
+      cut, 0};
 }
 
 }  // namespace sepconv::cuda

@@ -1,13 +1,13 @@
-// Depthwise forward, and grad_input (forward with the filter turned around), with large kernels, stride 1, of contiguous images
-// (NCHW) in half types, on tensor cores. For one channel and kernel row r
+// Depthwise forward, and grad_input (forward with the filter turned around), with large kernels, stride 1, of
+// contiguous images (NCHW) in half types, on tensor cores. For one channel and kernel row r
 //     y[p, q0 + i] += sum over j of  x[p - pad_h + r, q0 - pad_w + j] * T[j, i],   T[j, i] = w[r, j - i]
 // which is one product of 16 output rows by a window of columns with a Toeplitz matrix (depthwise_toeplitz.cuh).
 //
-// Thread-to-data map. depthwise_toeplitz.cuh has the blocks and their places. A warp takes 16 output rows at a time, and
-// kTiles * 8 columns; the sums stay in registers over all kernel rows.
+// Thread-to-data map. depthwise_toeplitz.cuh has the blocks and their places. A warp takes 16 output rows at a time,
+// and kTiles * 8 columns; the sums stay in registers over all kernel rows.
 //
-// A window reaches up to seven columns beyond a tap's own: an infinite x there meets a zero and makes a NaN. So results that
-// are NaN are computed again, tap by tap.
+// A window reaches up to seven columns beyond a tap's own: an infinite x there meets a zero and makes a NaN. So results
+// that are NaN are computed again, tap by tap.
 #include "cuda/depthwise/depthwise_single_output.cuh"
 #include "cuda/depthwise/toeplitz/depthwise_toeplitz.cuh"
 
@@ -116,27 +116,26 @@ __global__ void __launch_bounds__(kToeplitzThreads, 4)
 }
 
 template <typename T, int kTiles, int kSteps>
-cudaError_t start(ToeplitzArgs a, const void* x, const void* w, const Epilogue& epilogue, void* y,
-                  cudaStream_t stream) {
+cudaError_t start(const Launch& call, ToeplitzArgs a) {
   cut_toeplitz(a, 8 * kTiles);
   const size_t elements =
       a.R * ToeplitzRow<kSteps>::kElements + a.images * (a.rows + a.R - 1) * toeplitz_pitch(kTiles - 1 + 2 * kSteps);
-  const LaunchConfig config{dim3(a.K * a.parts), dim3(kToeplitzThreads), elements * sizeof(T), stream};
-  return launch(toeplitz_kernel<T, kTiles, kSteps>, config, a, static_cast<const T*>(x), static_cast<const T*>(w),
-                static_cast<const T*>(epilogue.bias), epilogue.activation, static_cast<T*>(y));
+  const LaunchConfig config{dim3(a.K * a.parts), dim3(kToeplitzThreads), elements * sizeof(T), call.stream};
+  return launch(toeplitz_kernel<T, kTiles, kSteps>, config, a, call.first_as<T>(), call.second_as<T>(),
+                call.bias_as<T>(), call.epilogue.activation, call.out_as<T>());
 }
 
-cudaError_t run(const ToeplitzArgs& a, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y,
-                cudaStream_t stream) {
-  return dispatch_half(dtype, [&](auto tag) {
+cudaError_t run(Map map, const Launch& call, const ToeplitzCut& cut) {
+  const ToeplitzArgs a = make_toeplitz_args(map, call.shape, cut);
+  return dispatch_half(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto with_steps = [&](auto tiles) {
       constexpr int kTiles = decltype(tiles)::value;
       switch (toeplitz_steps(a.S)) {
-        case 1: return start<T, kTiles, 1>(a, x, w, epilogue, y, stream);
-        case 2: return start<T, kTiles, 2>(a, x, w, epilogue, y, stream);
-        case 3: return start<T, kTiles, 3>(a, x, w, epilogue, y, stream);
-        default: return start<T, kTiles, 5>(a, x, w, epilogue, y, stream);
+        case 1: return start<T, kTiles, 1>(call, a);
+        case 2: return start<T, kTiles, 2>(call, a);
+        case 3: return start<T, kTiles, 3>(call, a);
+        default: return start<T, kTiles, 5>(call, a);
       }
     };
     switch (toeplitz_tiles(a.Q)) {
@@ -150,18 +149,12 @@ cudaError_t run(const ToeplitzArgs& a, DType dtype, const void* x, const void* w
 
 }  // namespace
 
-cudaError_t launch_depthwise_toeplitz_forward(const ConvShape& shape, DType dtype, const void* x, const void* w,
-                                              const Epilogue& epilogue, void* y, const Tile& tile,
-                                              cudaStream_t stream) {
-  return run(make_toeplitz_args(shape, tile), dtype, x, w, epilogue, y, stream);
+cudaError_t launch_depthwise_toeplitz_forward(const Launch& call, const ToeplitzCut& cut) {
+  return run(Map::forward, call, cut);
 }
 
-cudaError_t launch_depthwise_toeplitz_grad_input(const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
-                                                 void* grad_x, const Tile& tile, cudaStream_t stream) {
-  ToeplitzArgs a = make_toeplitz_args(shape, tile);
-  std::swap(a.x_n, a.y_n), std::swap(a.x_c, a.y_c), std::swap(a.x_h, a.y_h), std::swap(a.H, a.P), std::swap(a.W, a.Q);
-  a.pad_h = a.R - 1 - a.pad_h, a.pad_w = a.S - 1 - a.pad_w, a.turned = true;
-  return run(a, dtype, grad_y, w, Epilogue{}, grad_x, stream);
+cudaError_t launch_depthwise_toeplitz_grad_input(const Launch& call, const ToeplitzCut& cut) {
+  return run(Map::grad_input, call, cut);
 }
 
 }  // namespace sepconv::cuda

@@ -1,18 +1,19 @@
-// What depthwise_toeplitz.cu and depthwise_toeplitz_grad_weight.cu share: one row of a kernel, slid along one row of an image, is
-// a product with a Toeplitz matrix, whose element (j, i) depends on j - i alone.
+// What depthwise_toeplitz.cu and depthwise_toeplitz_grad_weight.cu share: one row of a kernel, slid along one row of an
+// image, is a product with a Toeplitz matrix, whose element (j, i) depends on j - i alone.
 //
-// The left factor is plain image rows, which ldmatrix reads from shared memory as they lie; neighbouring tiles share their columns.
-// The right factor needs no building either: two copies of the short row in shared memory, one of them a place off, give every
-// pair of T's elements as one aligned word.
+// The left factor is plain image rows, which ldmatrix reads from shared memory as they lie; neighbouring tiles share
+// their columns. The right factor needs no building either: two copies of the short row in shared memory, one of them a
+// place off, give every pair of T's elements as one aligned word.
 //
-// A block of four warps owns a channel and a part of the places; a place is a strip of `rows` output rows and a tile of output
-// columns in each of `lanes` images side by side. The block lays the images' rows into shared memory, with zeros for the padding;
-// the output rows of all its images, one after the other, are then dealt to the warps.
+// A block of four warps owns a channel and a part of the places; a place is a strip of `rows` output rows and a tile of
+// output columns in each of `lanes` images side by side. The block lays the images' rows into shared memory, with zeros
+// for the padding; the output rows of all its images, one after the other, are then dealt to the warps.
 #pragma once
 
+#include "core/correlation.h"
+#include "cuda/depthwise/toeplitz/cut.h"
 #include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 
@@ -127,17 +128,22 @@ struct ImageRows {
 
 // ---- on the host
 
-inline ToeplitzArgs make_toeplitz_args(const ConvShape& s, const Tile& tile) {
+inline ToeplitzArgs make_toeplitz_args(Map map, const ConvShape& s, const ToeplitzCut& cut) {
+  const Correlation c = correlation(map, s);
   ToeplitzArgs a{};
-  a.x_n = s.x.n, a.x_c = s.x.c, a.x_h = static_cast<int>(s.x.h);
-  a.y_n = s.y.n, a.y_c = s.y.c, a.y_h = static_cast<int>(s.y.h);
+  // grad_weight: y is what is read with x, and the filter; c.image is x.
+  const bool sums = map == Map::grad_weight;
+  const Strides& y = sums ? s.y : c.result;
+  a.x_n = c.image.n, a.x_c = c.image.c, a.x_h = static_cast<int>(c.image.h);
+  a.y_n = y.n, a.y_c = y.c, a.y_h = static_cast<int>(y.h);
   a.N = static_cast<int>(s.N), a.K = static_cast<int>(s.K);
-  a.H = static_cast<int>(s.H), a.W = static_cast<int>(s.W), a.P = static_cast<int>(s.P), a.Q = static_cast<int>(s.Q);
+  a.H = static_cast<int>(c.image_h), a.W = static_cast<int>(c.image_w);
+  a.P = static_cast<int>(sums ? s.P : c.result_h), a.Q = static_cast<int>(sums ? s.Q : c.result_w);
   a.R = static_cast<int>(s.R), a.S = static_cast<int>(s.S);
-  a.pad_h = static_cast<int>(s.pad_h), a.pad_w = static_cast<int>(s.pad_w);
-  a.w_n = s.w.n, a.w_h = static_cast<int>(s.w.h), a.w_w = static_cast<int>(s.w.w), a.whole_pairs = tile.vec == 2;
-  a.rows = tile.rows, a.images = tile.lanes, a.parts = static_cast<uint32_t>(tile.splits);
-  a.by_parts = FastDiv(tile.splits), a.by_multiplier = FastDiv(s.K / s.C), a.by_rows = FastDiv(tile.rows);
+  a.pad_h = static_cast<int>(c.pad_h), a.pad_w = static_cast<int>(c.pad_w), a.turned = c.turned;
+  a.w_n = s.w.n, a.w_h = static_cast<int>(s.w.h), a.w_w = static_cast<int>(s.w.w), a.whole_pairs = cut.vec == 2;
+  a.rows = cut.rows, a.images = cut.images, a.parts = static_cast<uint32_t>(cut.splits);
+  a.by_parts = FastDiv(cut.splits), a.by_multiplier = FastDiv(s.K / s.C), a.by_rows = FastDiv(cut.rows);
   return a;
 }
 

@@ -1,10 +1,12 @@
-// Depthwise grad_weight with large kernels, stride 1, of contiguous images (NCHW) in half types, on tensor cores. For one output row p
-//     grad_w[r, s0 + i] += sum over j of  x[p - pad_h + r, q0 - pad_w + s0 + j] * T[j, i],   T[j, i] = grad_y[p, q0 + j - i]
+// Depthwise grad_weight with large kernels, stride 1, of contiguous images (NCHW) in half types, on tensor cores. For
+// one output row p
+//     grad_w[r, s0 + i] += sum over j of  x[p - pad_h + r, q0 - pad_w + s0 + j] * T[j, i],   T[j, i] = grad_y[p, q0 + j
+//     - i]
 // which is one product of 16 kernel rows by a window of columns with a Toeplitz matrix (depthwise_toeplitz.cuh).
 //
 // Thread-to-data map. depthwise_toeplitz.cuh has the blocks and their places. A warp takes every fourth output row; its
-// sums are 16 kM x 8 kN taps, and stay in registers to the end. Blocks beside each other take other taps. The warps' sums are
-// added in order, then launch_sum_partials adds the parts.
+// sums are 16 kM x 8 kN taps, and stay in registers to the end. Blocks beside each other take other taps. The warps'
+// sums are added in order, then launch_sum_partials adds the parts.
 //
 // A window reaches up to seven columns beyond a tap's own: an infinite x there meets a zero and makes a NaN.
 #include "cuda/depthwise/toeplitz/depthwise_toeplitz.cuh"
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kToeplitzThreads, 4)
 }
 
 template <typename T, int kM, int kN, int kSteps>
-cudaError_t start_grad_weight(ToeplitzArgs a, const void* grad_y, const void* x, void* workspace, cudaStream_t stream) {
+cudaError_t start_grad_weight(const Launch& call, ToeplitzArgs a) {
   static_assert(toeplitz_grad_columns(kSteps) == 16 * kSteps - 8);  // as the kernel has it
   cut_toeplitz(a, toeplitz_grad_columns(kSteps));
   const int sections = ceil_div(a.R, 16 * kM) * ceil_div(a.S, 8 * kN);
@@ -103,31 +105,30 @@ cudaError_t start_grad_weight(ToeplitzArgs a, const void* grad_y, const void* x,
   const size_t elements = a.images * ((a.rows + 16 * kM - 1) * toeplitz_pitch(kN - 1 + 2 * kSteps) +
                                       a.rows * ToeplitzRow<kSteps>::kElements);
   const LaunchConfig config{dim3(a.K * sections * a.parts), dim3(kToeplitzThreads),
-                            std::max(elements * sizeof(T), sizeof(float) * kToeplitzWarps * 128 * kM * kN), stream};
-  return launch(toeplitz_grad_weight_kernel<T, kM, kN, kSteps>, config, a, static_cast<const T*>(grad_y),
-                static_cast<const T*>(x), static_cast<float*>(workspace));
+                            std::max(elements * sizeof(T), sizeof(float) * kToeplitzWarps * 128 * kM * kN),
+                            call.stream};
+  return launch(toeplitz_grad_weight_kernel<T, kM, kN, kSteps>, config, a, call.first_as<T>(), call.second_as<T>(),
+                call.workspace_as<float>());
 }
 
 }  // namespace
 
-cudaError_t launch_depthwise_toeplitz_grad_weight(const ConvShape& shape, DType dtype, const void* grad_y,
-                                                  const void* x, void* grad_w, void* workspace, const Tile& tile,
-                                                  cudaStream_t stream) {
-  const ToeplitzArgs a = make_toeplitz_args(shape, tile);
-  const cudaError_t error = dispatch_half(dtype, [&](auto tag) {
+cudaError_t launch_depthwise_toeplitz_grad_weight(const Launch& call, const ToeplitzCut& cut) {
+  const ToeplitzArgs a = make_toeplitz_args(Map::grad_weight, call.shape, cut);
+  const cudaError_t error = dispatch_half(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto with_steps = [&](auto m, auto n) {
       constexpr int kM = decltype(m)::value, kN = decltype(n)::value;
       switch (toeplitz_grad_steps(a.Q)) {
-        case 1: return start_grad_weight<T, kM, kN, 1>(a, grad_y, x, workspace, stream);
-        case 2: return start_grad_weight<T, kM, kN, 2>(a, grad_y, x, workspace, stream);
-        case 3: return start_grad_weight<T, kM, kN, 3>(a, grad_y, x, workspace, stream);
-        default: return start_grad_weight<T, kM, kN, 4>(a, grad_y, x, workspace, stream);
+        case 1: return start_grad_weight<T, kM, kN, 1>(call, a);
+        case 2: return start_grad_weight<T, kM, kN, 2>(call, a);
+        case 3: return start_grad_weight<T, kM, kN, 3>(call, a);
+        default: return start_grad_weight<T, kM, kN, 4>(call, a);
       }
     };
     return toeplitz_few_taps(a.R, a.S) ? with_steps(Int<1>{}, Int<2>{}) : with_steps(Int<2>{}, Int<4>{});
   });
-  return error != cudaSuccess ? error : launch_sum_partials(shape, dtype, workspace, tile.splits, grad_w, stream);
+  return error != cudaSuccess ? error : launch_sum_partials(call, cut.splits);
 }
 
 }  // namespace sepconv::cuda

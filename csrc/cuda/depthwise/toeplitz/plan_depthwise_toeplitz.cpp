@@ -2,75 +2,74 @@
 #include <limits>
 
 #include "cuda/plan_parts.h"
-#include "cuda/tiling.h"
 
 namespace sepconv::cuda {
 namespace {
 
-// From this size on (both ways) a kernel has too many taps for plain arithmetic to keep up with memory in half types, even for
-// a kernel that lays rows of any width into shared memory: 12 operations a byte at 5x5, 25 at 7x7, and about 20 are what an H100
-// has of each in the same time.
+// From this size on (both ways) a kernel has too many taps for plain arithmetic to keep up with memory in half types,
+// even for a kernel that lays rows of any width into shared memory: 12 operations a byte at 5x5, 25 at 7x7, and about
+// 20 are what an H100 has of each in the same time.
 constexpr int64_t kToeplitzFrom = 7;
 
 bool toeplitz_can_run(Map map, const ConvShape& s, DType dtype, const Device& device) {
   // The outputs of a block's images are numbered in 31 bits, and so are all its places.
   return is_half(dtype) && device.compute_capability >= 80 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
          s.dilation_w == 1 && s.S <= kToeplitzTaps && s.R <= kToeplitzTaps && dense_columns(s) &&
-         (map != Map::grad_input || s.K == s.C) && s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrow / 4 &&
+         (map != Map::grad_input || s.K == s.C) && s.N * std::max(s.P * s.Q, s.H * s.W) < kNarrowLimit / 4 &&
          s.K < (1 << 16);
 }
 
 // Images side by side and rows of each, so that four warps of 16 rows have little left over, in up to 48 KB (or one
 // strip of 16 rows). A row costs `row_bytes` of shared memory, and an image `halo` rows more than it has.
-void choose_place(Tile& t, int64_t N, int64_t rows, int64_t halo_bytes, int64_t row_bytes, int64_t fixed_bytes) {
+void choose_place(ToeplitzCut& cut, int64_t N, int64_t rows, int64_t halo_bytes, int64_t row_bytes,
+                  int64_t fixed_bytes) {
   constexpr int64_t kMost = 48 << 10, kRound = 64;
   const auto bytes = [&](int64_t images, int64_t r) { return fixed_bytes + images * (r * row_bytes + halo_bytes); };
   int64_t most = kRound;
   while (most > 16 && bytes(1, std::min(rows, most)) > kMost) most -= 16;
-  t.rows = even_rows(rows, most), t.lanes = 1;
-  if (t.rows < rows) return;
+  cut.rows = even_rows(rows, most), cut.images = 1;
+  if (cut.rows < rows) return;
   const auto use = [&](int64_t images) {
     const int64_t all = images * rows;
     return static_cast<double>(all) / static_cast<double>(ceil_div(all, kRound) * kRound);
   };
   for (int images = 2; images <= std::min<int64_t>(N, 16) && bytes(images, rows) <= kMost; ++images) {
-    if (use(images) > use(t.lanes) + 0.02) t.lanes = images;
+    if (use(images) > use(cut.images) + 0.02) cut.images = images;
   }
 }
 
 Plan depthwise_toeplitz(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  Plan p{Kernel::depthwise_toeplitz,
-         "cuda_depthwise_toeplitz",
-         "depthwise 7x7 and larger in a half type, stride 1, columns dense: kernel rows as Toeplitz matrices on tensor "
-         "cores",
-         {},
-         0};
-  Tile& t = p.tile;
+  ToeplitzCut cut;
+  const auto planned = [&](int64_t workspace_bytes) {
+    return Plan{Kernel::depthwise_toeplitz, "cuda_depthwise_toeplitz",
+                "depthwise 7x7 and larger in a half type, stride 1, columns dense: kernel rows as Toeplitz matrices on "
+                "tensor cores",
+                cut, workspace_bytes};
+  };
   const auto pitch = [](int64_t pieces) { return ((pieces + 1) / 2 * 2 | 1) * 16; };  // bytes
   if (map == Map::grad_weight) {
     const int64_t steps = toeplitz_grad_steps(s.Q);
     const bool few = toeplitz_few_taps(s.R, s.S);
     const int64_t x_row = pitch((few ? 2 : 4) - 1 + 2 * steps), y_row = 2 * 2 * (16 * steps + 8);
-    choose_place(t, s.N, s.P, (few ? 15 : 31) * x_row, x_row + y_row, 0);
-    const int64_t places =
-        ceil_div(s.N, t.lanes) * ceil_div(s.P, t.rows) * ceil_div(s.Q, toeplitz_grad_columns(static_cast<int>(steps)));
-    t.splits = grad_weight_splits(s.K * toeplitz_sections(s.R, s.S), places, 1);
-    p.workspace_bytes = t.splits * s.weight_elements() * acc_size(dtype);
-    return p;
+    choose_place(cut, s.N, s.P, (few ? 15 : 31) * x_row, x_row + y_row, 0);
+    const int64_t places = ceil_div(s.N, cut.images) * ceil_div(s.P, cut.rows) *
+                           ceil_div(s.Q, toeplitz_grad_columns(static_cast<int>(steps)));
+    cut.splits = grad_weight_splits(s.K * toeplitz_sections(s.R, s.S), places, 1);
+    return planned(cut.splits * s.weight_elements() * acc_size(dtype));
   }
   const Written out = written(map, s);
   const Strides& strides = map == Map::forward ? s.y : s.x;
   const auto even = [](int64_t size, int64_t stride) { return size <= 1 || stride % 2 == 0; };
   const bool pairs = out.columns % 2 == 0 && alignment % 4 == 0 && even(s.N, strides.n) &&
                      even(out.channels, strides.c) && even(out.rows, strides.h);
-  t.vec = pairs ? 2 : 1;
+  cut.vec = pairs ? 2 : 1;
   const int64_t steps = toeplitz_steps(s.S), tiles = toeplitz_tiles(out.columns);
   const int64_t row = pitch(tiles - 1 + 2 * steps);
-  choose_place(t, s.N, out.rows, (s.R - 1) * row, row, s.R * 4 * (16 * steps + 8));
-  const int64_t places = ceil_div(s.N, t.lanes) * ceil_div(out.rows, t.rows) * ceil_div(out.columns, 8 * tiles);
+  choose_place(cut, s.N, out.rows, (s.R - 1) * row, row, s.R * 4 * (16 * steps + 8));
+  const int64_t places = ceil_div(s.N, cut.images) * ceil_div(out.rows, cut.rows) * ceil_div(out.columns, 8 * tiles);
   // The filter is laid out once a block: few blocks more than the multiprocessors hold twice over.
-  t.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(8 * device.multiprocessors, s.K), 1, places));
-  return p;
+  cut.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(8 * device.multiprocessors, s.K), 1, places));
+  return planned(0);
 }
 
 // ---- depthwise, small kernels on tensor cores
@@ -87,8 +86,8 @@ int whole_stores(const ConvShape& s, const Written& out, const Strides& t, int64
   return out.columns % 2 == 0 ? vec : 1;
 }
 
-// False where it cannot run, or where depthwise_nchw.cu and depthwise_grad_weight_nchw.cu are predicted to be as fast: 3x3 on rows
-// that are no whole 8-byte pieces, and where tiles would be mostly empty.
+// False where it cannot run, or where depthwise_nchw.cu and depthwise_grad_weight_nchw.cu are predicted to be as fast:
+// 3x3 on rows that are no whole 8-byte pieces, and where tiles would be mostly empty.
 bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   constexpr int64_t kMost = 48 << 10, kMultiprocessorShared = 224 << 10, kWarps = kNchwMmaThreads / 32;
   constexpr double kTile = 16 * 16 * kNchwMmaPhases;  // pixels of a warp's tile
@@ -103,22 +102,22 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
               "Toeplitz matrices on tensor cores",
        {},
        0};
-  Tile& t = p.tile;
-  t.vec = sums ? static_cast<int>(std::min<int64_t>(alignment / 2, 8))
-               : whole_stores(s, out, map == Map::forward ? s.y : s.x, alignment);
-  if (t.vec < 2 || out.rows < 1) return false;
+  NchwMmaCut cut;
+  cut.vec = sums ? static_cast<int>(std::min<int64_t>(alignment / 2, 8))
+                 : whole_stores(s, out, map == Map::forward ? s.y : s.x, alignment);
+  if (cut.vec < 2 || out.rows < 1) return false;
   // grad_weight adds in the same order on every device.
   const int64_t multiprocessors = sums ? 132 : device.multiprocessors;
-  // Rows and images of a place: the least time for a row by a simple reckoning in clocks of a multiprocessor, 13 bytes of memory
-  // each (rows that places share come from L2, at half of that), and the products of whole rounds of the four warps, which
-  // other blocks hide for the most part. Larger places have to be clearly better.
+  // Rows and images of a place: the least time for a row by a simple reckoning in clocks of a multiprocessor, 13 bytes
+  // of memory each (rows that places share come from L2, at half of that), and the products of whole rounds of the four
+  // warps, which other blocks hide for the most part. Larger places have to be clearly better.
   double least = 0, use = 0;
-  NchwMmaCut cut;
+  NchwMmaBlock block;
   int64_t places = 1;
   const auto consider = [&](int64_t rows, int64_t images) {
-    Tile tried = t;
-    tried.rows = static_cast<int>(rows), tried.lanes = static_cast<int>(images);
-    const NchwMmaCut c = nchw_mma_cut(map, s, tried);
+    NchwMmaCut tried = cut;
+    tried.rows = static_cast<int>(rows), tried.images = static_cast<int>(images);
+    const NchwMmaBlock c = nchw_mma_block(map, s, tried);
     if (!c.possible || c.smem_bytes > kMost || !near_images(s, images)) return false;
     const int64_t tiles = int64_t{c.sets} * c.blocks, rounds = ceil_div(tiles, kWarps);
     const auto all = static_cast<double>(rows * images);
@@ -126,7 +125,8 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
     const double memory = (2 * all + shared) * static_cast<double>(out.columns) * 2 / 13;
     const double time = (memory + static_cast<double>(rounds * kWarps * (16 * s.R + 40)) / 2) / all;
     if (least != 0 && time > least * 0.97) return true;
-    least = time, t = tried, cut = c, places = ceil_div(std::max<int64_t>(s.N, 1), images) * ceil_div(out.rows, rows);
+    least = time, cut = tried, block = c,
+    places = ceil_div(std::max<int64_t>(s.N, 1), images) * ceil_div(out.rows, rows);
     use = all * static_cast<double>(out.columns) / (static_cast<double>(tiles) * kTile);
     return true;
   };
@@ -134,22 +134,23 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
   for (const int64_t images : {1, 2, 3, 4, 6, 8, 12, 16}) {
     if (images <= most || images == 1) consider(out.rows, images);
   }
-  for (int64_t strips = 2, fitting = 0; t.lanes == 1 && strips <= 16 && fitting < 3; ++strips) {
+  for (int64_t strips = 2, fitting = 0; cut.images == 1 && strips <= 16 && fitting < 3; ++strips) {
     const int64_t rows = ceil_div(out.rows, strips * kNchwMmaPhases) * kNchwMmaPhases;
     if (rows < out.rows) fitting += consider(rows, 1);
   }
-  if (use < 1. / 3 || (s.R == 3 && (cut.in.piece != 4 || (sums && cut.other.piece != 4)))) return false;
-  // Parts of a channel's places: one wave of blocks or several, whichever is done first; a block begins with about the work
-  // of one place.
+  if (use < 1. / 3 || (s.R == 3 && (block.in.piece != 4 || (sums && block.other.piece != 4)))) return false;
+  // Parts of a channel's places: one wave of blocks or several, whichever is done first; a block begins with about the
+  // work of one place.
   const int64_t blocks =
-      std::min<int64_t>(6 - (sums ? 1 : 0) - (s.R == 7 ? 1 : 0), kMultiprocessorShared / cut.smem_bytes);
+      std::min<int64_t>(6 - (sums ? 1 : 0) - (s.R == 7 ? 1 : 0), kMultiprocessorShared / block.smem_bytes);
   int64_t soonest = std::numeric_limits<int64_t>::max();
   for (int64_t waves = 1; waves <= 8; ++waves) {
     const int64_t parts = std::clamp<int64_t>(waves * multiprocessors * blocks / s.K, 1, places);
     const int64_t time = ceil_div(parts * s.K, multiprocessors * blocks) * (ceil_div(places, parts) + 1);
-    if (time < soonest) soonest = time, t.splits = static_cast<int>(parts);
+    if (time < soonest) soonest = time, cut.splits = static_cast<int>(parts);
   }
-  if (sums && t.splits > 1) p.workspace_bytes = t.splits * s.weight_elements() * acc_size(dtype);
+  p.cut = cut;
+  if (sums && cut.splits > 1) p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(dtype);
   return true;
 }
 
