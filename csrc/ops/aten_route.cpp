@@ -119,13 +119,12 @@ Entries dense_strides(const Entries& size, at::MemoryFormat format) {
 
 // The results of ATen's backward that are asked for, (by input, by weight). It knows batches only.
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                                    const SymInt& groups, bool by_input, bool by_weight) {
+                                    const ops::Args& args, bool by_input, bool by_weight) {
   const bool batched = input.dim() == weight.dim();
   const auto batch = [&](const Tensor& t) { return batched ? t : t.unsqueeze(0); };
-  auto [grad_input, grad_weight, none] =
-      at::convolution_backward_symint(batch(grad_output), batch(input), weight, c10::nullopt, stride, padding, dilation,
-                                      /*transposed=*/false, no_padding(stride), groups, {by_input, by_weight, false});
+  auto [grad_input, grad_weight, none] = at::convolution_backward_symint(
+      batch(grad_output), batch(input), weight, c10::nullopt, args.stride, args.padding, args.dilation,
+      /*transposed=*/false, no_padding(args.stride), args.groups, {by_input, by_weight, false});
   return {batched || !by_input ? grad_input : grad_input.squeeze(0), grad_weight};
 }
 
@@ -253,7 +252,7 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymInt
   }
   const Padding zeros(padding, dims);
   Tensor grad = std::get<0>(
-      backward(grad_output, zeros.apply(image), weight, stride, zeros.shared, dilation, groups, true, false));
+      backward(grad_output, zeros.apply(image), weight, {stride, zeros.shared, dilation, groups}, true, false));
   if (!zeros.asymmetric) return grad;
   for (size_t dim = 0; dim < dims; ++dim) {
     grad = grad.narrow_symint(first + dim, zeros.extra[2 * (dims - 1 - dim)], input_size[first + dim]);
@@ -274,16 +273,14 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymInt
   const Padding zeros(padding, dims);
   const Tensor weight = layout_only(weight_size, grad_weight_strides(weight_size, weight_stride), grad_output);
   return std::get<1>(
-      backward(grad_output, zeros.apply(input), weight, stride, zeros.shared, dilation, groups, false, true));
+      backward(grad_output, zeros.apply(input), weight, {stride, zeros.shared, dilation, groups}, false, true));
 }
 
 std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                                             const SymInt& groups) {
+                                             const ops::Args& args) {
   const auto strides = grad_weight_strides(weight.sym_sizes(), weight.sym_strides());
   const bool permuted = weight.sym_strides() != SymIntArrayRef(strides);
-  return backward(grad_output, input, permuted ? weight.contiguous() : weight, stride, padding, dilation, groups, true,
-                  true);
+  return backward(grad_output, input, permuted ? weight.contiguous() : weight, args, true, true);
 }
 
 Tensor spatial_separable_conv2d(const Tensor& input, const Tensor& column, const Tensor& row, SymIntArrayRef padding) {

@@ -26,9 +26,7 @@ SignatureOf<ops::spatial_separable_conv2d> spatial_separable_conv2d;
 // The gradients by the input and by the weight in one call, which brings grad_output into ATen's layout once. Padding has
 // one entry a dimension.
 std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
-                                                     const at::Tensor& weight, c10::SymIntArrayRef stride,
-                                                     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                                     const c10::SymInt& groups);
+                                                     const at::Tensor& weight, const ops::Args&);
 
 // The image with its padding, a copy, which is padded in its last `dims` dimensions; the mode is not zeros.
 at::Tensor pad(const at::Tensor& image, c10::SymIntArrayRef padding, size_t dims, PaddingMode);

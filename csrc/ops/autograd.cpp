@@ -7,7 +7,8 @@
 //   gx = Cx(g, w)          d -> C(d, w)      for g               d -> Cw(g, d)     for w
 //   gw = Cw(g, x)          d -> C(x, d)      for g               d -> Cx(g, d)     for x
 //
-// This holds in every padding mode: the padded input depends on the input linearly. Each formula calls the ops themselves, so derivatives of every order follow.
+// This holds in every padding mode: the padded input depends on the input linearly. Each formula calls the ops
+// themselves, so derivatives of every order follow.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -94,20 +95,16 @@ bool differentiates(std::initializer_list<const Tensor*> tensors) {
 }
 
 std::tuple<Tensor, Tensor> gradients(bool by_input, bool by_weight, const Tensor& grad_output,
-                                     const SavedOperand& input, const SavedOperand& weight, SymIntArrayRef stride,
-                                     SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups,
-                                     std::string_view padding_mode) {
+                                     const SavedOperand& input, const SavedOperand& weight, const ops::Args& args) {
   if (by_input && by_weight && !at::GradMode::is_enabled()) {
-    return ops::conv2d_both_grads(grad_output, input.tensor, weight.tensor, stride, padding, dilation, groups,
-                                  padding_mode);
+    return ops::conv2d_both_grads(grad_output, input.tensor, weight.tensor, args.stride, args.padding, args.dilation,
+                                  args.groups, args.padding_mode);
   }
   const auto &x = input.geometry, &w = weight.geometry;
-  return {by_input ? ops::conv2d_grad_input(grad_output, weight.tensor, x.size, x.stride, stride, padding, dilation,
-                                            groups, padding_mode)
-                   : Tensor(),
-          by_weight ? ops::conv2d_grad_weight(grad_output, input.tensor, w.size, w.stride, stride, padding, dilation,
-                                              groups, padding_mode)
-                    : Tensor()};
+  Tensor grad_input, grad_weight;
+  if (by_input) grad_input = ops::Cx(grad_output, weight.tensor, x.size, x.stride, args);
+  if (by_weight) grad_weight = ops::Cw(grad_output, input.tensor, w.size, w.stride, args);
+  return {grad_input, grad_weight};
 }
 
 namespace {
@@ -123,38 +120,29 @@ struct SavedArgs {
     return {data["stride"].toSymIntVector(), data["padding"].toSymIntVector(), data["dilation"].toSymIntVector(),
             data["groups"].toSymInt(), name_of(static_cast<PaddingMode>(data["padding_mode"].toInt()))};
   }
-  static void store(AutogradContext* ctx, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                    const SymInt& groups, PaddingMode mode) {
+  static void store(AutogradContext* ctx, const ops::Args& args) {
     auto& data = ctx->saved_data;
-    data["stride"] = stride, data["padding"] = padding, data["dilation"] = dilation, data["groups"] = groups;
-    data["padding_mode"] = static_cast<int64_t>(mode);
+    data["stride"] = args.stride, data["padding"] = args.padding, data["dilation"] = args.dilation;
+    data["groups"] = args.groups;
+    data["padding_mode"] = static_cast<int64_t>(parse_padding_mode(args.padding_mode));
   }
 
-  Tensor C(const Tensor& x, const Tensor& w) const {
-    return ops::conv2d(x, w, std::nullopt, stride, padding, dilation, groups, "identity", padding_mode);
-  }
-  Tensor Cx(const Tensor& g, const Tensor& w, SymIntArrayRef size, SymIntArrayRef strides) const {
-    return ops::conv2d_grad_input(g, w, size, strides, stride, padding, dilation, groups, padding_mode);
-  }
-  Tensor Cw(const Tensor& g, const Tensor& x, SymIntArrayRef size, SymIntArrayRef strides) const {
-    return ops::conv2d_grad_weight(g, x, size, strides, stride, padding, dilation, groups, padding_mode);
-  }
+  operator ops::Args() const { return {stride, padding, dilation, groups, padding_mode}; }
 };
 
 struct Conv2d : torch::autograd::Function<Conv2d> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const std::optional<Tensor>& bias, SymIntArrayRef stride, SymIntArrayRef padding,
-                        SymIntArrayRef dilation, const SymInt& groups, Activation activation, PaddingMode mode) {
+                        const std::optional<Tensor>& bias, const ops::Args& args, Activation activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor output =
-        ops::conv2d(input, weight, bias, stride, padding, dilation, groups, name_of(activation), name_of(mode));
-    SavedArgs::store(ctx, stride, padding, dilation, groups, mode);
+    const Tensor output = ops::C(input, weight, args, bias, name_of(activation));
+    SavedArgs::store(ctx, args);
     SavedGeometry::store(ctx, "input", input);
     SavedGeometry::store(ctx, "weight", weight);
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     ctx->saved_data["bias"] = bias.has_value();
     // torch pads by a copy, which may be saved where an inference tensor may not.
-    const bool copied = mode != PaddingMode::zeros && weight.requires_grad() && input.is_inference();
+    const bool padded = parse_padding_mode(args.padding_mode) != PaddingMode::zeros;
+    const bool copied = padded && weight.requires_grad() && input.is_inference();
     ctx->save_for_backward({copied ? input.clone() : saved_if(weight.requires_grad(), input),
                             saved_if(input.requires_grad(), weight),
                             saved_if(activation != Activation::identity, output)});
@@ -169,67 +157,47 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
     const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
     const Tensor grad = activation_backward(grads[0], output, activation);
 
-    variable_list result(9);
+    variable_list result(5);
     std::tie(result[0], result[1]) =
         gradients(ctx->needs_input_grad(0), ctx->needs_input_grad(1), grad, {input, SavedGeometry::load(ctx, "input")},
-                  {weight, SavedGeometry::load(ctx, "weight")}, args.stride, args.padding, args.dilation, args.groups,
-                  args.padding_mode);
+                  {weight, SavedGeometry::load(ctx, "weight")}, args);
     if (has_bias && ctx->needs_input_grad(2)) result[2] = sum_to_channels(grad, args.stride.size());
     return result;
   }
 };
 
-struct Conv2dGradInput : torch::autograd::Function<Conv2dGradInput> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight,
-                        SymIntArrayRef input_size, SymIntArrayRef input_stride, SymIntArrayRef stride,
-                        SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
+// Cx(g, w) or Cw(g, x): `other` is w or x.
+template <Map map>
+struct Gradient : torch::autograd::Function<Gradient<map>> {
+  static constexpr bool kByInput = map == Map::grad_input;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& other, SymIntArrayRef size,
+                        SymIntArrayRef stride, const ops::Args& args) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    SavedArgs::store(ctx, stride, padding, dilation, groups, mode);
-    SavedGeometry::store(ctx, "weight", weight);
+    SavedArgs::store(ctx, args);
+    SavedGeometry::store(ctx, "other", other);
     ctx->save_for_backward(
-        {saved_if(weight.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), weight)});
-    return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups,
-                                  name_of(mode));
+        {saved_if(other.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), other)});
+    return compute(grad_output, other, size, stride, args);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &d = grads[0], &grad_output = saved[0], &weight = saved[1];
+    const Tensor &d = grads[0], &grad_output = saved[0], &other = saved[1];
     const SavedArgs args = SavedArgs::load(ctx);
-    variable_list result(9);
-    if (ctx->needs_input_grad(0)) result[0] = args.C(d, weight);
+    variable_list result(5);
+    if (ctx->needs_input_grad(0)) result[0] = kByInput ? ops::C(d, other, args) : ops::C(other, d, args);
     if (ctx->needs_input_grad(1)) {
-      const SavedGeometry geometry = SavedGeometry::load(ctx, "weight");
-      result[1] = args.Cw(grad_output, d, geometry.size, geometry.stride);
+      const SavedGeometry geometry = SavedGeometry::load(ctx, "other");
+      result[1] = kByInput ? ops::Cw(grad_output, d, geometry.size, geometry.stride, args)
+                           : ops::Cx(grad_output, d, geometry.size, geometry.stride, args);
     }
     return result;
   }
-};
 
-struct Conv2dGradWeight : torch::autograd::Function<Conv2dGradWeight> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
-                        SymIntArrayRef weight_size, SymIntArrayRef weight_stride, SymIntArrayRef stride,
-                        SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, PaddingMode mode) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    SavedArgs::store(ctx, stride, padding, dilation, groups, mode);
-    SavedGeometry::store(ctx, "input", input);
-    ctx->save_for_backward(
-        {saved_if(input.requires_grad(), grad_output), saved_if(grad_output.requires_grad(), input)});
-    return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups,
-                                   name_of(mode));
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &d = grads[0], &grad_output = saved[0], &input = saved[1];
-    const SavedArgs args = SavedArgs::load(ctx);
-    variable_list result(9);
-    if (ctx->needs_input_grad(0)) result[0] = args.C(input, d);
-    if (ctx->needs_input_grad(1)) {
-      const SavedGeometry geometry = SavedGeometry::load(ctx, "input");
-      result[1] = args.Cx(grad_output, d, geometry.size, geometry.stride);
-    }
-    return result;
+  static Tensor compute(const Tensor& grad_output, const Tensor& other, SymIntArrayRef size, SymIntArrayRef stride,
+                        const ops::Args& args) {
+    return kByInput ? ops::Cx(grad_output, other, size, stride, args) : ops::Cw(grad_output, other, size, stride, args);
   }
 };
 
@@ -237,59 +205,35 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
               SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, std::string_view activation_name,
               std::string_view padding_mode) {
   const Activation activation = parse_activation(activation_name);
-  const PaddingMode mode = parse_padding_mode(padding_mode);
+  const ops::Args args{stride, padding, dilation, std::move(groups), padding_mode};
   const auto tensors = {&input, &weight, &tensor_or_none(bias)};
   if (const char* reason = needs_aten(stride.size(), tensors)) {
     count_aten(reason);
-    return aten::conv2d(input, weight, bias, stride, padding, dilation, groups, activation_name, padding_mode);
+    return aten::conv2d(input, weight, bias, stride, padding, dilation, args.groups, activation_name, padding_mode);
   }
   if (!differentiates(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return ops::conv2d(input, weight, bias, stride, padding, dilation, std::move(groups), activation_name,
-                       padding_mode);
+    return ops::C(input, weight, args, bias, activation_name);
   }
-  if (!derivative_from_output(activation)) {
-    // The derivative needs the value before the activation, which has to be written for it: nothing to fuse.
-    const Tensor before =
-        Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, Activation::identity, mode);
-    return aten::activate(before, activation);
-  }
-  return Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, activation, mode);
+  // Else the derivative needs the value before the activation, which has to be written for it: nothing to fuse.
+  if (derivative_from_output(activation)) return Conv2d::apply(input, weight, bias, args, activation);
+  return aten::activate(Conv2d::apply(input, weight, bias, args, Activation::identity), activation);
 }
 
-Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
-                         SymIntArrayRef input_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                         SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
-  const PaddingMode mode = parse_padding_mode(padding_mode);
-  if (const char* reason = needs_aten(stride.size(), {&grad_output, &weight})) {
+template <Map map, SignatureOf<ops::conv2d_grad_input>* by_aten>
+Tensor gradient(const Tensor& grad_output, const Tensor& other, SymIntArrayRef size, SymIntArrayRef size_stride,
+                SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                std::string_view padding_mode) {
+  const ops::Args args{stride, padding, dilation, std::move(groups), padding_mode};
+  if (const char* reason = needs_aten(stride.size(), {&grad_output, &other})) {
     count_aten(reason);
-    return aten::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups,
-                                   padding_mode);
+    return by_aten(grad_output, other, size, size_stride, stride, padding, dilation, args.groups, padding_mode);
   }
-  if (!differentiates({&grad_output, &weight})) {
+  if (!differentiates({&grad_output, &other})) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return ops::conv2d_grad_input(grad_output, weight, input_size, input_stride, stride, padding, dilation,
-                                  std::move(groups), padding_mode);
+    return Gradient<map>::compute(grad_output, other, size, size_stride, args);
   }
-  return Conv2dGradInput::apply(grad_output, weight, input_size, input_stride, stride, padding, dilation, groups, mode);
-}
-
-Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size,
-                          SymIntArrayRef weight_stride, SymIntArrayRef stride, SymIntArrayRef padding,
-                          SymIntArrayRef dilation, SymInt groups, std::string_view padding_mode) {
-  const PaddingMode mode = parse_padding_mode(padding_mode);
-  if (const char* reason = needs_aten(stride.size(), {&grad_output, &input})) {
-    count_aten(reason);
-    return aten::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups,
-                                    padding_mode);
-  }
-  if (!differentiates({&grad_output, &input})) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return ops::conv2d_grad_weight(grad_output, input, weight_size, weight_stride, stride, padding, dilation,
-                                   std::move(groups), padding_mode);
-  }
-  return Conv2dGradWeight::apply(grad_output, input, weight_size, weight_stride, stride, padding, dilation, groups,
-                                 mode);
+  return Gradient<map>::apply(grad_output, other, size, size_stride, args);
 }
 
 // Two calls, of which each goes its own way.
@@ -297,10 +241,9 @@ std::tuple<Tensor, Tensor> conv2d_both_grads_apart(const Tensor& grad_output, co
                                                    SymIntArrayRef stride, SymIntArrayRef padding,
                                                    SymIntArrayRef dilation, SymInt groups,
                                                    std::string_view padding_mode) {
-  const Tensor grad_input = ops::conv2d_grad_input(grad_output, weight, input.sym_sizes(), input.sym_strides(), stride,
-                                                   padding, dilation, groups, padding_mode);
-  return {grad_input, ops::conv2d_grad_weight(grad_output, input, weight.sym_sizes(), weight.sym_strides(), stride,
-                                              padding, dilation, std::move(groups), padding_mode)};
+  const ops::Args args{stride, padding, dilation, std::move(groups), padding_mode};
+  const Tensor grad_input = ops::Cx(grad_output, weight, input.sym_sizes(), input.sym_strides(), args);
+  return {grad_input, ops::Cw(grad_output, input, weight.sym_sizes(), weight.sym_strides(), args)};
 }
 
 std::tuple<Tensor, Tensor> conv2d_both_grads(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -326,8 +269,8 @@ TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) {
 TORCH_LIBRARY_IMPL(sepconv_ext, Autograd, m) {
   m.impl("conv2d", conv2d);
   m.impl("conv2d_both_grads", conv2d_both_grads);
-  m.impl("conv2d_grad_input", conv2d_grad_input);
-  m.impl("conv2d_grad_weight", conv2d_grad_weight);
+  m.impl("conv2d_grad_input", gradient<Map::grad_input, aten::conv2d_grad_input>);
+  m.impl("conv2d_grad_weight", gradient<Map::grad_weight, aten::conv2d_grad_weight>);
 }
 
 }  // namespace sepconv

@@ -7,11 +7,11 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "core/activation.h"
+#include "ops/ops.h"
 
 namespace sepconv {
 
@@ -32,10 +32,7 @@ struct SavedOperand {
   SavedGeometry geometry;
 };
 std::tuple<at::Tensor, at::Tensor> gradients(bool by_input, bool by_weight, const at::Tensor& grad_output,
-                                             const SavedOperand& input, const SavedOperand& weight,
-                                             c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                                             c10::SymIntArrayRef dilation, const c10::SymInt& groups,
-                                             std::string_view padding_mode = "zeros");
+                                             const SavedOperand& input, const SavedOperand& weight, const ops::Args&);
 
 // An optional tensor as a tensor, which may be undefined.
 const at::Tensor& tensor_or_none(const std::optional<at::Tensor>&);

@@ -107,7 +107,7 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
     std::tie(gu, result[2]) =
         gradients(through_depthwise, ctx->needs_input_grad(2), gz,
                   {h, {size, dense_strides(size, data["channels_last"].toBool())}},
-                  {call.pointwise_weight, SavedGeometry::load(ctx, "pointwise_weight")}, one, zero, one, 1);
+                  {call.pointwise_weight, SavedGeometry::load(ctx, "pointwise_weight")}, {one, zero, one, 1});
     if (has_bias_p && ctx->needs_input_grad(has_bias_d ? 4 : 3)) result[4] = sum_to_channels(gz, 2);
     if (!through_depthwise) return result;
 
@@ -117,9 +117,10 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
       gu = activation_backward(gu, kept, call.depthwise_activation);
     }
     const SavedOperand x{call.input, SavedGeometry::load(ctx, "input")};
-    std::tie(result[0], result[1]) = gradients(ctx->needs_input_grad(0), ctx->needs_input_grad(1), gu, x,
-                                               {call.depthwise_weight, SavedGeometry::load(ctx, "depthwise_weight")},
-                                               stride, padding, dilation, x.geometry.size[x.geometry.size.size() - 3]);
+    std::tie(result[0], result[1]) =
+        gradients(ctx->needs_input_grad(0), ctx->needs_input_grad(1), gu, x,
+                  {call.depthwise_weight, SavedGeometry::load(ctx, "depthwise_weight")},
+                  {stride, padding, dilation, x.geometry.size[x.geometry.size.size() - 3]});
     if (has_bias_d && ctx->needs_input_grad(3)) result[3] = sum_to_channels(gu, 2);
     return result;
   }

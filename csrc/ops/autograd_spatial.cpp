@@ -39,6 +39,7 @@ struct SpatialSeparable : torch::autograd::Function<SpatialSeparable> {
     const SpatialPasses passes(grad.sym_size(-3), column, row, ctx->saved_data["padding"].toSymIntVector());
     const auto& one = passes.one;
     const auto &down = passes.column_padding, &along = passes.row_padding;
+    const ops::Args column_pass{one, down, one, passes.groups}, row_pass{one, along, one, passes.groups};
     const SymInt &C = passes.groups, R = column.sym_size(-1), S = row.sym_size(-1);
     variable_list result(4);
     if (ctx->needs_input_grad(0)) {
@@ -66,15 +67,14 @@ struct SpatialSeparable : torch::autograd::Function<SpatialSeparable> {
       const SymInt P = grad.sym_size(-2), W = input.sym_size(-1);
       std::vector<SymInt> size{C, P, W}, stride{P * W, W, 1};
       if (input.dim() == 4) size.insert(size.begin(), input.sym_size(0)), stride.insert(stride.begin(), C * P * W);
-      const Tensor between = ops::conv2d_grad_input(grad, passes.row, size, stride, one, along, one, C, "zeros");
+      const Tensor between = ops::Cx(grad, passes.row, size, stride, row_pass);
       const std::array<SymInt, 4> weight{C, 1, R, 1}, dense{R, R, 1, 1};
-      result[1] =
-          filter_grad(column, ops::conv2d_grad_weight(between, input, weight, dense, one, down, one, C, "zeros"));
+      result[1] = filter_grad(column, ops::Cw(between, input, weight, dense, column_pass));
     }
     if (ctx->needs_input_grad(2)) {
       const Tensor between = passes.between(input, ops::conv2d);
       const std::array<SymInt, 4> weight{C, 1, 1, S}, dense{S, S, S, 1};
-      result[2] = filter_grad(row, ops::conv2d_grad_weight(grad, between, weight, dense, one, along, one, C, "zeros"));
+      result[2] = filter_grad(row, ops::Cw(grad, between, weight, dense, row_pass));
     }
     return result;
   }

@@ -27,14 +27,14 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <array>
 #include <optional>
 #include <tuple>
 
-#include "core/operand_layout.h"
 #include "core/overlap.h"
 #include "ops/aten_route.h"
+#include "ops/call.h"
 #include "ops/checks.h"
+#include "ops/convolve_overlap.h"
 #include "ops/expanded_batch.h"
 #include "ops/runtime.h"
 #include "ops/separable.h"
@@ -42,122 +42,8 @@
 
 namespace sepconv {
 
-// One call of one of the three maps, checked. It refers to the op's arguments, and lives no longer than they do.
-struct Call {
-  using Operand = c10::MaybeOwned<at::Tensor>;
-  static Operand borrowed(const at::Tensor& t) { return Operand::borrowed(t); }
-
-  Map map;
-  Operand first, second;  // (x, w), (grad_y, w) or (grad_y, x)
-  ConvArgs args;
-  ConvShape shape;
-  Result result;
-  at::IntArrayRef size{}, stride{};  // grad_input and grad_weight: what the result was asked to look like
-  std::optional<at::Tensor> bias{};  // forward: dense
-  Activation activation = Activation::identity;
-
-  DType dtype() const { return dtype_of(*first); }
-  const void* first_data() const { return first->const_data_ptr(); }
-  const void* second_data() const { return second->const_data_ptr(); }
-  Epilogue epilogue() const { return {bias ? bias->const_data_ptr() : nullptr, activation}; }
-};
-
-inline Call forward_call(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                         const ConvArgs& args, Activation activation) {
-  Checked checked = check_forward(input, weight, bias, args);
-  Call call{Map::forward, Call::borrowed(input), Call::borrowed(weight),
-            args,         checked.shape,         std::move(checked.result)};
-  if (bias && bias->defined()) call.bias = bias->contiguous();
-  call.activation = activation;
-  return call;
-}
-
-inline Call grad_input_call(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef size,
-                            at::IntArrayRef stride, const ConvArgs& args) {
-  Checked checked = check_grad_input(grad_output, weight, size, stride, args);
-  return {Map::grad_input,
-          Call::borrowed(grad_output),
-          Call::borrowed(weight),
-          args,
-          checked.shape,
-          std::move(checked.result),
-          size,
-          stride};
-}
-
-inline Call grad_weight_call(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef size,
-                             at::IntArrayRef stride, const ConvArgs& args) {
-  Checked checked = check_grad_weight(grad_output, input, size, stride, args);
-  return {Map::grad_weight,
-          Call::borrowed(grad_output),
-          Call::borrowed(input),
-          args,
-          checked.shape,
-          std::move(checked.result),
-          size,
-          stride};
-}
-
-// The call by torch's own convolution, on the tensors as they came.
-inline at::Tensor by_aten(const Call& c) {
-  const auto stride = aten::sym(c.args.stride), padding = aten::sym(c.args.padding),
-             dilation = aten::sym(c.args.dilation), size = aten::sym(c.size), strides = aten::sym(c.stride);
-  const int64_t groups = c.args.groups;
-  const char *mode = name_of(c.args.padding_mode), *activation = name_of(c.activation);
-  switch (c.map) {
-    case Map::forward:
-      return aten::conv2d(*c.first, *c.second, c.bias, stride, padding, dilation, groups, activation, mode);
-    case Map::grad_input:
-      return aten::conv2d_grad_input(*c.first, *c.second, size, strides, stride, padding, dilation, groups, mode);
-    case Map::grad_weight:
-      return aten::conv2d_grad_weight(*c.first, *c.second, size, strides, stride, padding, dilation, groups, mode);
-  }
-  return {};
-}
-
-// The result of a call that has nothing to compute, for which no plan is made.
-inline std::optional<at::Tensor> without_work(const Call& c) {
-  const bool written_nowhere = c.map != Map::forward && c.shape.input_elements() == 0;
-  if (c.shape.output_elements() != 0 && !written_nowhere) return std::nullopt;
-  at::Tensor result = c.result.empty(*c.first);
-  return c.map == Map::grad_weight ? result.zero_() : result;
-}
-
 template <typename Device>
 at::Tensor convolve(const Call& call);
-
-// The image, sequence or weight in dense memory of that layout. An expanded batch stays one, unless `all_images` are wanted.
-inline at::Tensor dense_copy(const at::Tensor& t, Layout layout, bool sequence, bool all_images = true) {
-  const at::Tensor image = as_image(t, sequence);
-  const bool once = !all_images && image.size(0) > 1 && image.stride(0) == 0;
-  const at::Tensor images = once ? image.narrow(0, 0, 1) : image;
-  const Strides s = dense_strides(images.size(1), images.size(2), images.size(3), layout);
-  const at::Tensor copy = at::empty_strided(images.sizes(), {s.n, s.c, s.h, s.w}, t.options()).copy_(images);
-  const at::Tensor all = once ? copy.expand(image.sizes()) : copy;
-  return t.dim() == 4 ? all : all.view(t.sizes());
-}
-
-// The call as the kernel is to see it, with the copies that its plan asks for.
-inline Call with_copies(const Call& c, const Copies& copies) {
-  const bool sequence = c.args.for_sequences();
-  const auto operand = [&](const at::Tensor& t, bool copied, Layout layout, bool all_images) {
-    return copied ? Call::Operand::owned(dense_copy(t, layout, sequence, all_images)) : Call::borrowed(t);
-  };
-  const bool gradient_first = c.map != Map::forward, weight_second = c.map != Map::grad_weight;
-  const ConvShape shape = with_copies(c.shape, copies);
-  const Strides& written = c.map == Map::forward ? shape.y : c.map == Map::grad_input ? shape.x : shape.w;
-  return {c.map,
-          operand(*c.first, gradient_first ? copies.y : copies.x, copies.layout, copies.all_images),
-          weight_second ? operand(*c.second, copies.weight, Layout::nchw, true)
-                        : operand(*c.second, copies.x, copies.layout, copies.all_images),
-          c.args,
-          shape,
-          c.result.laid_out(written, sequence),
-          c.size,
-          c.stride,
-          c.bias,
-          c.activation};
-}
 
 // The kernels' part of a call.
 template <typename Device, typename Plan>
@@ -190,59 +76,10 @@ at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
     const at::Tensor padded = aten::pad(*call.second, aten::sym(call.args.padding), call.args.stride.size(), mode);
     const at::DimVector none(call.args.stride.size(), 0);
     const ConvArgs args{call.args.stride, none, call.args.dilation, call.args.groups};
-    return convolve<Device>(grad_weight_call(*call.first, padded, call.size, call.stride, args));
+    return convolve<Device>(gradient_call(call.map, *call.first, padded, call.size, call.stride, args));
   }
   if (!plan.copies.any()) return run_kernels<Device>(call, plan, border);
   return call.result.with_strides(run_kernels<Device>(with_copies(call, plan.copies), plan, border));
-}
-
-// A call that reaches far beyond the image: what overlaps is computed by a call of its own, and the rest is known.
-template <typename Device>
-at::Tensor convolve_overlap(const Call& call, const Overlap& overlap) {
-  const auto &h = overlap.h, &w = overlap.w;
-  const bool has_rows = !call.args.for_sequences();
-  const auto part = [&](const at::Tensor& t, const Span& rows, const Span& columns) {
-    const at::Tensor some = t.narrow(-1, columns.begin, columns.count());
-    return has_rows ? some.narrow(-2, rows.begin, rows.count()) : some;
-  };
-  const auto image = [&](const at::Tensor& t) { return part(t, h.pixels, w.pixels); };
-  const auto filter = [&](const at::Tensor& t) { return part(t, h.taps, w.taps); };
-  const auto outputs = [&](const at::Tensor& t) { return part(t, h.outputs, w.outputs); };
-
-  at::Tensor result = call.result.empty(*call.first), place, computed;
-  if (!overlap.is_empty()) {
-    const std::array<int64_t, 2> strides{h.stride, w.stride}, both_sides{h.pad_before, w.pad_before};
-    const std::array<int64_t, 4> sides{h.pad_before, h.pad_after, w.pad_before, w.pad_after};
-    const bool symmetric = h.pad_before == h.pad_after && w.pad_before == w.pad_after;
-    const at::IntArrayRef stride(strides), padding = symmetric ? at::IntArrayRef(both_sides) : at::IntArrayRef(sides);
-    const auto own = [&](at::IntArrayRef entries) { return has_rows ? entries : entries.slice(entries.size() / 2); };
-    const ConvArgs args{own(stride), own(padding), call.args.dilation, call.args.groups};
-    const auto compute = [&](const Call& c) { return convolve_as_planned<Device>(c, Device::plan(c)); };
-    switch (call.map) {
-      case Map::forward:
-        place = outputs(result);
-        computed = compute(forward_call(image(*call.first), filter(*call.second), call.bias, args, call.activation));
-        break;
-      case Map::grad_input:
-        place = image(result);
-        computed =
-            compute(grad_input_call(outputs(*call.first), filter(*call.second), place.sizes(), place.strides(), args));
-        break;
-      case Map::grad_weight:
-        place = filter(result);
-        computed =
-            compute(grad_weight_call(outputs(*call.first), image(*call.second), place.sizes(), place.strides(), args));
-    }
-    if (place.sizes() == result.sizes()) return call.result.with_strides(computed);
-  }
-  if (call.map == Map::forward && call.bias) {
-    result.copy_(has_rows ? call.bias->view({-1, 1, 1}) : call.bias->view({-1, 1}));
-  } else {
-    result.zero_();
-  }
-  if (call.map == Map::forward) result = aten::activate_in_place(result, call.activation);
-  if (place.defined()) place.copy_(computed);
-  return result;
 }
 
 // An expanded batch is one image: it is computed once, and its output copied.
@@ -280,20 +117,12 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::
   return convolve<Device>(forward_call(input, weight, bias, args, parse_activation(activation)));
 }
 
-template <typename Device>
-at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size,
-                             at::IntArrayRef input_stride, at::IntArrayRef stride, at::IntArrayRef padding,
-                             at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode) {
+template <typename Device, Map map>
+at::Tensor gradient(const at::Tensor& grad_output, const at::Tensor& other, at::IntArrayRef size,
+                    at::IntArrayRef size_stride, at::IntArrayRef stride, at::IntArrayRef padding,
+                    at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode) {
   const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
-  return convolve<Device>(grad_input_call(grad_output, weight, input_size, input_stride, args));
-}
-
-template <typename Device>
-at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size,
-                              at::IntArrayRef weight_stride, at::IntArrayRef stride, at::IntArrayRef padding,
-                              at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode) {
-  const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
-  return convolve<Device>(grad_weight_call(grad_output, input, weight_size, weight_stride, args));
+  return convolve<Device>(gradient_call(map, grad_output, other, size, size_stride, args));
 }
 
 // One call of ATen's where the plans send both maps there: it brings grad_output into oneDNN's layout once.
@@ -303,8 +132,8 @@ std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_outp
                                                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                                      std::string_view padding_mode) {
   const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
-  const Call by_input = grad_input_call(grad_output, weight, input.sizes(), input.strides(), args),
-             by_weight = grad_weight_call(grad_output, input, weight.sizes(), weight.strides(), args);
+  const Call by_input = gradient_call(Map::grad_input, grad_output, weight, input.sizes(), input.strides(), args);
+  const Call by_weight = gradient_call(Map::grad_weight, grad_output, input, weight.sizes(), weight.strides(), args);
   const typename Device::Guard guard(grad_output);
   if (const auto grad_input = without_work(by_input)) return {*grad_input, convolve<Device>(by_weight)};
   if (Overlap::worth_taking(by_input.shape, args.padding_mode)) {
@@ -315,8 +144,8 @@ std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_outp
   const bool symmetric_zeros = args.padding_mode == PaddingMode::zeros && padding.size() == stride.size();
   if (symmetric_zeros && input_plan.is_aten() && weight_plan.is_aten()) {
     count_aten(input_plan.reason), count_aten(weight_plan.reason);
-    const auto [grad_input, grad_weight] = aten::conv2d_both_grads(grad_output, input, weight, aten::sym(stride),
-                                                                   aten::sym(padding), aten::sym(dilation), groups);
+    const ops::Args plain{aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups};
+    const auto [grad_input, grad_weight] = aten::conv2d_both_grads(grad_output, input, weight, plain);
     return {by_input.result.with_strides(grad_input), by_weight.result.with_strides(grad_weight)};
   }
   const Copies &first = input_plan.copies, &second = weight_plan.copies;
@@ -434,8 +263,8 @@ at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& c
 template <typename Device>
 void register_ops(torch::Library& m) {
   m.impl("conv2d", conv2d<Device>);
-  m.impl("conv2d_grad_input", conv2d_grad_input<Device>);
-  m.impl("conv2d_grad_weight", conv2d_grad_weight<Device>);
+  m.impl("conv2d_grad_input", gradient<Device, Map::grad_input>);
+  m.impl("conv2d_grad_weight", gradient<Device, Map::grad_weight>);
   m.impl("conv2d_both_grads", conv2d_both_grads<Device>);
   m.impl("separable_conv2d", separable_conv2d<Device>);
   m.impl("separable_conv2d_training", separable_conv2d_training<Device>);

@@ -95,6 +95,25 @@ inline constexpr Op<"sepconv_ext::inverted_residual",
                            Name gate, Name project_activation, bool residual)>
     inverted_residual{};
 
+// What a map is told besides its tensors. It refers to the lists: it does not outlive the function that got them.
+struct Args {
+  Ints stride, padding, dilation;
+  c10::SymInt groups;
+  Name padding_mode = "zeros";
+};
+
+// The three maps, C(x, w), Cx(g, w) and Cw(g, x), as ops; the gradients have the sizes and strides that are asked for.
+inline Tensor C(const Tensor& x, const Tensor& w, const Args& a, Bias bias = std::nullopt,
+                Name activation = "identity") {
+  return conv2d(x, w, bias, a.stride, a.padding, a.dilation, a.groups, activation, a.padding_mode);
+}
+inline Tensor Cx(const Tensor& g, const Tensor& w, Ints size, Ints stride, const Args& a) {
+  return conv2d_grad_input(g, w, size, stride, a.stride, a.padding, a.dilation, a.groups, a.padding_mode);
+}
+inline Tensor Cw(const Tensor& g, const Tensor& x, Ints size, Ints stride, const Args& a) {
+  return conv2d_grad_weight(g, x, size, stride, a.stride, a.padding, a.dilation, a.groups, a.padding_mode);
+}
+
 }  // namespace ops
 
 }  // namespace sepconv
