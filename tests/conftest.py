@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch brings its thread pool: a waiting thread sleeps. Thousands of tiny parallel regions cost minutes when
 # threads spin on a machine that is busy with something else.
@@ -37,6 +38,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One of the CPU's instruction sets, for one test; the best one is what every other test runs."""
+    if request.param not in sepconv_ext._C.build_info()["cpu_isas"]:
+        pytest.skip(f"this binary holds no {request.param} kernels")
+    try:
+        best = sepconv_ext._C.set_cpu_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    sepconv_ext._C.set_cpu_isa(best)
 
 
 @pytest.fixture(autouse=True)

@@ -147,19 +147,6 @@ def test_cpu_grad_weight_adds_short_sums() -> None:
     assert (actual - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * truth.max()
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One of the CPU's instruction sets, for one test; the best one is what every other test runs."""
-    if request.param not in sepconv_ext._C.build_info()["cpu_isas"]:
-        pytest.skip(f"this binary holds no {request.param} kernels")
-    try:
-        best = sepconv_ext._C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    sepconv_ext._C.set_cpu_isa(best)
-
-
 @by_layout
 @by_dtype
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -87,16 +87,6 @@ by_block = pytest.mark.parametrize("block", BLOCKS, ids=str)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        best = sepconv_ext._C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    sepconv_ext._C.set_cpu_isa(best)
-
-
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Fresh memory is full of NaN, so that an output element that a kernel forgets is seen."""

@@ -31,16 +31,6 @@ by_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(s
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        best = sepconv_ext._C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    sepconv_ext._C.set_cpu_isa(best)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

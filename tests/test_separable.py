@@ -105,18 +105,6 @@ def test_forward(case: SeparableCase, dtype: torch.dtype, layout: str, device: s
     assert actual.stride() == peer.stride() or actual.numel() == 0
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in sepconv_ext._C.build_info()["cpu_isas"]:
-        pytest.skip(f"this binary holds no {request.param} kernels")
-    try:
-        best = sepconv_ext._C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    sepconv_ext._C.set_cpu_isa(best)
-
-
 @by_dtype
 @by_case
 def test_forward_on_every_instruction_set(case: SeparableCase, dtype: torch.dtype, isa: str) -> None:
