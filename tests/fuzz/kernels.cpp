@@ -394,7 +394,8 @@ Case planted_case() {
   s.N = 2, s.C = s.K = s.groups = 24, s.H = s.W = s.P = s.Q = 7, s.R = s.S = 3, s.pad_h = s.pad_w = 1;
   s.x = emulator::make_strides(c.x(), "sliced_last"), s.y = emulator::make_strides(c.y(), "channels_last");
   s.w = emulator::make_strides(c.w(), "contiguous");
-  c.offsets[0] = 3, c.number = 1, c.isa = cpu::isa();
+  c.offsets[0] = 2;  // 8 bytes: AddressSanitizer sees no less at a begin
+  c.number = 1, c.isa = cpu::isa();
   return c;
 }
 
