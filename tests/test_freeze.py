@@ -393,6 +393,9 @@ def test_errors_by_name(model: nn.Module, frozen: nn.Module, x: Tensor) -> None:
         frozen(x, x)
     with pytest.raises(RuntimeError, match=r"input requires gradients.*convert_"):
         frozen(x.clone().requires_grad_())
+    frozen(x)
+    with pytest.raises(RuntimeError, match=r"input requires gradients.*convert_"):
+        frozen(x.clone().requires_grad_())  # of a size that was seen
     with pytest.raises(RuntimeError, match=r"training mode: 1\.expand\.1.*convert_"):
         training = copy.deepcopy(model)
         training[1].expand[1].train()

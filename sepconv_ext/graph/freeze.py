@@ -31,6 +31,9 @@ class FreezeReport(Report):
     note = ""
 
 
+_MOST_KNOWN = 256  # sizes of inputs that a network remembers
+
+
 class Frozen(nn.Module):
     """A frozen network: `network` is the fx.GraphModule that computes it, its buffers are the packed constants.
 
@@ -45,6 +48,7 @@ class Frozen(nn.Module):
         super().__init__()
         self.network = lowered.module
         self.report = report
+        self._known: set[tuple] = set()
         self._leases = [Lease(code) for code, _ in lowered.programs]
         self._inputs = tuple(program.inputs)
         self._in_spec, self._out_spec = program.in_spec, program.out_spec
@@ -77,6 +81,23 @@ class Frozen(nn.Module):
         return flat
 
     def _check(self, flat: object) -> None:
+        """Sizes that were right once are right again."""
+        sizes = tuple(value.shape if isinstance(value, Tensor) else None for value in flat)
+        if None in sizes or sizes not in self._known:
+            self._check_sizes(flat)
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known.add(sizes)
+        if not torch.is_grad_enabled():
+            return
+        for input, value in zip(self._inputs, flat, strict=True):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{input.name} requires gradients, but a frozen network has none: "
+                    "use sepconv_ext.convert_ instead, or torch.no_grad()"
+                )
+
+    def _check_sizes(self, flat: object) -> None:
         for input, value in zip(self._inputs, flat, strict=True):
             if input.sizes is None:
                 if value != input.value:
@@ -90,11 +111,6 @@ class Frozen(nn.Module):
             ):
                 wanted = ", ".join(_in_words(*ends) for ends in input.sizes)
                 raise RuntimeError(f"{input.name} must have size [{wanted}], but has {list(size)}")
-            if value.requires_grad and torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"{input.name} requires gradients, but a frozen network has none: "
-                    "use sepconv_ext.convert_ instead, or torch.no_grad()"
-                )
         if self._guards and not self._is_way(flat):
             sizes = [list(value.shape) for value in flat if isinstance(value, Tensor)]
             raise RuntimeError(
