@@ -135,17 +135,12 @@ def main():
     # As system headers torch's give no warnings; kernels (.cu) do not see them at all.
     cxx += include + [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
     extension.include_dirs, extension.extra_compile_args = [], {"cxx": cxx, "nvcc": nvcc + include}
-
     class Build(BuildExtension):
-        def finalize_options(self):  # the objects of one torch do not fit another
-            super().finalize_options()
+        def run(self):  # the objects of one torch do not fit another
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
-
-        def run(self):
             if self.inplace:
                 self.run_command("egg_info")  # where torch.compile finds the entry point of its backend
             super().run()
-
     setup(license="BSD-3-Clause", install_requires=[f"torch~={torch.__version__.partition('+')[0]}"],
           ext_modules=[extension], cmdclass={"build_ext": Build})
 

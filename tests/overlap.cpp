@@ -1,4 +1,5 @@
-// OverlapAxis (csrc/core/overlap.h) against all pairs of taps and outputs, on random axes; built and run by test_overlap.py.
+// OverlapAxis (csrc/core/overlap.h) against all pairs of taps and outputs, on random axes; built and run by
+// test_overlap.py.
 #include "core/overlap.h"
 
 #include <algorithm>

@@ -36,13 +36,16 @@ def write_script(path: Path, text: str) -> Path:
 
 def fake_toolkit(home: Path, release: str = "13.0", host_ok: bool = True) -> Path:
     """A toolkit whose nvcc answers as the real one: --version, --dryrun (on stderr), a preprocessor run."""
-    write_script(home / "bin" / "nvcc", f"""
+    write_script(
+        home / "bin" / "nvcc",
+        f"""
 case "$*" in
   *--version*) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
   *--dryrun*) echo '#$ _HERE_={home}/bin' >&2; echo '#$ TOP={home}/bin/..' >&2 ;;
   *) {"exit 0" if host_ok else "echo 'error: unsupported GNU version' >&2; exit 1"} ;;
 esac
-""")
+""",
+    )
     return home
 
 

@@ -275,7 +275,9 @@ REFUSED = {
     ),
     "separable": (SeparableConv2d(4, 5, 3, activation="relu"), ValueError, "an activation: activation is 'relu'"),
     "separable_between": (
-        SeparableConv2d(4, 5, 3, depthwise_activation="relu"), ValueError, "depthwise_activation is 'relu'"
+        SeparableConv2d(4, 5, 3, depthwise_activation="relu"),
+        ValueError,
+        "depthwise_activation is 'relu'",
     ),
     "separable_norm": (SeparableConv2d(4, 5, 3, norm="batch"), ValueError, "a pair with a BatchNorm2d"),
     "one": (nn.Sequential(D), TypeError, "must hold two convolutions"),

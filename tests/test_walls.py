@@ -243,7 +243,9 @@ def test_devices_are_chosen_by_dispatch():
         "csrc/ops/aten_route.cpp": "addresses without memory, for ATen, are the CPU's",
     }
     assert not found(r"\bis_(cuda|cpu)\s*\(", CPP, allowed)
-    graph = {"sepconv_ext/graph/backend.py": "which layout Inductor is handed; the ops choose their kernels by dispatch"}
+    graph = {
+        "sepconv_ext/graph/backend.py": "which layout Inductor is handed; the ops choose their kernels by dispatch"
+    }
     assert not found(r"\.is_(cuda|cpu)\b|\.device\.type\s*==", PYTHON, graph)
 
 
@@ -271,6 +273,13 @@ def test_ops_and_functional_validate_nothing_that_cpp_validates():
 
 
 # --- sizes ---
+
+
+def test_lines_fit_in_120_columns():
+    """Comments too, which clang-format breaks; Python's lines are ruff's matter."""
+    paths = [*CPP, *(path for path in (ROOT / "tests").rglob("*") if path.suffix in {".cpp", ".h", ".cu"})]
+    lines = [(path, number, line) for path in paths for number, line in enumerate(path.read_text().splitlines(), 1)]
+    assert not [f"{name_of(path)}:{number}" for path, number, line in lines if len(line) > 120]
 
 
 @pytest.mark.parametrize("path", [path for path in CPU + CUDA if path.suffix in {".cpp", ".cu"}], ids=name_of)

@@ -20,7 +20,8 @@ inline constexpr int kActivationCount = sizeof(kActivationNames) / sizeof(kActiv
 // torch's default slope of leaky_relu.
 inline constexpr double kLeakySlope = 0.01;
 
-// True where the derivative can be read off the activation's own output, so that a fused forward has to save nothing else.
+// True where the derivative can be read off the activation's own output, so that a fused forward has to save nothing
+// else.
 constexpr bool derivative_from_output(Activation a) {
   return a == Activation::identity || a == Activation::relu || a == Activation::relu6 || a == Activation::leaky_relu ||
          a == Activation::sigmoid || a == Activation::tanh;

@@ -1,6 +1,7 @@
 // One grouped 2-D convolution in plain numbers: what every kernel, on every device, is told about its tensors.
 //
-//   y[n, k, p, q] = sum over c, r, s of  x[n, c, p*stride_h + r*dilation_h - pad_h, q*stride_w + s*dilation_w - pad_w] * w[k, c', r, s]
+//   y[n, k, p, q] = sum over c, r, s of  x[n, c, h, w] * weight[k, c', r, s]
+//       where h = p * stride_h + r * dilation_h - pad_h,  w = q * stride_w + s * dilation_w - pad_w
 //
 // where k belongs to group k / (K / groups), c runs over the C / groups input channels of that group, c' is its index
 // inside the group, and x is zero outside the image. The bottom and right padding are not stored: P and Q imply them.
@@ -23,7 +24,8 @@ enum class Map : int { forward, grad_input, grad_weight };
 //   strided: anything else
 enum class Layout : int { nchw, nhwc, strided };
 
-// Strides in elements, in the order of the logical dimensions: (N, C, H, W) for an image, (K, C / groups, R, S) for a weight.
+// Strides in elements, in the order of the logical dimensions: (N, C, H, W) for an image, (K, C / groups, R, S) for a
+// weight.
 struct Strides {
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
@@ -49,15 +51,15 @@ struct ConvShape {
 };
 
 // The two filters of a spatially separable convolution, whose shape is a depthwise ConvShape of stride 1 with K = C: R
-// numbers down a column and S along a row for each channel, dense. The distance from one channel's filter to the next is
-// 0 where one filter serves them all.
+// numbers down a column and S along a row for each channel, dense. The distance from one channel's filter to the next
+// is 0 where one filter serves them all.
 struct SpatialFilters {
   const void *column, *row;
   int64_t column_channel, row_channel;
 };
 
-// The layout of an image whose dimensions are (N, channels, rows, columns). A dimension of size 1 has no say, so a tensor
-// may be both; nchw is then the answer.
+// The layout of an image whose dimensions are (N, channels, rows, columns). A dimension of size 1 has no say, so a
+// tensor may be both; nchw is then the answer.
 inline Layout image_layout(int64_t channels, int64_t rows, int64_t columns, int64_t batch, const Strides& s) {
   const auto dense = [](int64_t size, int64_t stride, int64_t expected) { return size == 1 || stride == expected; };
   if (dense(columns, s.w, 1) && dense(rows, s.h, columns) && dense(channels, s.c, rows * columns) &&

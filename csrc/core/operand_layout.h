@@ -1,8 +1,10 @@
-// How the images of a call lie in memory, and which of them are copied for a kernel. The same on every device; no torch.
+// How the images of a call lie in memory, and which of them are copied for a kernel. The same on every device; no
+// torch.
 //
-// A kernel takes an image where it is if its channels (channels_last) or its columns (NCHW) are dense: slices of channels,
-// crops, every other row or image, expanded gradients. Else a dense copy and the best kernel beat a general one. So a plan
-// is made for dense images in the layout of the call, and then says which images its kernel does not take as they are.
+// A kernel takes an image where it is if its channels (channels_last) or its columns (NCHW) are dense: slices of
+// channels, crops, every other row or image, expanded gradients. Else a dense copy and the best kernel beat a general
+// one. So a plan is made for dense images in the layout of the call, and then says which images its kernel does not
+// take as they are.
 #pragma once
 
 #include <string>
@@ -68,8 +70,8 @@ inline Layout call_layout(Map map, const ConvShape& s) {
   return second != Layout::strided ? second : Layout::nchw;
 }
 
-// Images that are copied into `layout`: an operand before the kernel runs, a result after. And the weight, made contiguous.
-// Of an expanded batch one image is copied, unless the kernel wants `all_images`.
+// Images that are copied into `layout`: an operand before the kernel runs, a result after. And the weight, made
+// contiguous. Of an expanded batch one image is copied, unless the kernel wants `all_images`.
 struct Copies {
   Layout layout = Layout::nchw;
   bool x = false, y = false, weight = false, all_images = false;

@@ -33,8 +33,8 @@ struct Range {
   int64_t begin = 0, end = 0;
 };
 
-// One dimension of a padded convolution. Tap t of output o meets position o * stride + t * dilation - pad, which is in the
-// image from 0 to size - 1.
+// One dimension of a padded convolution. Tap t of output o meets position o * stride + t * dilation - pad, which is in
+// the image from 0 to size - 1.
 struct PaddedAxis {
   PaddingMode mode = PaddingMode::zeros;
   int64_t size = 0, outputs = 0, taps = 0, stride = 1, pad = 0, dilation = 1;

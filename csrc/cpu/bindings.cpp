@@ -81,8 +81,8 @@ void grad_input(const ConvShape& shape, const Tensor& grad_output, const Tensor&
 }
 
 void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight) {
-  // In half types one product sums over the whole batch, for which planes are copied: a sum of rounded products would be
-  // less exact than torch's.
+  // In half types one product sums over the whole batch, for which planes are copied: a sum of rounded products would
+  // be less exact than torch's.
   if (by_planes(shape) && grad_output.element_size() > 2) {
     const Tensor per_image = at::bmm(planes(grad_output), planes(input).transpose(1, 2));
     grad_weight.copy_(per_image.sum(0).view(grad_weight.sizes()));

@@ -20,8 +20,8 @@ void planes_forward(const ConvShape&, DType, const void* x, const void* w, const
 void planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void planes_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// depthwise_nhwc*.cpp: depthwise of multiplier 1 on images whose channels are dense; images, rows and pixels lie apart in
-// any way, and the weight has any strides.
+// depthwise_nhwc*.cpp: depthwise of multiplier 1 on images whose channels are dense; images, rows and pixels lie apart
+// in any way, and the weight has any strides.
 void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
 void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);

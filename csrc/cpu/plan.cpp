@@ -151,8 +151,8 @@ const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& po
   return nullptr;
 }
 
-// Why torch's call is the best for a 1x1 of whole images; null where at::mm is. With several threads torch's convolution
-// takes oneDNN itself, while MKL in some virtual machines stays with one.
+// Why torch's call is the best for a 1x1 of whole images; null where at::mm is. With several threads torch's
+// convolution takes oneDNN itself, while MKL in some virtual machines stays with one.
 const char* torchs_product_is_best(Map map, Layout layout, DType dtype) {
   if (map == Map::forward) return "1x1: oneDNN's product is as fast, and adds the bias on its way";
   if (map == Map::grad_weight && layout != Layout::nhwc)

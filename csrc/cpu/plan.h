@@ -10,8 +10,8 @@
 namespace sepconv::cpu {
 
 // aten is torch's own choice of a convolution; aten_float32 the same on tensors of half types made float32. matmul
-// is ATen's matrix product on views, which bindings.cpp makes; pointwise and product are products here, of few pixels and
-// of float32.
+// is ATen's matrix product on views, which bindings.cpp makes; pointwise and product are products here, of few pixels
+// and of float32.
 enum class Kernel : int {
   planes,
   small_planes,
@@ -36,11 +36,12 @@ struct Plan {
   bool is_composite() const { return kernel == Kernel::composite; }
 };
 
-// With `strict`, ATen is taken for nothing: every shape has a kernel here. `threads`: torch's, which its own choice of a
-// product depends on.
+// With `strict`, ATen is taken for nothing: every shape has a kernel here. `threads`: torch's, which its own choice of
+// a product depends on.
 Plan plan(Map, const ConvShape&, DType, bool strict, int threads);
 
-// The fourth op: its fused kernel, or the composite of two calls that have plans of their own. `strict` forces the kernel.
+// The fourth op: its fused kernel, or the composite of two calls that have plans of their own. `strict` forces the
+// kernel.
 Plan plan_separable(const SeparableShape&, DType, bool strict);
 
 // run.cpp: runs the kernel that the plan names. The operands are (x, w), (grad_y, w) or (grad_y, x) for the three maps;

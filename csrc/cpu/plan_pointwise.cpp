@@ -1,7 +1,7 @@
-// torch has two calls for a 1x1 of float32, and takes MKL's product for whole images, one thread and fewer than 16 images;
-// else oneDNN's convolution. That one copies NCHW into blocks of channels, and keeps threads idle where images are few.
-// MKL's product runs at the same rate as the products here, which therefore win where it is called badly: on small
-// calls, in gradients by the input (where torch goes through columns), and on large weights of few pixels.
+// torch has two calls for a 1x1 of float32, and takes MKL's product for whole images, one thread and fewer than 16
+// images; else oneDNN's convolution. That one copies NCHW into blocks of channels, and keeps threads idle where images
+// are few. MKL's product runs at the same rate as the products here, which therefore win where it is called badly: on
+// small calls, in gradients by the input (where torch goes through columns), and on large weights of few pixels.
 //
 // All limits were measured with AVX-512, one and two threads, 1 and 8 images (benchmarks/notes/pointwise.md).
 #include "cpu/plan_pointwise.h"

@@ -13,7 +13,8 @@ inline bool is_matrix_product(const ConvShape& s) {
 // What the products can do: float32, every output reads a pixel.
 bool product_can(Map, const ConvShape&, DType);
 
-// Why they are the best for what they can do, of dense images in `layout`; null where torch's call is. `threads`: torch's.
+// Why they are the best for what they can do, of dense images in `layout`; null where torch's call is. `threads`:
+// torch's.
 const char* product_is_best(Map, const ConvShape&, Layout layout, int threads);
 
 }  // namespace sepconv::cpu

@@ -47,8 +47,8 @@ Entries sides_from_last(SymIntArrayRef padding, size_t dims) {
   return all;
 }
 
-// ATen pads both sides alike. Other padding becomes the part that both sides share, and what is missing at each side, in
-// the order of constant_pad_nd.
+// ATen pads both sides alike. Other padding becomes the part that both sides share, and what is missing at each side,
+// in the order of constant_pad_nd.
 struct Padding {
   Entries shared, extra;
   bool asymmetric = false;
@@ -148,8 +148,8 @@ Tensor pad(const Tensor& image, SymIntArrayRef padding, size_t dims, PaddingMode
 
 namespace {
 
-// The gradient of circular padding along the dimension `from_last` (1 is the last one), for which torch has no function:
-// the image's part of `padded`, and what stands before and after it added to the other end.
+// The gradient of circular padding along the dimension `from_last` (1 is the last one), for which torch has no
+// function: the image's part of `padded`, and what stands before and after it added to the other end.
 Tensor unwrap(const Tensor& padded, int64_t from_last, const SymInt& size, const SymInt& before, const SymInt& after) {
   Tensor sum = padded.slice_symint(-from_last, before, before + size);
   const auto add = [&](const SymInt& from, const SymInt& count, const SymInt& at) {

@@ -16,15 +16,15 @@ namespace sepconv::aten {
 // Plain numbers as the symbolic ones that the functions below take.
 inline c10::SymIntArrayRef sym(at::IntArrayRef values) { return c10::fromIntArrayRefSlow(values); }
 
-// The ops themselves (their signatures), differentiable, and open to every transform of torch (forward-mode AD, vmap): built
-// of ATen's own functions.
+// The ops themselves (their signatures), differentiable, and open to every transform of torch (forward-mode AD, vmap):
+// built of ATen's own functions.
 SignatureOf<ops::conv2d> conv2d;
 SignatureOf<ops::conv2d_grad_input> conv2d_grad_input;
 SignatureOf<ops::conv2d_grad_weight> conv2d_grad_weight;
 SignatureOf<ops::spatial_separable_conv2d> spatial_separable_conv2d;
 
-// The gradients by the input and by the weight in one call, which brings grad_output into ATen's layout once. Padding has
-// one entry a dimension.
+// The gradients by the input and by the weight in one call, which brings grad_output into ATen's layout once. Padding
+// has one entry a dimension.
 std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_output, const at::Tensor& input,
                                                      const at::Tensor& weight, const ops::Args&);
 

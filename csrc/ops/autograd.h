@@ -15,7 +15,8 @@
 
 namespace sepconv {
 
-// The size and strides of a tensor that a gradient will have to match; kept apart from the tensor, which may not be saved.
+// The size and strides of a tensor that a gradient will have to match; kept apart from the tensor, which may not be
+// saved.
 struct SavedGeometry {
   std::vector<c10::SymInt> size, stride;
 
@@ -25,8 +26,8 @@ struct SavedGeometry {
                     c10::SymIntArrayRef stride);
 };
 
-// The gradients by a convolution's input and by its weight, each undefined where it is not wanted. Where both are, and no
-// derivative of theirs, they are one op.
+// The gradients by a convolution's input and by its weight, each undefined where it is not wanted. Where both are, and
+// no derivative of theirs, they are one op.
 struct SavedOperand {
   const at::Tensor& tensor;
   SavedGeometry geometry;
@@ -46,8 +47,8 @@ at::Tensor activation_backward(const at::Tensor& grad, const at::Tensor& output_
 // The sum of a gradient over all but its channels, which `dims` spatial dimensions follow: the gradient of the bias.
 at::Tensor sum_to_channels(const at::Tensor& grad, size_t dims);
 
-// Why a call on these tensors must be made of ATen's own differentiable functions; null where our kernels can take it. The
-// first of them is an image, or a sequence, of so many spatial dimensions.
+// Why a call on these tensors must be made of ATen's own differentiable functions; null where our kernels can take it.
+// The first of them is an image, or a sequence, of so many spatial dimensions.
 const char* needs_aten(size_t dims, std::initializer_list<const at::Tensor*> tensors);
 
 // True if a derivative by one of these tensors will be asked for.

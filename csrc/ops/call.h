@@ -76,7 +76,8 @@ inline std::optional<at::Tensor> without_work(const Call& c) {
   return c.map == Map::grad_weight ? result.zero_() : result;
 }
 
-// The image, sequence or weight in dense memory of that layout. An expanded batch stays one, unless `all_images` are wanted.
+// The image, sequence or weight in dense memory of that layout. An expanded batch stays one, unless `all_images` are
+// wanted.
 inline at::Tensor dense_copy(const at::Tensor& t, Layout layout, bool sequence, bool all_images = true) {
   const at::Tensor image = as_image(t, sequence);
   const bool once = !all_images && image.size(0) > 1 && image.stride(0) == 0;

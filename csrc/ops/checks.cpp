@@ -18,8 +18,8 @@ using at::Tensor;
 
 using Four = std::array<int64_t, 4>;
 
-// The four sizes and strides of a tensor, [N, C, H, W] or [K, C / groups, R, S]. Where it has no batch or no height, they
-// are those that unsqueeze() would give it.
+// The four sizes and strides of a tensor, [N, C, H, W] or [K, C / groups, R, S]. Where it has no batch or no height,
+// they are those that unsqueeze() would give it.
 struct Image {
   Four size, stride;
 

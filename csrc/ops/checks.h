@@ -21,8 +21,9 @@ namespace inverted_residual {
 struct Call;
 }
 
-// For images, stride and dilation are (h, w); padding is (h, w), or (top, bottom, left, right) where the two sides differ.
-// For sequences they are (l); padding is (l) or (left, right). The entries of stride say which of the two a call is for.
+// For images, stride and dilation are (h, w); padding is (h, w), or (top, bottom, left, right) where the two sides
+// differ. For sequences they are (l); padding is (l) or (left, right). The entries of stride say which of the two a
+// call is for.
 struct ConvArgs {
   at::IntArrayRef stride, padding, dilation;
   int64_t groups;
@@ -48,9 +49,9 @@ struct Checked {
   Result result;
 };
 
-// A forward call. Operands are [N, C, H, W] or [C, H, W] with a weight [K, C / groups, R, S], or [N, C, L] or [C, L] with
-// [K, C / groups, S]. The output's strides are chosen here: channels_last where the input or the weight suggests it
-// (torch's rule), else contiguous; a sequence in the memory order [N, L, C] is a channels_last row.
+// A forward call. Operands are [N, C, H, W] or [C, H, W] with a weight [K, C / groups, R, S], or [N, C, L] or [C, L]
+// with [K, C / groups, S]. The output's strides are chosen here: channels_last where the input or the weight suggests
+// it (torch's rule), else contiguous; a sequence in the memory order [N, L, C] is a channels_last row.
 Checked check_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       const ConvArgs&);
 
@@ -76,16 +77,16 @@ CheckedSeparable check_separable(const at::Tensor& input, const at::Tensor& dept
 Checked check_spatial_separable(const at::Tensor& input, const at::Tensor& column, const at::Tensor& row,
                                 at::IntArrayRef padding);
 
-// The block of ops/inverted_residual.h. `depthwise` is the shape of its depthwise convolution, without strides of tensors.
-// Of sizes that are symbols nothing is checked here.
+// The block of ops/inverted_residual.h. `depthwise` is the shape of its depthwise convolution, without strides of
+// tensors. Of sizes that are symbols nothing is checked here.
 struct CheckedInvertedResidual {
   ConvShape depthwise;
   int64_t C = 0, K = 0, M = 0;  // channels of the input, of the output, and of the squeezed means (0: none)
 };
 CheckedInvertedResidual check_inverted_residual(const inverted_residual::Call&);
 
-// A tensor of a call as an image [N, C, H, W], or a weight as [K, C / groups, R, S]: a view that adds the dimensions that
-// it lacks.
+// A tensor of a call as an image [N, C, H, W], or a weight as [K, C / groups, R, S]: a view that adds the dimensions
+// that it lacks.
 at::Tensor as_image(const at::Tensor&, bool sequence);
 
 Activation parse_activation(std::string_view name);

@@ -226,8 +226,9 @@ std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
   const CheckedSeparable checked = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
                                                    pointwise_bias, stride, padding, dilation);
   const typename Device::Guard guard(input);
-  // Kept or computed again, the intermediate has the same bits. So a kernel that cannot write it does not make the output
-  // either. Nor does one that keeps it before the activation, rounded to a half type: without it nothing is rounded there.
+  // Kept or computed again, the intermediate has the same bits. So a kernel that cannot write it does not make the
+  // output either. Nor does one that keeps it before the activation, rounded to a half type: without it nothing is
+  // rounded there.
   const bool rounded = input.element_size() == 2 && !derivative_from_output(call.depthwise_activation);
   if (!Device::kKeepsIntermediate || rounded) return separable::composite_training(call, output, intermediate);
   const auto plan = Device::plan_separable(checked.shape, input);

@@ -1,5 +1,6 @@
 // F.conv2d's and F.conv1d's calls, parsed by torch's own parser: the same arguments are accepted, the same TypeErrors
-// raised, and __torch_function__ is honoured, at the cost of a built-in function instead of an op looked up from Python.
+// raised, and __torch_function__ is honoured, at the cost of a built-in function instead of an op looked up from
+// Python.
 #define FMT_HEADER_ONLY 1  // torch's headers format with fmt, which its libraries do not export
 #define USE_NUMPY 1        // as torch was built: its parser takes NumPy's integers for integers
 

@@ -1,5 +1,5 @@
-// The op inverted_residual, 1x1 -> depthwise -> [squeeze-and-excitation] -> 1x1 [+ input], made of conv2d: for devices and
-// calls without a fused kernel, and for the derivatives.
+// The op inverted_residual, 1x1 -> depthwise -> [squeeze-and-excitation] -> 1x1 [+ input], made of conv2d: for devices
+// and calls without a fused kernel, and for the derivatives.
 #pragma once
 
 #include <ATen/core/Tensor.h>

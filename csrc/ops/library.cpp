@@ -1,7 +1,7 @@
 // The op table: every schema, and the Python module.
 //
-//   input              [N, C, H, W] or [C, H, W] with a weight [K, C / groups, R, S]; conv2d and its gradients also take
-//                      sequences, [N, C, L] or [C, L] with [K, C / groups, S]
+//   input              [N, C, H, W] or [C, H, W] with a weight [K, C / groups, R, S]
+//                      conv2d and its gradients also take sequences, [N, C, L] or [C, L] with [K, C / groups, S]
 //   stride, dilation   (h, w); for a sequence (l)
 //   padding            (h, w), or (top, bottom, left, right); for a sequence (l), or (left, right)
 //   *_size, *_stride   the size of the result, and the memory strides that it should follow
@@ -116,8 +116,8 @@ Explanation with_borders(Explanation e, const char* borders, Map map, const Conv
   return e;
 }
 
-// The plan of the call that `map` would make for these tensors; nothing is run. Without a grad_output it is taken to have the
-// layout that the forward call gives the output.
+// The plan of the call that `map` would make for these tensors; nothing is run. Without a grad_output it is taken to
+// have the layout that the forward call gives the output.
 Explanation explain(const std::string& map_name, const at::Tensor& input, const at::Tensor& weight,
                     const std::optional<at::Tensor>& bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups, const DeviceFacts& cuda_device,

@@ -1,5 +1,5 @@
-// The op table, callable from C++: each call goes through torch's dispatcher, so that autograd, autocast, compilation and
-// the device see it. An op's signature stands here, and as a schema in library.cpp; what is the same for every op
+// The op table, callable from C++: each call goes through torch's dispatcher, so that autograd, autocast, compilation
+// and the device see it. An op's signature stands here, and as a schema in library.cpp; what is the same for every op
 // (transforms.cpp) is a template on it.
 #pragma once
 

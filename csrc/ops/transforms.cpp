@@ -1,5 +1,5 @@
-// How the ops behave under torch's own transforms: autocast, and torch.func (vmap, grad, jvp and their compositions); and
-// on backends without kernels. Each rule is the same for every op, so that it is a template on the op's signature.
+// How the ops behave under torch's own transforms: autocast, and torch.func (vmap, grad, jvp and their compositions);
+// and on backends without kernels. Each rule is the same for every op, so that it is a template on the op's signature.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -83,8 +83,8 @@ constexpr char kNoBackend[] = "no kernel for this backend";
 TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCPU, m) { register_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>(m); }
 TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCUDA, m) { register_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m); }
 
-// torch.func traces through differentiable functions; C++ autograd functions are closed to it. So a call is made of ATen's
-// functions at the door of the outermost transform.
+// torch.func traces through differentiable functions; C++ autograd functions are closed to it. So a call is made of
+// ATen's functions at the door of the outermost transform.
 TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) { register_aten<kTransform>(m); }
 
 // A backend without kernels here, oneDNN's own tensors for example: autograd asks too, but not in inference mode.

@@ -1,6 +1,7 @@
-// mbarriers, and copies of boxes of a tensor to shared memory (TMA) that arrive at them. A copy takes effect when a thread
-// waits for the phase that it belongs to and cannot go on without it, never earlier. Until then the destination holds NaN, and
-// touching it is a fault in both builds; so is reading what has come without having waited for it (race build).
+// mbarriers, and copies of boxes of a tensor to shared memory (TMA) that arrive at them. A copy takes effect when a
+// thread waits for the phase that it belongs to and cannot go on without it, never earlier. Until then the destination
+// holds NaN, and touching it is a fault in both builds; so is reading what has come without having waited for it (race
+// build).
 #pragma once
 
 #include <cstdint>

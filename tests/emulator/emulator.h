@@ -33,7 +33,8 @@
 #define gridDim (::emulator::block().grid)
 #define warpSize 32
 
-// The three names of csrc/cuda/device/common.cuh through which kernels start. A fault is thrown, so an error code never comes back.
+// The three names of csrc/cuda/device/common.cuh through which kernels start. A fault is thrown, so an error code never
+// comes back.
 struct LaunchConfig {
   dim3 grid, block;
   size_t smem_bytes = 0;

@@ -1,5 +1,5 @@
-// A fiber: a stack of its own and the place where its function stopped. A CUDA thread is one fiber, so that a barrier in
-// the middle of a kernel can simply stop the function there and go on with another thread's.
+// A fiber: a stack of its own and the place where its function stopped. A CUDA thread is one fiber, so that a barrier
+// in the middle of a kernel can simply stop the function there and go on with another thread's.
 #pragma once
 
 #include <cstddef>

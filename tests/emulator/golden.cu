@@ -1,6 +1,6 @@
-// Every wrapper of csrc/cuda/device/ptx.cuh once, on fixed inputs, its result printed bit by bit. nvcc compiles this file for a GPU
-// and g++ for the emulator; tests/test_golden_ptx.py compares the two outputs. So a misreading of a fragment layout that the
-// wrappers' author and the emulator's share is found the first time that a GPU is at hand.
+// Every wrapper of csrc/cuda/device/ptx.cuh once, on fixed inputs, its result printed bit by bit. nvcc compiles this
+// file for a GPU and g++ for the emulator; tests/test_golden_ptx.py compares the two outputs. So a misreading of a
+// fragment layout that the wrappers' author and the emulator's share is found the first time that a GPU is at hand.
 //
 // Inputs are small whole numbers: all sums are exact in fp32, in any order, so results can be equal to the last bit.
 #include <cstdio>
@@ -51,7 +51,8 @@ __global__ void mma_sp_golden(uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = __float_as_uint(d[i]);
 }
 
-// out: [lane][4 registers]. Every 16-bit element of the four matrices is its own number; rows lie 16 bytes apart from dense.
+// out: [lane][4 registers]. Every 16-bit element of the four matrices is its own number; rows lie 16 bytes apart from
+// dense.
 template <bool kTransposed>
 __global__ void ldmatrix_golden(uint32_t* out) {
   SMEM_ARRAY(uint16_t, rows, [32][16]);
@@ -151,8 +152,8 @@ __global__ void store_golden(uint32_t* out) {
   store64_if(to + 2, uint2{2000 + lane, 3000 + lane}, (lane & 1) << 7);
 }
 
-// out: [lane][4 words], of four boxes of 8 columns by 4 channels that come through a ring of two stages, each used twice.
-// They lie inside of the image, over its edges and beyond.
+// out: [lane][4 words], of four boxes of 8 columns by 4 channels that come through a ring of two stages, each used
+// twice. They lie inside of the image, over its edges and beyond.
 __global__ void box_golden(const __grid_constant__ TensorMap image, uint32_t* out) {
   if constexpr (kHasTma) {
     DYN_SMEM(smem);

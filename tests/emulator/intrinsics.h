@@ -83,8 +83,8 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __saturatef(float x) { return std::clamp(x, 0.0f, 1.0f); }
 
-// cuda_fp16.h and cuda_bf16.h hide these from a host compiler. A product of two halves is exact in double, and so is the
-// rounding of the sum but for double-rounding cases that no test here can tell apart.
+// cuda_fp16.h and cuda_bf16.h hide these from a host compiler. A product of two halves is exact in double, and so is
+// the rounding of the sum but for double-rounding cases that no test here can tell apart.
 inline __half __hfma(__half a, __half b, __half c) {
   return __double2half(std::fma(double(__half2float(a)), double(__half2float(b)), double(__half2float(c))));
 }

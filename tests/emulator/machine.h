@@ -1,8 +1,8 @@
 // The machine: threads, blocks, the random scheduler, and launch().
 //
-// Blocks run one after another in random order. A block's threads are fibers; one runs until it has to wait (a barrier, a
-// warp instruction) or ends, then the scheduler picks another at random. In half of the blocks some warps are starved:
-// they run only when nobody else can, which lets the others run as far ahead as the barriers allow.
+// Blocks run one after another in random order. A block's threads are fibers; one runs until it has to wait (a barrier,
+// a warp instruction) or ends, then the scheduler picks another at random. In half of the blocks some warps are
+// starved: they run only when nobody else can, which lets the others run as far ahead as the barriers allow.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,7 +22,8 @@
 
 namespace emulator {
 
-// What a faulty kernel ends in: thrown by launch(). (Out-of-bounds accesses end the process in AddressSanitizer instead.)
+// What a faulty kernel ends in: thrown by launch(). (Out-of-bounds accesses end the process in AddressSanitizer
+// instead.)
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -130,8 +131,8 @@ struct Counters {
 };
 Counters& counters();
 
-// Which kernels were launched, and from where: the kernel's address, then the return addresses of the host's call stack, all
-// relative to the program's beginning. One entry for each way by which a kernel was reached.
+// Which kernels were launched, and from where: the kernel's address, then the return addresses of the host's call
+// stack, all relative to the program's beginning. One entry for each way by which a kernel was reached.
 using Trace = std::vector<uintptr_t>;
 const std::set<Trace>& traces();
 

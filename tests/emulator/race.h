@@ -1,10 +1,10 @@
-// The race detector, live in the race build only (-DEMULATOR_RACE): g++ -fsanitize=thread makes every load and store of a
-// kernel call a hook, and the hooks are ours. For every byte of shared memory, and of every global buffer that the
+// The race detector, live in the race build only (-DEMULATOR_RACE): g++ -fsanitize=thread makes every load and store of
+// a kernel call a hook, and the hooks are ours. For every byte of shared memory, and of every global buffer that the
 // kernel may write, the last writer and the last readers are kept with the number of barriers that they had passed. Two
 // accesses of one byte by different threads, one of them a write, need a barrier between them: a __syncthreads, or a
-// __syncwarp if both are of one warp. Between blocks nothing orders them at all. What a bulk copy wrote is for threads that
-// have waited for its phase of an mbarrier themselves, and for all behind the next __syncthreads.
-// Reads of shared memory that nobody has written, and touching the bytes of an unfinished copy, are reported too.
+// __syncwarp if both are of one warp. Between blocks nothing orders them at all. What a bulk copy wrote is for threads
+// that have waited for its phase of an mbarrier themselves, and for all behind the next __syncthreads. Reads of shared
+// memory that nobody has written, and touching the bytes of an unfinished copy, are reported too.
 #pragma once
 
 #include <cstddef>

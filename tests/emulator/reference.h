@@ -10,7 +10,8 @@
 
 namespace emulator {
 
-// One element of a result: the exact value, and the sum of the magnitudes of its terms, which bounds the rounding error.
+// One element of a result: the exact value, and the sum of the magnitudes of its terms, which bounds the rounding
+// error.
 struct Expected {
   double value = 0, magnitude = 0;
   int64_t terms = 0;

@@ -1,5 +1,5 @@
-// Runs one map on one case for a range of seeds, through the project's own plan and doors, and compares with the float64
-// reference. The whole case stands on the command line, so a line that failed can be run again by hand:
+// Runs one map on one case for a range of seeds, through the project's own plan and doors, and compares with the
+// float64 reference. The whole case stands on the command line, so a line that failed can be run again by hand:
 //
 //   runner map=forward dtype=float16 layout=channels_last N=2 C=6 H=5 W=7 K=4 R=3 S=3 groups=2
 //          stride=1,1 padding=1,1,1,1 dilation=1,1 bias=1 activation=relu seeds=0:8

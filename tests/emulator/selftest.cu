@@ -1,5 +1,5 @@
-// Small kernels with one fault each, chosen by name on the command line: does the emulator report it? The kernels of the
-// project need not use all of this today. Run by tests/test_emulated_core.py; prints "right", or what was found.
+// Small kernels with one fault each, chosen by name on the command line: does the emulator report it? The kernels of
+// the project need not use all of this today. Run by tests/test_emulated_core.py; prints "right", or what was found.
 #include <cstdio>
 #include <cstring>
 #include <memory>

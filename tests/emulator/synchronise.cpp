@@ -34,8 +34,8 @@ void collective(uint32_t mask, void (*execute)(void**, uint32_t), void* mine, co
   const uint32_t my_bit = 1u << me.lane;
   if (!(mask & my_bit)) die("the executing lane is not in its own mask");
   auto& pending = block().warps[me.warp];
-  // Lanes meet in the same instruction with the same mask. Others may wait elsewhere meanwhile, with masks that overlap this
-  // one: that is legal where they can go on without it, and a deadlock, found by the scheduler, where they cannot.
+  // Lanes meet in the same instruction with the same mask. Others may wait elsewhere meanwhile, with masks that overlap
+  // this one: that is legal where they can go on without it, and a deadlock, found by the scheduler, where they cannot.
   const auto same = [&](const Collective& c) { return c.mask == mask && c.execute == execute && same_place(c.at, at); };
   const size_t i = std::find_if(pending.begin(), pending.end(), same) - pending.begin();
   if (i == pending.size()) {

@@ -9,8 +9,8 @@ namespace emulator {
 
 void barrier(int id, int threads, Location);
 
-// A warp instruction: every lane of the mask brings `mine`; the last to arrive runs execute over all of them. An own lane
-// missing from the mask, or lanes that meet in different instructions, is a fault. `name` is for reports.
+// A warp instruction: every lane of the mask brings `mine`; the last to arrive runs execute over all of them. An own
+// lane missing from the mask, or lanes that meet in different instructions, is a fault. `name` is for reports.
 void collective(uint32_t mask, void (*execute)(void** lanes, uint32_t mask), void* mine, const char* name, Location);
 
 void sync_warp(uint32_t mask, Location);

@@ -80,8 +80,10 @@ def draw(R: random.Random) -> dict:
         sequence = R.random() < 0.15
         if sequence:
             H, taps, stride, dilation, padding = 1, (1, taps[1]), (1, stride[1]), (1, dilation[1]), (0, padding[1])
-        sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1
-                 for size, p, d, k, s in zip((H, W), padding, dilation, taps, stride, strict=True)]
+        sizes = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, p, d, k, s in zip((H, W), padding, dilation, taps, stride, strict=True)
+        ]
         work = N * K * max(sizes[0], 0) * max(sizes[1], 0) * (C // groups) * taps[0] * taps[1]
         dtype = R.choice((torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16))
         if min(sizes) >= 1 and N * C * H * W < 600_000 and work < (4e7 if dtype.itemsize > 2 else 4e6):

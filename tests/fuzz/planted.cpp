@@ -1,4 +1,5 @@
-// Each fault is a single byte or a single number, in plain code: what it takes the fuzzer to find the least of its kind.
+// Each fault is a single byte or a single number, in plain code: what it takes the fuzzer to find the least of its
+// kind.
 #include "planted.h"
 
 #include <cstring>

@@ -2,11 +2,11 @@
 // computed again, over what a kernel for zero padding wrote there.
 //
 // Loop-to-data map. The frame is cut into strips (borders.h), each of which reads its taps from a list; the lists are
-// made once a call and serve every image and channel. Where channels are dense (depthwise, channels_last), a task is a strip
-// of one image, and a vector holds neighbouring channels of one pixel. Else a task is one plane of the result, all strips of
-// it; a vector holds neighbouring columns of a strip where the columns of both images are dense, and neighbouring rows of the
-// sides where rows have stride 1 and groups one channel; what remains (strided or scattered memory) is computed number by
-// number. Sums are formed in one fixed order.
+// made once a call and serve every image and channel. Where channels are dense (depthwise, channels_last), a task is a
+// strip of one image, and a vector holds neighbouring channels of one pixel. Else a task is one plane of the result,
+// all strips of it; a vector holds neighbouring columns of a strip where the columns of both images are dense, and
+// neighbouring rows of the sides where rows have stride 1 and groups one channel; what remains (strided or scattered
+// memory) is computed number by number. Sums are formed in one fixed order.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/borders/borders.cpp"
 #include "cpu/borders/borders.h"

@@ -2,10 +2,11 @@
 //
 // Forward and grad_input are one gather, in which an output meets taps that each read one position of the other image:
 //   forward      output o, tap t    reads x at source(o * stride + t * dilation - pad)
-//   grad_input   pixel i, tap t     reads grad_y at (i' + pad - t * dilation) / stride, where whole, for i' = i and for every
+//   grad_input   pixel i, tap t     reads grad_y at (i' + pad - t * dilation) / stride, where whole, for i' = i and for
+//   every
 //                                   position in the padding at which pixel i stands
-// Along each axis the list of (position, tap) is the same, but for a shift, for all positions far from the ends; only the
-// few near the ends have lists of their own.
+// Along each axis the list of (position, tap) is the same, but for a shift, for all positions far from the ends; only
+// the few near the ends have lists of their own.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +22,8 @@ struct ReadTap {
   int64_t position, tap;
 };
 
-// The lists of one axis. Positions from `first` to `last` - 1 are regular: those `period` apart share a list, and the position
-// read moves by `step` from one to the next.
+// The lists of one axis. Positions from `first` to `last` - 1 are regular: those `period` apart share a list, and the
+// position read moves by `step` from one to the next.
 struct GatherAxis {
   int64_t size = 0;  // positions written
   Ends frame;
@@ -38,8 +39,8 @@ struct GatherAxis {
   }
 };
 
-// `count` positions in a row or a column of the image that is written, `out_step` apart in memory: what tap j of position i
-// reads lies at taps[j].position + i * in_step, and its weight at taps[j].tap of the dense [R, S] filter.
+// `count` positions in a row or a column of the image that is written, `out_step` apart in memory: what tap j of
+// position i reads lies at taps[j].position + i * in_step, and its weight at taps[j].tap of the dense [R, S] filter.
 struct Strip {
   int64_t out, count, in_step, out_step;
   std::vector<ReadTap> taps;
@@ -53,13 +54,13 @@ struct ProductRun {
 // The products of tap (r, s) whose pixel lies in the padding, of one image and channel; offsets in elements.
 std::vector<ProductRun> padding_products(const PaddedAxes&, int64_t r, int64_t s, const Strides& x, const Strides& y);
 
-// All strips of the frame, each position once; or those that are left when `sides` has the columns of its frame, from top to
-// bottom. Offsets in elements, for these strides of the image read and that written.
+// All strips of the frame, each position once; or those that are left when `sides` has the columns of its frame, from
+// top to bottom. Offsets in elements, for these strides of the image read and that written.
 std::vector<Strip> frame_strips(const GatherAxis& rows, const GatherAxis& columns, int64_t taps_a_row,
                                 const Strides& in, const Strides& out, bool sides);
 
-// The sides of a frame, where rows have stride 1, as sums down columns: the columns that they read are copied, each with its
-// padding, so that a vector holds neighbouring rows.
+// The sides of a frame, where rows have stride 1, as sums down columns: the columns that they read are copied, each
+// with its padding, so that a vector holds neighbouring rows.
 struct Sides {
   struct Tap {
     int64_t copy, offset, tap;  // sum i reads number offset + i of that copy

@@ -1,9 +1,9 @@
-// What a padding mode other than zeros adds to the gradient by the weight: the products in the padding, to what a kernel for
-// zero padding has summed. float32 and float64 only, which are summed in their own type.
+// What a padding mode other than zeros adds to the gradient by the weight: the products in the padding, to what a
+// kernel for zero padding has summed. float32 and float64 only, which are summed in their own type.
 //
-// Loop-to-data map. Where channels are dense (depthwise, channels_last), a task is one tap and one vector of channels. Else a
-// task is one filter plane, tap by tap; a vector holds neighbouring columns where both images have them dense. An image's
-// products are summed first, then the images, in a fixed order.
+// Loop-to-data map. Where channels are dense (depthwise, channels_last), a task is one tap and one vector of channels.
+// Else a task is one filter plane, tap by tap; a vector holds neighbouring columns where both images have them dense.
+// An image's products are summed first, then the images, in a fixed order.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/borders/borders_grad_weight.cpp"
 #include "cpu/borders/borders.h"

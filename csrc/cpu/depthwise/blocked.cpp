@@ -1,5 +1,5 @@
-// Depthwise convolution (multiplier 1) of planes whose columns are dense: forward and gradient by the input. plan.cpp says
-// of which. Images, planes and rows may lie apart in any way.
+// Depthwise convolution (multiplier 1) of planes whose columns are dense: forward and gradient by the input. plan.cpp
+// says of which. Images, planes and rows may lie apart in any way.
 //
 // Loop-to-data map. A task is a range of units: one vector of channels of one image n, the images of the same channels
 // one after another, as they share the filter. A unit's planes are turned into a tile (blocked.h) while those of the

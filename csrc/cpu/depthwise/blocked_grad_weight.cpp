@@ -1,5 +1,5 @@
-// Depthwise convolution (multiplier 1) of planes whose columns are dense: gradient by the weight. plan.cpp says of which.
-// Images, planes and rows may lie apart in any way.
+// Depthwise convolution (multiplier 1) of planes whose columns are dense: gradient by the weight. plan.cpp says of
+// which. Images, planes and rows may lie apart in any way.
 //
 // Loop-to-data map. A unit is one vector of channels of some strips of images n, a strip being as many rows of grad_y
 // as have their tiles (blocked.h) in the second-level cache. Strip by strip the planes of x and grad_y are turned into

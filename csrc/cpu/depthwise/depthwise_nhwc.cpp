@@ -1,5 +1,5 @@
-// Depthwise convolution (multiplier 1) of images whose channels are dense: forward and gradient by the input. Images, rows
-// and pixels may lie apart in any way: slices of channels, crops, expanded gradients.
+// Depthwise convolution (multiplier 1) of images whose channels are dense: forward and gradient by the input. Images,
+// rows and pixels may lie apart in any way: slices of channels, crops, expanded gradients.
 //
 // Loop-to-data map. A vector holds neighbouring channels of one pixel. A task is a strip of output rows of one image;
 // inside it the loops go: a group of kRowGroup output rows, block of neighbouring output columns, chunk of channels

@@ -12,8 +12,8 @@ inline constexpr int64_t kL1Bytes = 32 * 1024;  // of input that a block keeps i
 //   y[p, q] = activation(bias + sum over r, s of
 //                        w[r, s] * x[p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w])
 //
-// for all channels. Rows and pixels lie apart as the strides say (x_row, x_pixel, y_row, y_pixel, in elements), and those
-// of x may also be one and the same (0); the pads may be negative.
+// for all channels. Rows and pixels lie apart as the strides say (x_row, x_pixel, y_row, y_pixel, in elements), and
+// those of x may also be one and the same (0); the pads may be negative.
 template <typename T>
 struct Correlation {
   using A = accumulate_t<T>;

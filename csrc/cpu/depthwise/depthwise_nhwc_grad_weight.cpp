@@ -1,5 +1,5 @@
-// Depthwise convolution (multiplier 1) of images whose channels are dense: gradient by the weight. Images, rows and pixels
-// may lie apart in any way: slices of channels, crops, expanded gradients.
+// Depthwise convolution (multiplier 1) of images whose channels are dense: gradient by the weight. Images, rows and
+// pixels may lie apart in any way: slices of channels, crops, expanded gradients.
 //
 //   grad_w[c, r, s] = sum over n, p, q of
 //       grad_y[n, p, q, c] * x[n, p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w, c]
@@ -9,12 +9,13 @@
 //   - tiles: a tile of some kRowGroup output rows and kColumns output columns, channel vector, up to three kernel rows.
 //     The sums of those kernel rows stay in registers while the rows of the tile go by; then they are added to the
 //     task's sums. Meanwhile the same pixels of the next vector are fetched into the first-level cache.
-//   - streamed: input row by input row in the order of memory; see depthwise_nhwc_grad_weight_stream.h. Every short_sum()
+//   - streamed: input row by input row in the order of memory; see depthwise_nhwc_grad_weight_stream.h. Every
+//   short_sum()
 //     pixels or so the sums are added to the task's.
 // Either way grad_y and x come from memory once, and a long sum is a sum of short ones.
 //
-// The parts depend on the shape alone, and are added in order, by a second pass where there are several: the result does
-// not depend on the number of threads.
+// The parts depend on the shape alone, and are added in order, by a second pass where there are several: the result
+// does not depend on the number of threads.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/depthwise/depthwise_nhwc_grad_weight.cpp"
 #include "cpu/simd/foreach_isa.h"
@@ -38,8 +39,8 @@ inline constexpr int64_t kTasks = 32;            // parts x chunks aimed at
 inline constexpr int64_t kMinChunk = 4;          // channel vectors
 inline constexpr int64_t kSumBytes = 16 * 1024;  // of a chunk's sums
 
-// Output pixels, about, whose products are added one by one there: few, so that the sum is as exact as oneDNN's, and more
-// where it is a sum of many short ones anyway (benchmarks/notes).
+// Output pixels, about, whose products are added one by one there: few, so that the sum is as exact as oneDNN's, and
+// more where it is a sum of many short ones anyway (benchmarks/notes).
 inline int64_t short_sum(const ConvShape& k) { return k.N * k.P * k.Q <= 4096 ? 64 : 256; }
 
 // The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
@@ -159,7 +160,8 @@ struct Partition {
   int64_t first_vector(int64_t chunk) const { return vectors * chunk / chunks; }
 };
 
-// Adds the parts up, one channel vector a task: kLanes taps of kLanes channels at a time, turned into the weight's order.
+// Adds the parts up, one channel vector a task: kLanes taps of kLanes channels at a time, turned into the weight's
+// order.
 template <typename T>
 struct ReduceTask {
   using A = accumulate_t<T>;
@@ -256,8 +258,9 @@ struct SumTask {
     }
   }
 
-  // Output rows [p0, p1) of image n, channel vectors [v0, v1), input row by input row. `recent` and `sums` are of vector
-  // v0 on: after some rows, counted over the task's images (`done` of them came before), the one moves to the other.
+  // Output rows [p0, p1) of image n, channel vectors [v0, v1), input row by input row. `recent` and `sums` are of
+  // vector v0 on: after some rows, counted over the task's images (`done` of them came before), the one moves to the
+  // other.
   void add_streamed(int64_t n, int64_t done, int64_t p0, int64_t p1, int64_t v0, int64_t v1, A* recent, A* sums) const {
     const int64_t top = p0 * k.stride_h, bottom = (p1 - 1) * k.stride_h;  // of the padded image
     const int64_t begin = std::max<int64_t>(top - k.pad_h, 0), end = std::min(bottom - k.pad_h + k.R, k.H);

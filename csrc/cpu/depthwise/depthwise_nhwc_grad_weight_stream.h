@@ -2,10 +2,11 @@
 // channel vectors. A fragment like simd.h, read once for each instruction set.
 //
 // Loop-to-data map. A row goes by in tiles of kColumns output columns, a tile vector by vector, and a vector joins its
-// kernel rows kRows at a time: their sums come from the first-level cache, meet the pixels in registers, and go back. So
-// an input row comes once, as few long runs, which the processor's own prefetching follows, where a tile of many rows
-// is a cache line here and a cache line there; its rows of grad_y come from memory with the first input row that meets
-// them, and from the caches with the others. The price is a load and a store of each sum for each kColumns products.
+// kernel rows kRows at a time: their sums come from the first-level cache, meet the pixels in registers, and go back.
+// So an input row comes once, as few long runs, which the processor's own prefetching follows, where a tile of many
+// rows is a cache line here and a cache line there; its rows of grad_y come from memory with the first input row that
+// meets them, and from the caches with the others. The price is a load and a store of each sum for each kColumns
+// products.
 
 inline constexpr int64_t kVectorsAhead = 8;  // of tiles, about: the way to memory is as long as they take
 

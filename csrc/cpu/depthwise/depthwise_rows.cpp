@@ -1,8 +1,8 @@
 // Depthwise convolution of float32 over dense NHWC images, with a weight packed once and the sums of every channel.
 //
-// Loop-to-data map. A task has some rows of an image, or some of its channels where their sums are wanted, and goes down
-// its rows by bands, so that a band's input rows stay in the second-level cache while one vector of channels after another
-// passes over them: depthwise_rows_simd.h.
+// Loop-to-data map. A task has some rows of an image, or some of its channels where their sums are wanted, and goes
+// down its rows by bands, so that a band's input rows stay in the second-level cache while one vector of channels after
+// another passes over them: depthwise_rows_simd.h.
 //
 // Floor: R x S multiply-adds an output at the rate of the registers, or the bytes of x and y.
 #ifndef SEPCONV_KERNELS

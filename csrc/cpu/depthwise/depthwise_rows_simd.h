@@ -1,12 +1,12 @@
 // Depthwise convolution of some output rows of one image of float32, with a weight packed once (depthwise_rows.h). Like
-// simd.h, read once for each instruction set by the files that need it, after product_simd.h: hence no include guard and
-// no include.
+// simd.h, read once for each instruction set by the files that need it, after product_simd.h: hence no include guard
+// and no include.
 //
 // Loop-to-data map. Lanes are neighbouring channels. For each vector of channels the loops go: output row, block of
-// neighbouring output columns, kernel row. The sums of a block stay in registers while the taps pass; an input vector is
-// loaded once for each kernel row and feeds every sum that sees it. Going down the rows, a vector finds all but the newest
-// input rows in the first-level cache; the band of rows is expected in the second-level one. Rows and columns outside the
-// image are skipped: nothing is padded or copied.
+// neighbouring output columns, kernel row. The sums of a block stay in registers while the taps pass; an input vector
+// is loaded once for each kernel row and feeds every sum that sees it. Going down the rows, a vector finds all but the
+// newest input rows in the first-level cache; the band of rows is expected in the second-level one. Rows and columns
+// outside the image are skipped: nothing is padded or copied.
 //
 // Floor: R x S multiply-adds an output at the rate of the registers.
 
@@ -27,8 +27,8 @@ struct DepthwiseRows {
   const DepthwiseShape* shape;
 };
 
-// Sums [0, count) of a block are stored, and those from `fresh` on are new to the row. Of the input columns, counted from
-// that of tap 0 of sum 0, only [from, to) exist.
+// Sums [0, count) of a block are stored, and those from `fresh` on are new to the row. Of the input columns, counted
+// from that of tap 0 of sum 0, only [from, to) exist.
 struct RowPart {
   int count, fresh;
   int64_t from, to;

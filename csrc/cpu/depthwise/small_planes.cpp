@@ -1,5 +1,5 @@
-// Depthwise 3x3 convolution (multiplier 1) of small planes whose columns are dense: forward, and at stride 1 the gradient
-// by the input. plan.cpp says of which. Images, planes and rows may lie apart in any way.
+// Depthwise 3x3 convolution (multiplier 1) of small planes whose columns are dense: forward, and at stride 1 the
+// gradient by the input. plan.cpp says of which. Images, planes and rows may lie apart in any way.
 //
 // Loop-to-data map. A task is a range of planes (n, c). Some planes at a time are copied, zero-padded, into scratch
 // memory that stays in L1 and whose zeros are written once a task; a strided convolution's input is split there into

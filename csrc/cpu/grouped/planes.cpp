@@ -1,12 +1,12 @@
 // Forward and grad_input of any grouped convolution, any strides, any dtype: sums of shifted rows (planes.h).
 //
-// A task is a range of units; a unit is one image n, one group, one strip of rows (and a part of the group's outputs where
-// there are few units). It copies the zero-padded rows of the group's planes into scratch memory that stays in cache, as
-// sums' type, one plane for each row and column phase; several units of small planes are copied before any is computed, as
-// a load that overlaps two recent stores would wait for them. Then, for every output plane, row_block computes up to
-// kMaxRows rows x 1 vector of columns in registers: a loaded input vector serves every kernel row of a run, so loads
-// are fewer than multiplications. Output goes straight to memory, or through a tile of sums where rows must be interleaved
-// (grad_input of a strided convolution), converted (half types) or scattered (other layouts).
+// A task is a range of units; a unit is one image n, one group, one strip of rows (and a part of the group's outputs
+// where there are few units). It copies the zero-padded rows of the group's planes into scratch memory that stays in
+// cache, as sums' type, one plane for each row and column phase; several units of small planes are copied before any is
+// computed, as a load that overlaps two recent stores would wait for them. Then, for every output plane, row_block
+// computes up to kMaxRows rows x 1 vector of columns in registers: a loaded input vector serves every kernel row of a
+// run, so loads are fewer than multiplications. Output goes straight to memory, or through a tile of sums where rows
+// must be interleaved (grad_input of a strided convolution), converted (half types) or scattered (other layouts).
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/grouped/planes.cpp"
 #include "cpu/grouped/planes.h"

@@ -6,9 +6,9 @@
 //   grad_input   out[u] = sum over taps r of in[(u + pad - r * dilation) / stride] * w[r], where that division is exact
 //
 // A strided axis is split into phases (positions with one remainder modulo the stride), and then every tap is a plain
-// shift: in forward the input is split, and tap r reads phase (r * dilation) % stride; in grad_input the output is split, into
-// classes that each have their own taps. With stride 1 there is one phase and one class. Taps of one phase follow at equal
-// distances; a run is a few of them in a row.
+// shift: in forward the input is split, and tap r reads phase (r * dilation) % stride; in grad_input the output is
+// split, into classes that each have their own taps. With stride 1 there is one phase and one class. Taps of one phase
+// follow at equal distances; a run is a few of them in a row.
 #pragma once
 
 #include <algorithm>
@@ -120,9 +120,9 @@ inline std::vector<Run> runs_of(const AxisClass& positions) {
   return runs;
 }
 
-// Where the columns of an image row go in scratch memory: phase after phase, `pitch` numbers apart, with zeros around. What
-// lies before the first column is also what lies behind the row before. Reading whole vectors from any tap of any position
-// meets zeros, not numbers of another row, outside the image: the sums of planes_grad_weight.cpp rely on it.
+// Where the columns of an image row go in scratch memory: phase after phase, `pitch` numbers apart, with zeros around.
+// What lies before the first column is also what lies behind the row before. Reading whole vectors from any tap of any
+// position meets zeros, not numbers of another row, outside the image: the sums of planes_grad_weight.cpp rely on it.
 struct RowLayout {
   struct Span {
     int64_t begin, count, source;  // positions [begin, begin + count) hold the columns source, source + in_step, ...

@@ -1,11 +1,11 @@
 // grad_weight of any grouped convolution, any strides, any dtype, in one pass over x and grad_y.
 //
-// The gradient of every tap is a product of two planes: grad_y and the input, shifted (planes.h). A task owns some groups (or
-// a part of one) and some of the images; it copies zero-padded input rows to scratch memory as planes.cpp does, and
-// grad_block holds up to kMaxRows rows x 1 vector of grad_y in registers, against which it takes every shifted input vector
-// once for all kernel rows of a run. Every tap has a whole vector of partial sums, in a table that stays in L1; its lanes are
-// added at the very end. Images are split among tasks only where there are few groups, by the shape alone; the partial sums
-// are then added in that order.
+// The gradient of every tap is a product of two planes: grad_y and the input, shifted (planes.h). A task owns some
+// groups (or a part of one) and some of the images; it copies zero-padded input rows to scratch memory as planes.cpp
+// does, and grad_block holds up to kMaxRows rows x 1 vector of grad_y in registers, against which it takes every
+// shifted input vector once for all kernel rows of a run. Every tap has a whole vector of partial sums, in a table that
+// stays in L1; its lanes are added at the very end. Images are split among tasks only where there are few groups, by
+// the shape alone; the partial sums are then added in that order.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/grouped/planes_grad_weight.cpp"
 #include "cpu/grouped/planes.h"
@@ -24,7 +24,8 @@ void planes_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, con
 
 #include "cpu/grouped/planes_simd.h"
 
-// Sums of kSize lanes of a, then of b, alternating: where vectors a and b hold sums of kSize vectors each, those of all.
+// Sums of kSize lanes of a, then of b, alternating: where vectors a and b hold sums of kSize vectors each, those of
+// all.
 template <typename A, int kSize>
 SEPCONV_INLINE Vector<A> merge_sums(Vector<A> a, Vector<A> b) {
   using Index = typename VectorOf<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, kLanes<A>>::type;

@@ -1,7 +1,7 @@
 // The inner kernels of planes.cpp. Like simd.h, read once for each instruction set: no include guard and no include.
 //
-// row_block: kRows output rows, one vector of columns after the other; the sums of a vector stay in registers while all input
-// channels, runs of taps and column taps go by.
+// row_block: kRows output rows, one vector of columns after the other; the sums of a vector stay in registers while all
+// input channels, runs of taps and column taps go by.
 
 // Steps in numbers of scratch and weight memory.
 struct RunSteps {
@@ -52,7 +52,8 @@ SEPCONV_INLINE void add_run(Vector<A> (&sums)[kRows], const A* in, const A* w, c
 
 // ---- in place: the same from a plane whose columns are dense, without scratch memory ----
 //
-// rows[i] points at row i of the padded plane: into the image, or at a row of zeros. Lanes outside the image are masked off.
+// rows[i] points at row i of the padded plane: into the image, or at a row of zeros. Lanes outside the image are masked
+// off.
 
 template <typename A, int kRows, int kTaps>
 SEPCONV_INLINE void add_column_in_place(Vector<A> (&sums)[kRows], const A* const* rows, int64_t column, const A* taps,
@@ -87,8 +88,8 @@ SEPCONV_INLINE void add_run_in_place(Vector<A> (&sums)[kRows], const A* const* r
   }
 }
 
-// One output row, kVectors vectors of columns from q on: a row without neighbours (a sequence) has no other sums that could
-// go on while a sum waits for its last product.
+// One output row, kVectors vectors of columns from q on: a row without neighbours (a sequence) has no other sums that
+// could go on while a sum waits for its last product.
 template <typename A, bool kInPlace, int kVectors>
 SEPCONV_INLINE void lone_row(const Block<A>& b, const A* in_row, const A* const* rows, int64_t row, const A* w_filter,
                              A* out, int64_t q) {

@@ -1,5 +1,5 @@
-// Moving image rows into scratch memory and out of it. Like simd.h, read once for each instruction set by the files that
-// need it, in their second half: hence no include guard and no include.
+// Moving image rows into scratch memory and out of it. Like simd.h, read once for each instruction set by the files
+// that need it, in their second half: hence no include guard and no include.
 
 // Every second lane of a and b, beginning with lane kFirst (0 or 1).
 template <typename A, int kFirst>
@@ -73,9 +73,9 @@ SEPCONV_INLINE void split_rows(accumulate_t<T>* to_even, accumulate_t<T>* to_odd
   }
 }
 
-// A strip of an image plane into scratch: the `rows` positions from `start` on of every row phase, and of each the phases of
-// its columns. Rows outside the image are written as zeros only if `zero_rows`; otherwise they are left alone (all of the
-// scratch memory is zero from the start).
+// A strip of an image plane into scratch: the `rows` positions from `start` on of every row phase, and of each the
+// phases of its columns. Rows outside the image are written as zeros only if `zero_rows`; otherwise they are left alone
+// (all of the scratch memory is zero from the start).
 template <typename T>
 void copy_plane(accumulate_t<T>* scratch, const T* image, int64_t row_step, int64_t column_step, const Axis& rows_axis,
                 const Axis& columns_axis, const RowLayout& layout, int64_t start, int64_t rows, bool zero_rows) {
@@ -111,8 +111,8 @@ void copy_plane(accumulate_t<T>* scratch, const T* image, int64_t row_step, int6
   }
 }
 
-// Sums back into an image row: those of every column class (`pitch` numbers apart), with bias and activation. `ahead`: how
-// far on the image is fetched meanwhile, in numbers; 0: not at all.
+// Sums back into an image row: those of every column class (`pitch` numbers apart), with bias and activation. `ahead`:
+// how far on the image is fetched meanwhile, in numbers; 0: not at all.
 template <typename T>
 SEPCONV_INLINE void copy_out_row(T* image, int64_t step, const accumulate_t<T>* sums, int64_t pitch, const Axis& axis,
                                  accumulate_t<T> bias, Activation activation, int64_t ahead) {
@@ -175,7 +175,8 @@ struct Ahead {
 
 inline constexpr int kMaxRows = 8;
 
-// A load that stays one: for three uses GCC would rather load three times, and loads are what these loops have least of.
+// A load that stays one: for three uses GCC would rather load three times, and loads are what these loops have least
+// of.
 template <typename A>
 SEPCONV_INLINE Vector<A> load_once(const A* p) {
   return *reinterpret_cast<const volatile typename VectorOf<A, kLanes<A>>::unaligned*>(p);

@@ -1,8 +1,9 @@
 // Runs a plan over a batch.
 //
 // With at least an image for each thread, every thread takes images of its own through the whole program: what one step
-// writes, the next one finds in the caches of the same core, and nobody waits. The images that are left, and fewer images
-// than threads, go one after another, with the steps cut between threads. Kernels give the same results either way.
+// writes, the next one finds in the caches of the same core, and nobody waits. The images that are left, and fewer
+// images than threads, go one after another, with the steps cut between threads. Kernels give the same results either
+// way.
 #include "cpu/network/network.h"
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Programs as they are kept from call to call: parsed once, planned once for each size, with arenas that are used again.
+// Programs as they are kept from call to call: parsed once, planned once for each size, with arenas that are used
+// again.
 #pragma once
 
 #include <atomic>

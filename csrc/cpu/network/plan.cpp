@@ -1,7 +1,8 @@
 // From a program to a plan: the size of every value, and its place.
 //
 // Values that live at the same time lie side by side in the arena; the largest are placed first, each at the lowest
-// address that is free for its life. A step that may write in place takes over the memory of a value that it reads last.
+// address that is free for its life. A step that may write in place takes over the memory of a value that it reads
+// last.
 #include <algorithm>
 #include <stdexcept>
 

@@ -41,8 +41,8 @@ inline constexpr int kMostReads = 3;
 struct Kind;
 struct Step;
 
-// The steps of an inverted residual block, in their order (cpu/separable/inverted_residual.h): those that are absent are
-// null.
+// The steps of an inverted residual block, in their order (cpu/separable/inverted_residual.h): those that are absent
+// are null.
 struct Block {
   std::shared_ptr<const Step> expand, depthwise, squeeze, excite, project;
   bool hard_gate = false;

@@ -1,5 +1,5 @@
-// The table of steps: what each kind makes of the sizes that it reads, and which kernel runs it. A new kind is a size, a
-// run and a line of the table, beside its shape in sepconv_ext/graph/program.py.
+// The table of steps: what each kind makes of the sizes that it reads, and which kernel runs it. A new kind is a size,
+// a run and a line of the table, beside its shape in sepconv_ext/graph/program.py.
 #include <algorithm>
 #include <limits>
 #include <stdexcept>

@@ -1,9 +1,9 @@
 // Two products of float32 in one pass, after a LayerNorm or not: the hidden layer stays in the second-level cache.
 //
 // Loop-to-data map. Lanes are channels. A task has some pixels and goes through them by bands: it normalises a band's
-// pixels into a buffer, multiplies them by the first weight into a second one, and that by the second weight into y. Where
-// the weights are large and the pixels few, reading the weights is what costs: threads then share the channels of one
-// product after the other instead of the pixels.
+// pixels into a buffer, multiplies them by the first weight into a second one, and that by the second weight into y.
+// Where the weights are large and the pixels few, reading the weights is what costs: threads then share the channels of
+// one product after the other instead of the pixels.
 //
 // Floor: the multiply-adds of the two products at the rate of the registers, or the bytes of their weights.
 #ifndef SEPCONV_KERNELS

@@ -1,6 +1,6 @@
-// The door of two 1x1 products in one pass, with or without a LayerNorm before them: the second half of a ConvNeXt block,
-// or a transformer's. float32, dense NHWC pixels; raw memory in, raw memory out. Results do not depend on the number of
-// threads; in a task of another kernel, all runs in line.
+// The door of two 1x1 products in one pass, with or without a LayerNorm before them: the second half of a ConvNeXt
+// block, or a transformer's. float32, dense NHWC pixels; raw memory in, raw memory out. Results do not depend on the
+// number of threads; in a task of another kernel, all runs in line.
 //
 //   h = activation(bias + hidden n),  n = x or (x - mean) / sqrt(variance + eps) over each pixel's channels
 //   y = activation(bias + project h + residual)

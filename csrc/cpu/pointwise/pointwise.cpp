@@ -1,9 +1,10 @@
-// Pointwise convolution of few pixels (the squeeze-and-excite layers, and tiny images): a matrix product so small that the
-// call of a matrix library costs more than the arithmetic.
+// Pointwise convolution of few pixels (the squeeze-and-excite layers, and tiny images): a matrix product so small that
+// the call of a matrix library costs more than the arithmetic.
 //
-// Loop-to-data map. Each map is one of two products over dense rows, in both layouts; a block of sums stays in registers:
-//   DotRows       out[i, j] = sum over t of a[i, t] * b[j, t]          4 x 4 outputs, vectors along t, lanes added up last
-//   WeightedRows  out[i, v] = sum over t of scale[i, t] * rows[t, v]   4 x 2 vectors of outputs
+// Loop-to-data map. Each map is one of two products over dense rows, in both layouts; a block of sums stays in
+// registers:
+//   DotRows       out[i, j] = sum over t of a[i, t] * b[j, t]          4 x 4 outputs, vectors along t, lanes added up
+//   last WeightedRows  out[i, v] = sum over t of scale[i, t] * rows[t, v]   4 x 2 vectors of outputs
 // where
 //   channels_last (one row a pixel)     forward DotRows, over few channels WeightedRows of the turned weight;
 //                                       grad_input, grad_weight WeightedRows

@@ -1,8 +1,10 @@
 // Pointwise convolution of float32 as a matrix product over pixels, with bias, residual and activation in registers.
 //
-// Loop-to-data map. Which operand is read by vectors follows the output's layout (product_simd.h has the block of sums):
+// Loop-to-data map. Which operand is read by vectors follows the output's layout (product_simd.h has the block of
+// sums):
 //   channels_last   rows are pixels, lanes are output channels. The weight is in panels: the caller's, or packed here.
-//   NCHW            rows are output channels, lanes are pixels. A run of pixels is packed into panels; the weight is read
+//   NCHW            rows are output channels, lanes are pixels. A run of pixels is packed into panels; the weight is
+//   read
 //                   where it lies, or from the caller's panels.
 // The input has any strides: pixels that are not at one distance are gathered first. A task has some of the pixels and
 // some of the output channels. Whether pixels or channels come first within it decides what is read again and again:

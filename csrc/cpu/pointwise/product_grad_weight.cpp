@@ -1,10 +1,10 @@
 // The gradient by the weight of a pointwise convolution of float32, as a matrix product that sums over pixels.
 //
-// Loop-to-data map. grad_w[k, c] = sum over pixels i of grad_y[i, k] * x[i, c]: rows are output channels, lanes are input
-// channels (product_simd.h has the block of sums). A task has some of both, and goes through all pixels, a block of them
-// at a time. Of these, x is packed into panels, as many input channels as stay in the second-level cache; every row of
-// grad_y is then multiplied by them. grad_y is packed first where its channels are dense, so that one row's numbers do not
-// lie a pixel apart; where its planes are, it is read in place. The sums of a block are added to grad_w.
+// Loop-to-data map. grad_w[k, c] = sum over pixels i of grad_y[i, k] * x[i, c]: rows are output channels, lanes are
+// input channels (product_simd.h has the block of sums). A task has some of both, and goes through all pixels, a block
+// of them at a time. Of these, x is packed into panels, as many input channels as stay in the second-level cache; every
+// row of grad_y is then multiplied by them. grad_y is packed first where its channels are dense, so that one row's
+// numbers do not lie a pixel apart; where its planes are, it is read in place. The sums of a block are added to grad_w.
 // Blocks of pixels are the same for any number of threads, and so are the results. Short sums added up are also more
 // exact than one long one.
 //

@@ -1,5 +1,5 @@
-// Products whose rows are pixels and whose lanes are output channels, in the memory of one thread. Like simd.h, read once
-// for each instruction set by the files that need it, after product_simd.h: hence no include guard and no include.
+// Products whose rows are pixels and whose lanes are output channels, in the memory of one thread. Like simd.h, read
+// once for each instruction set by the files that need it, after product_simd.h: hence no include guard and no include.
 //
 // Whether pixels or channels come first decides what is read again and again:
 //   small weight     a block of kRows pixels meets all of the weight, which stays in the second-level cache

@@ -7,11 +7,11 @@
 //
 // The factors are read number by number, so they lie anyhow. The columns are read by whole vectors, from panels
 // [columns / kPanelColumns][terms][kPanelColumns] whose last one is padded: one cache line a term, for every
-// instruction set. Every sum begins with its bias and goes through the terms in their order, kChain at a time: it does not
-// depend on the blocks.
+// instruction set. Every sum begins with its bias and goes through the terms in their order, kChain at a time: it does
+// not depend on the blocks.
 
-// A block has up to kRows x kVectors sums: 28 of AVX-512's 32 registers, 12 of the others' 16; then the columns, and one
-// for the factor.
+// A block has up to kRows x kVectors sums: 28 of AVX-512's 32 registers, 12 of the others' 16; then the columns, and
+// one for the factor.
 inline constexpr int kRows = SEPCONV_ISA_LEVEL == 2 ? 14 : 6;
 inline constexpr int kVectors = 2;
 inline constexpr int64_t kColumns = kVectors * kLanes<float>;

@@ -1,10 +1,10 @@
 // Dense convolution of float32 to NHWC as a matrix product of windows, which are read where the image lies.
 //
-// Loop-to-data map. Rows of the product are the pixels of an output row, lanes are output channels, and a window of R x S
-// pixels is R runs of S * C neighbouring numbers (R * S runs of C where the columns are dilated). A task has a band of
-// output rows of one image, or some of its output channels: for each panel of the weight the band's rows, for each row
-// blocks of pixels. Where the image has no padding and dense channels, its windows are read in place; else the rows that a
-// band sees are first copied, with zeros around them.
+// Loop-to-data map. Rows of the product are the pixels of an output row, lanes are output channels, and a window of R x
+// S pixels is R runs of S * C neighbouring numbers (R * S runs of C where the columns are dilated). A task has a band
+// of output rows of one image, or some of its output channels: for each panel of the weight the band's rows, for each
+// row blocks of pixels. Where the image has no padding and dense channels, its windows are read in place; else the rows
+// that a band sees are first copied, with zeros around them.
 //
 // Floor: R * S * C multiply-adds an output at the rate of the registers.
 #ifndef SEPCONV_KERNELS

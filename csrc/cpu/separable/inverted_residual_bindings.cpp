@@ -1,5 +1,5 @@
-// The op inverted_residual on the CPU (ops/inverted_residual.h): the kernel of inverted_residual.h for float32 images whose
-// channels are dense, else calls of conv2d.
+// The op inverted_residual on the CPU (ops/inverted_residual.h): the kernel of inverted_residual.h for float32 images
+// whose channels are dense, else calls of conv2d.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

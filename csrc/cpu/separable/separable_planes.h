@@ -74,8 +74,8 @@ struct PlaneStage {
     }
   }
 
-  // The strip of a plane's outputs [p0, p0 + p_count) x [q0, q0 + q_count). Meanwhile the same of the plane that is next (if
-  // not null) is fetched, row by row: a strip is too short a run for the processor to guess.
+  // The strip of a plane's outputs [p0, p0 + p_count) x [q0, q0 + q_count). Meanwhile the same of the plane that is
+  // next (if not null) is fetched, row by row: a strip is too short a run for the processor to guess.
   void copy_strip(const T* plane, const T* next, int64_t p0, int64_t p_count, int64_t q0, int64_t q_count,
                   A* strip) const {
     const int64_t top = p0 * s.stride_h - s.pad_h, left = q0 * s.stride_w - s.pad_w;
@@ -91,8 +91,8 @@ struct PlaneStage {
     }
   }
 
-  // kP rows of outputs. Where a row is shorter than a vector, what is stored behind its end belongs to the next row, which
-  // is stored after it. kR x kS taps, or any number where they are 0.
+  // kP rows of outputs. Where a row is shorter than a vector, what is stored behind its end belongs to the next row,
+  // which is stored after it. kR x kS taps, or any number where they are 0.
   template <int kP, int kR, int kS>
   SEPCONV_INLINE void convolve_rows(const A* strip, const A* w, A bias, int64_t q_count, A* out) const {
     constexpr int L = kLanes<A>;

@@ -1,9 +1,9 @@
 // Huge pages for large outputs.
 //
-// malloc maps every block above 32 MiB afresh, and smaller ones often, so a large output costs one page fault per 4 KiB:
-// more than the convolution itself (measured, 8 x 64 x 300 x 300 float32, 3x3: 82 ms, and 23 ms with pages of 2 MiB).
-// Where the system leaves the choice to programs (transparent_hugepage = madvise, the usual setting), asking is enough.
-// It is a hint: it changes no result, and may be ignored.
+// malloc maps every block above 32 MiB afresh, and smaller ones often, so a large output costs one page fault per 4
+// KiB: more than the convolution itself (measured, 8 x 64 x 300 x 300 float32, 3x3: 82 ms, and 23 ms with pages of 2
+// MiB). Where the system leaves the choice to programs (transparent_hugepage = madvise, the usual setting), asking is
+// enough. It is a hint: it changes no result, and may be ignored.
 #pragma once
 
 #include <cstddef>

@@ -225,8 +225,8 @@ SEPCONV_INLINE Vector<A> clamp_lanes(Vector<A> v, A highest) {
   return limit_lanes<A>(v, A(0), highest);
 }
 
-// 1 / v within 2 units in the last place, for finite v from 1 on. AVX-512 refines its estimate of 14 bits by one step of
-// Newton's, which takes half as long as a division.
+// 1 / v within 2 units in the last place, for finite v from 1 on. AVX-512 refines its estimate of 14 bits by one step
+// of Newton's, which takes half as long as a division.
 SEPCONV_INLINE Floats reciprocal_lanes(Floats v) {
 #if SEPCONV_ISA_LEVEL == 2
   const Floats estimate = (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);

@@ -1,15 +1,16 @@
-// Spatially separable convolution: a column filter and then a row filter over every channel, in one pass through memory.
+// Spatially separable convolution: a column filter and then a row filter over every channel, in one pass through
+// memory.
 //
 //   t[p, w] = sum over r of column[c, r] * x[n, c, p + r - pad_h, w]
 //   y[n, c, p, q] = sum over s of row[c, s] * t[p, q + s - pad_w]
 //
-// Loop-to-data map. A line is what lies next to each other in memory: a row of one plane (NCHW), or a row of pixels with
-// all their channels (channels_last), where the neighbour of a pixel is C elements away and a vector holds neighbouring
-// channels. A unit of work is a strip of output rows of one plane or image, and of it a tile of the lines that fits the
-// first cache levels with its halo. Inside, the column pass writes kRowsAtOnce lines of t to scratch memory of one tile,
-// in the accumulation type, loading each input vector once for up to kRunTaps taps of all these lines; the row pass then
-// reads them shifted. So t never reaches memory, and a half type is rounded once. Outside the image t is zero, and rows
-// outside the image are read from a line of zeros.
+// Loop-to-data map. A line is what lies next to each other in memory: a row of one plane (NCHW), or a row of pixels
+// with all their channels (channels_last), where the neighbour of a pixel is C elements away and a vector holds
+// neighbouring channels. A unit of work is a strip of output rows of one plane or image, and of it a tile of the lines
+// that fits the first cache levels with its halo. Inside, the column pass writes kRowsAtOnce lines of t to scratch
+// memory of one tile, in the accumulation type, loading each input vector once for up to kRunTaps taps of all these
+// lines; the row pass then reads them shifted. So t never reaches memory, and a half type is rounded once. Outside the
+// image t is zero, and rows outside the image are read from a line of zeros.
 //
 // Filters are widened once a call. For channels_last with a filter for each channel, tap by tap, they are repeated
 // beyond their end by a vector, so that the vector of filter values from any channel on is one load.
