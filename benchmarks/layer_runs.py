@@ -56,6 +56,8 @@ def run(plan: Plan, advance: Callable[[str], None]) -> Iterator[dict]:
                     with threads(thread_count), torch.no_grad():
                         for map in plan.maps:
                             advance(layer.label)
+                            if peers.torch_crashes(layer, map, plan.device):
+                                continue
                             yield from _contest(plan, layer, dtype, map, thread_count, sets)
                 del sets
         if plan.device.type == "cuda":

@@ -117,6 +117,14 @@ def test_every_peer_computes_the_same(map, layout):
         assert (ran["matmul"] is not None) == (case.label.startswith("pw1x1 4>7") and layout == "channels_last")
 
 
+def test_what_torch_crashes_on_is_not_asked_for():
+    cpu = torch.device("cpu")
+    strided = layer(kind="pointwise", c=13, k=7, r=1, s=1, pad=(0, 0), groups=1, stride=(2, 2))
+    assert [peers.torch_crashes(strided, map, cpu) for map in layers.MAPS] == [False, False, True]
+    assert not peers.torch_crashes(replace(strided, in_channels=16), "grad_weight", cpu)
+    assert not peers.torch_crashes(replace(strided, stride_h=1, stride_w=1), "grad_weight", cpu)
+
+
 def test_shift_and_add_is_a_depthwise_convolution(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its arithmetic, not the compiler's
     for case in (LAYERS[0], LAYERS[1], LAYERS[2], LAYERS[5]):
