@@ -238,12 +238,12 @@ def _(
     **__,
 ) -> int:
     input = _batch(input, depthwise)
-    between = (input[0], depthwise[0], *input[2:])
+    between = [input[0], depthwise[0], *input[2:]]
     flops = 0 if expand is None else conv_flop_count(input, expand, between)
-    size = _output_size(between, depthwise, stride, padding, dilation)
+    size = list(_output_size(between, depthwise, stride, padding, dilation))
     flops += conv_flop_count(between, depthwise, size) + conv_flop_count(
-        size, project, (size[0], project[0], *size[2:])
+        size, project, [size[0], project[0], *size[2:]]
     )
     if squeeze is not None:
-        flops += 2 * conv_flop_count((size[0], size[1], 1, 1), squeeze, (size[0], squeeze[0], 1, 1))
+        flops += 2 * conv_flop_count([size[0], size[1], 1, 1], squeeze, [size[0], squeeze[0], 1, 1])
     return flops

@@ -38,11 +38,13 @@ class Line:
 @lru_cache(maxsize=256)
 def parse(code: str) -> tuple[tuple[Line, ...], tuple[tuple[int, bool], ...]]:
     """The lines, and what is returned: (value, whether it is a matrix)."""
-    lines, results = [], ()
+    lines: list[Line] = []
+    results: tuple[tuple[int, bool], ...] = ()
     for text in filter(None, code.splitlines()):
         first, *words = text.split()
         if first == "return":
-            results = tuple((int(value[1:]), kind == "matrix") for value, kind in zip(words[::2], words[1::2]))  # noqa: B905
+            pairs = zip(words[::2], words[1::2], strict=False)
+            results = tuple((int(value[1:]), kind == "matrix") for value, kind in pairs)
             continue
         kind, *operands = words[1:]
         fields = dict(word.split("=") for word in operands if "=" in word)
@@ -87,11 +89,11 @@ def _sizes(code: str, inputs: Sequence[Size]) -> Iterator[tuple[Line, Size, Size
 @torch.library.register_fake("sepconv_ext::program")
 def _(inputs: list[Tensor], constants: Tensor, code: str) -> list[Tensor]:
     sizes = {line.target: size for line, _, size in _sizes(code, [input.shape for input in inputs])}
-    options = dict(dtype=constants.dtype, device=constants.device)
+    dtype, device = constants.dtype, constants.device
     return [
-        torch.empty(sizes[value][:2], **options)
+        torch.empty(sizes[value][:2], dtype=dtype, device=device)
         if is_matrix
-        else torch.empty(sizes[value], memory_format=torch.channels_last, **options)
+        else torch.empty(sizes[value], memory_format=torch.channels_last, dtype=dtype, device=device)
         for value, is_matrix in parse(code)[1]
     ]
 
@@ -99,7 +101,7 @@ def _(inputs: list[Tensor], constants: Tensor, code: str) -> list[Tensor]:
 @register_flop_formula(torch.ops.sepconv_ext.program)
 def _(inputs: list[Size], constants: Size, code: str, *_, **__) -> int:
     flops = 0
-    for line, (_N, C, *_), size in _sizes(code, inputs):
+    for line, (_N, C, *_rest), size in _sizes(code, inputs):
         if line.kind in ("product", "conv", "depthwise"):
             each = 1 if line.kind == "depthwise" else C
             flops += 2 * math.prod(size) * each * math.prod(line.ints("kernel", "1x1"))
