@@ -94,6 +94,24 @@ def test_no_bit_depends_on_the_number_of_threads(layout: str, threads: None) -> 
             assert torch.equal(other[map], results[0][map]), map
 
 
+@pytest.mark.parametrize("order", ((3, 0, 2, 1), (2, 0, 1, 3), (3, 1, 2, 0), (1, 0, 2, 3)), ids=str)
+@pytest.mark.parametrize("stride", ((1, 1), (2, 1)), ids=str)
+def test_gradients_take_the_strides_of_permuted_operands(order: tuple[int, ...], stride: tuple[int, int]) -> None:
+    def permuted(t: Tensor) -> Tensor:
+        return t.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+
+    x = permuted(random((3, 40, 14, 15), torch.float32, "cpu", seed=1))
+    w = permuted(random((24, 40, 1, 1), torch.float32, "cpu", seed=2))
+    g = permuted(random((3, 24, (14 - 1) // stride[0] + 1, 15), torch.float32, "cpu", seed=3))
+    for strict in (False, True):
+        with strictness(strict):
+            actual = maps_of(x, w, None, g, stride)
+        exact = torchs(x, w, None, g, stride, torch.float64)
+        for map in MAPS:
+            torch.testing.assert_close(actual[map].double(), exact[map], rtol=1e-4, atol=1e-4)
+        assert actual["grad_input"].stride() == x.stride() and actual["grad_weight"].stride() == w.stride()
+
+
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("behind", ("sum", "mean"))
 def test_a_gradient_of_one_pixel_is_read_where_it_lies(layout: str, behind: str) -> None:

@@ -94,7 +94,9 @@ Strides random_strides(Random& random, const Sizes& s, bool may_overlap) {
 }
 
 Strides random_dense(Random& random, const Sizes& s) {
-  return emulator::make_strides(s, random.of<std::string>({"contiguous", "channels_last"}));
+  const std::string layout = random.of<std::string>({"contiguous", "channels_last", "permuted"});
+  if (layout == "permuted") return {s.h * s.c, 1, s.c, s.n * s.h * s.c};  // a gradient of a permuted operand is so, too
+  return emulator::make_strides(s, layout);
 }
 
 int64_t random_size(Random& random) {
