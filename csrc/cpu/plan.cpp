@@ -260,6 +260,7 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
       chosen.is_torchs() || chosen.kernel == Kernel::pointwise || chosen.kernel == Kernel::matmul;
   if (chosen.kernel == Kernel::product) {  // what it writes is not any view: a gradient takes its operand's strides
     if (map == Map::grad_input) chosen.copies.x = !is_dense(layout, input_image(s));
+    if (map == Map::forward) chosen.copies.y = !is_dense(layout, output_image(s));
     chosen.copies.weight = map == Map::grad_weight && s.C > 1 && s.w.c != 1;
   }
   return chosen;
