@@ -5,7 +5,6 @@ Each picture says which machine, day and number of threads it is from, and what 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -22,23 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = RESULTS / "2026-11-22-epyc-2cores" / "record.json"
 EAGER = RESULTS / "2026-11-22-epyc-2cores-networks" / "record.json"
-NETWORKS = RESULTS / "2026-11-29-epyc-2cores-peers" / "networks.csv"
-PEERS = ("eager", "compile", "onnxruntime", "openvino")
+NETWORKS = RESULTS / "2026-11-30-xeon-2cores-peers" / "record.json"
 MAPS = {"forward": "forward", "grad_input": "gradient by\nthe input", "grad_weight": "gradient by\nthe weight"}
 LAYOUTS = {"nchw": "NCHW", "channels_last": "channels_last"}
 COLOURS = {"nchw": "#0072b2", "channels_last": "#e69f00"}
 LOSS, GREY = "#b2432b", "#7f7f7f"
 
 
-def networks() -> list[tuple[str, float, str]]:
-    """(label, the best peer's time over the better of ours, the peer's name)."""
-    rows = []
-    with NETWORKS.open() as lines:
-        for row in csv.DictReader(lines):
-            peer = min(PEERS, key=lambda name: float(row[name]))
-            ours = min(float(row["ours"]), float(row["ours_compiled"]))
-            rows.append((f"{row['network']}, N {row['batch']}, {row['threads']} thr.", float(row[peer]) / ours, peer))
-    return rows
+def networks() -> list[tuple[str, float]]:
+    """(label, the best peer's time over ours)."""
+    rows = json.loads(NETWORKS.read_text())["networks"]
+    return [
+        (f"{row['model']}@{row['image_size']}, N {row['batch']}, {row['threads']} thr.", row["speedup"]) for row in rows
+    ]
 
 
 def draw_layers(axis, record: dict, threads: int) -> None:
@@ -72,15 +67,15 @@ def draw_layers(axis, record: dict, threads: int) -> None:
 
 def draw_networks(axis) -> None:
     rows = networks()
-    colours = [LOSS if ratio < 1 else COLOURS["nchw"] for _, ratio, _ in rows]
-    bars = axis.barh([label for label, _, _ in rows], [ratio for _, ratio, _ in rows], color=colours, height=0.62)
-    axis.bar_label(bars, [f"{ratio:.2f}x" for _, ratio, _ in rows], padding=3, fontsize=9)
+    colours = [LOSS if ratio < 1 else COLOURS["nchw"] for _, ratio in rows]
+    bars = axis.barh([label for label, _ in rows], [ratio for _, ratio in rows], color=colours, height=0.62)
+    axis.bar_label(bars, [f"{ratio:.2f}x" for _, ratio in rows], padding=3, fontsize=9)
     axis.axvline(1.0, color=GREY, linewidth=1)
-    axis.set_xlim(0, max(1.2, *(ratio + 0.2 for _, ratio, _ in rows)))
+    axis.set_xlim(0, max(1.2, *(ratio + 0.2 for _, ratio in rows)))
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=9)
     axis.set_xlabel("best peer's time over ours")
-    title = "Whole networks, inference\n1.0 is the best of eager, torch.compile,\nONNX Runtime and OpenVINO"
+    title = "Whole networks, inference\n1.0 is the better of ONNX Runtime and OpenVINO"
     axis.set_title(title, fontsize=11)
 
 
@@ -98,7 +93,7 @@ def results() -> None:
     note = (
         f"{machine}, float32. Above: {record['started'][:10]}, the {count} depthwise layers of layers.csv, N 8,\n"
         f"2 threads; bars and figures are geometric means. Below: {NETWORKS.parent.name[:10]}, 224x224,\n"
-        "models after convert_(fuse=True); thr. is threads."
+        "2 cores of a Xeon, frozen models; thr. is threads."
     )
     figure.supxlabel(note, fontsize=9, color="#444444")
     save(figure, "results")

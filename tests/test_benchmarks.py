@@ -245,7 +245,9 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     code = benchmark.main(arguments)
     assert code == 0, capsys.readouterr().out
     written = record.read(tmp_path / "record")
-    assert len(written["layers"]) == 2 * 2 * 3 and len(written["models"]) == 2
+    asked = [(layer, map) for layer in tiny for map in layers.MAPS]
+    asked = [call for call in asked if not peers.torch_crashes(*call, torch.device("cpu"))]
+    assert len(written["layers"]) == 2 * len(asked) and len(written["models"]) == 2
     (network,) = written["networks"]
     assert set(network["seconds_of"]) == {"torch", "sepconv freeze", "sepconv convert"}
     assert set(network["differences"]) == {
