@@ -60,6 +60,13 @@ check(b16, (2, 2, 2, 37), (2, 1, 31, 31), 1, 15, 1, 2, permuted, channels_last)
 check(b16, (2, 8, 1, 100), (8, 1, 1, 15), 1, (0, 7), 1, 8, channels_last, plain)
 check(f16, (2, 4, 1, 50), (4, 1, 1, 15), 1, (0, 7), 1, 4, channels_last, plain)
 """
+WIDE_AND_ONE_COLUMN = """
+check(b16, (3, 8, 28, 15), (3, 8, 6, 8), 1, (3, 4), 1, 1, plain, plain)
+check(b16, (2, 24, 5, 28), (24, 12, 1, 8), (1, 2), (0, 4), 1, 2, channels_last, plain)
+check(b16, (17, 64, 56, 2), (32, 4, 11, 11), (4, 3), 5, 1, 16, plain, plain)
+check(b16, (3, 8, 56, 2), (3, 8, 9, 9), 2, 4, 1, 1, channels_last, plain)
+check(b16, (2, 32, 5, 2), (8, 32, 3, 3), (1, 2), 1, 1, 1, plain, plain)
+"""
 PERMUTED_WEIGHTS = """
 check(f64, (3, 33, 28, 2), (8, 33, 6, 1), 1, 0, 1, 1, channels_last, permuted)
 check(f16, (3, 32, 19, 33), (4, 16, 3, 1), 1, 0, 1, 2, plain, permuted)
@@ -74,9 +81,13 @@ check(f64, (2, 8, 9, 9), (8, 8, 3, 3), 1, 1, 1, 1, plain, permuted)
         (STRIDED_1X1, 4, 3),
         (HALF_WEIGHT_GRADIENTS, 1, 7),
         (FEW_CHANNELS, 2, 3),
+        (WIDE_AND_ONE_COLUMN, 1, 5),
         (PERMUTED_WEIGHTS, 1, 3),
     ],
-    ids=["strided_1x1", "strided_1x1_threads", "half_weight_gradients", "few_channels", "permuted_weights"],
+    ids=[
+        *("strided_1x1", "strided_1x1_threads", "half_weight_gradients"),
+        *("few_channels", "wide_and_one_column", "permuted_weights"),
+    ],
 )
 def test_returns_right(calls: str, threads: int, rights: int) -> None:
     """Before: a corrupted heap or a hang (strided 1x1), an exception (permuted weights), NaN or a hang (AVX-512)."""

@@ -38,6 +38,19 @@ bool dense_on_one_pixel(Map, const ConvShape& s, DType) {
   return s.groups == 1 && s.H == 1 && s.W == 1 && (s.R > 1 || s.S > 1);
 }
 
+// Seen in bfloat16 on a processor with AMX: rows of 8 taps over 8 and 12 channels a group were wrong at every size,
+// over 16 and 24 with a stride of 4. Its kernels put the taps of a row beside their channels, up to 32 of these.
+bool forward_of_half_types_and_wide_filters(Map map, const ConvShape& s, DType dtype) {
+  const int64_t channels = s.channels_per_group();
+  return map == Map::forward && is_half(dtype) && !s.is_depthwise() && s.S >= 8 && channels >= 8 && channels < 32;
+}
+
+// Seen there too: an output of one column with a stride, whatever the channels (2 columns, 3 taps, stride 2, padding
+// 1).
+bool forward_of_half_types_to_one_column(Map map, const ConvShape& s, DType dtype) {
+  return map == Map::forward && is_half(dtype) && !s.is_depthwise() && s.S > 1 && s.Q == 1 && s.stride_w > 1;
+}
+
 struct Fault {
   bool (*hits)(Map, const ConvShape&, DType);
   const char* what;
@@ -49,6 +62,9 @@ constexpr Fault kFaults[] = {
     {weight_gradient_of_half_types, "torch 2.14.1 returns NaN at random: weight gradients of half types"},
     {depthwise_of_half_types_and_few_channels,
      "torch 2.14.1 may never return: depthwise of half types and few channels last"},
+    {forward_of_half_types_and_wide_filters,
+     "torch 2.14.1 is wrong: half types, 8 to 31 channels a group and 8 taps a row or more"},
+    {forward_of_half_types_to_one_column, "torch 2.14.1 is wrong: half types and a stride to one output column"},
     {dense_on_one_pixel, "torch 2.14.1 may read outside of the image: dense kernels on images of one pixel"},
 };
 
