@@ -2,8 +2,16 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before _C, which links to them)
 
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        "sepconv_ext._C, the compiled part, is not built or does not fit the installed torch. In the folder of the "
+        "sources, `pip install --no-build-isolation -e .` builds it (docs/install.md)."
+    ) from error
+
 # The ops' Python half (fake kernels, flop formulas, shardings) registers itself on import; the rest is the public face.
-from . import _C, _sharding, factorize, functional, nn, ops, packed, program  # noqa: F401
+from . import _sharding, factorize, functional, nn, ops, packed, program  # noqa: F401
 from .convert import convert_, revert_
 from .cost import cost
 from .functional import explain

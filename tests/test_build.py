@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -231,6 +232,14 @@ def test_lint_tools_have_one_version():
 
 def test_setup_py_stays_short():
     assert len((ROOT / "setup.py").read_text().splitlines()) < 150
+
+
+def test_sources_without_a_build_say_how_to_build(tmp_path):
+    shutil.copytree(ROOT / "sepconv_ext", tmp_path / "sepconv_ext", ignore=shutil.ignore_patterns("_C*.so"))
+    command = [sys.executable, "-c", "import sepconv_ext"]
+    failed = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+    assert failed.returncode != 0
+    assert "pip install --no-build-isolation -e ." in failed.stderr.strip().splitlines()[-1]
 
 
 def test_types_are_shipped():

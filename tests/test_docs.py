@@ -82,6 +82,11 @@ SCRIPT = runpy.run_path(str(ROOT / "docs" / "what_runs_where.py"))
 AGAIN = "the plan has changed: run `make docs-data`, and commit the page"
 
 
+def test_the_docstring_lists_the_activations() -> None:
+    listed = sepconv_ext.functional.depthwise_conv2d.__doc__.partition("activation:")[2].partition("padding_mode:")[0]
+    assert set(re.findall(r"``(\w+)``", listed)) == set(sepconv_ext._C.activations())
+
+
 def test_what_runs_where_on_a_cpu() -> None:
     assert SCRIPT["parts_of"](WHAT_RUNS_WHERE.read_text())["cpu"] == SCRIPT["cpu_part"](), AGAIN
 
