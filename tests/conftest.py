@@ -55,9 +55,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _known_state():
-    """Each test starts not strict, from one seed and with full float32 products on a GPU."""
+    """Each test starts not strict, from one seed, with full float32 products on a GPU and all threads of the CPU."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
     sepconv_ext._C.set_strict(False)
     torch.set_float32_matmul_precision("highest")
     with torch.backends.cudnn.flags(enabled=None, benchmark=None, deterministic=None, allow_tf32=False):
         yield
+    torch.set_num_threads(threads)

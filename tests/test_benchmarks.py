@@ -228,6 +228,7 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "image_size", lambda name: 32)
     monkeypatch.setattr(networks, "CACHE", tmp_path / "networks")
     monkeypatch.setattr(networks, "Process", InThisProcess)
+    monkeypatch.setattr(networks.metadata, "version", lambda package: "0")  # torchvision may not be there
     monkeypatch.setattr(runtimes.Compiled, "make", lambda self, model, images: model)  # no minutes in the compiler
     monkeypatch.setattr(benchmark.overhead, "CALLS", 2)
     monkeypatch.setattr(machine, "copy_bandwidth", lambda *_: {1 << 20: 1e10})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -284,11 +283,8 @@ def test_functional_forms(case: Case, device: str) -> None:
 
 
 @pytest.fixture(params=[1, 2])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
+def _threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @by_layout
@@ -316,17 +312,13 @@ def test_bias_that_is_not_dense(kind: str, layout: str, device: str) -> None:
 @pytest.mark.parametrize("which", MAPS)
 def test_same_bits_every_run(which: str, dtype: torch.dtype, layout: str, threads: int, device: str) -> None:
     """The same bits on every run, whatever the number of threads."""
-    before = torch.get_num_threads()
     cases = [case for case in CASES if case.N > 0 and case.family != "pointwise"]
-    try:
-        torch.set_num_threads(2)
-        with only_our_kernels():
-            first = [run_map(which, case, dtype, device, layout) for case in cases]
-        torch.set_num_threads(threads)
-        with only_our_kernels():
-            again = [run_map(which, case, dtype, device, layout) for case in cases]
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    with only_our_kernels():
+        first = [run_map(which, case, dtype, device, layout) for case in cases]
+    torch.set_num_threads(threads)
+    with only_our_kernels():
+        again = [run_map(which, case, dtype, device, layout) for case in cases]
     different = [str(case) for case, a, b in zip(cases, first, again, strict=True) if not torch.equal(a, b)]
     assert not different
 

@@ -95,13 +95,6 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def tensors(block: Block, dtype: torch.dtype = torch.float32, layout: str = "channels_last") -> list[Tensor | None]:
     """Input; weight and bias of expand, depthwise, project, squeeze and excite. Sums are of the input's size."""
     weight_layout = "strided" if layout == "strided" else "contiguous"
@@ -186,7 +179,7 @@ def test_other_dtypes(name, dtype):
 @pytest.mark.parametrize(
     "name", ["plain", "awkward", "bands_stride", "separable", "gate", "gate_bands", "gate_separable"]
 )
-def test_results_do_not_depend_on_threads(name, threads):
+def test_results_do_not_depend_on_threads(name):
     block = next(b for b in BLOCKS if b.name == name)
     for N in (1, 2, 5):
         given = tensors(block._replace(N=N))

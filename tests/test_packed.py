@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,13 +27,6 @@ SIZES = (
 )
 by_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def operands(size: tuple[int, ...], layout: str, stride: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,7 +76,7 @@ def test_activations(activation, layout, isa):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(2, 24, 30, 31, 58), (1, 640, 7, 7, 600), (1, 800, 1, 1, 1000)], ids=str)
-def test_results_do_not_depend_on_threads(size, layout, threads):
+def test_results_do_not_depend_on_threads(size, layout):
     x, w, b, r = operands(size, layout)
     packed, results = ops.pack_pointwise(w), []
     for count in (1, 2, 3, 8):

@@ -243,20 +243,16 @@ def test_explain() -> None:
 
 @by_mode
 def test_same_bits_every_run(mode: str, device: str) -> None:
-    before = torch.get_num_threads()
     runs = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            made = []
-            for case, layout in itertools.product(CASES[:-1], ("contiguous", "channels_last")):
-                x, w, b = tensors(case, torch.float32, device, layout)
-                g = random(case.output_size, torch.float32, device, layout, seed=4)
-                with only_our_kernels():
-                    made += [run_map(which, x, w, b, g, case, mode) for which in MAPS]
-            runs.append(made)
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        made = []
+        for case, layout in itertools.product(CASES[:-1], ("contiguous", "channels_last")):
+            x, w, b = tensors(case, torch.float32, device, layout)
+            g = random(case.output_size, torch.float32, device, layout, seed=4)
+            with only_our_kernels():
+                made += [run_map(which, x, w, b, g, case, mode) for which in MAPS]
+        runs.append(made)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 

@@ -3,8 +3,6 @@ view and instruction set gives what float64 says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,13 +27,6 @@ SIZES = (
     (1, 1100, 5, 4, 300),
 )
 STRIDES = ((1, 1), (2, 2), (3, 1), (1, 2))
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def maps_of(x: Tensor, w: Tensor, b: Tensor | None, g: Tensor, stride: tuple[int, int]) -> dict[str, Tensor]:
@@ -81,7 +72,7 @@ def test_every_map_against_float64(size: tuple[int, ...], stride: tuple[int, int
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-def test_no_bit_depends_on_the_number_of_threads(layout: str, threads: None) -> None:
+def test_no_bit_depends_on_the_number_of_threads(layout: str) -> None:
     x, g = random((3, 130, 23, 21), torch.float32, "cpu", layout), random((3, 70, 23, 21), torch.float32, "cpu", layout)
     w = random((70, 130, 1, 1), torch.float32, "cpu")
     results = []
@@ -159,7 +150,7 @@ PLANS = (
 
 
 @pytest.mark.parametrize(("call", "taken"), PLANS, ids=str)
-def test_what_the_plan_gives_to_the_products(call: tuple, taken: bool, threads: None) -> None:
+def test_what_the_plan_gives_to_the_products(call: tuple, taken: bool) -> None:
     count, layout, (N, C, K, size, stride), map = call
     torch.set_num_threads(count)
     x = torch.empty(N, C, size, size).contiguous(memory_format=getattr(torch, f"{layout}_format", torch.channels_last))

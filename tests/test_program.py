@@ -7,7 +7,6 @@ import gc
 import pickle
 import threading
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,23 +26,6 @@ run = torch.ops.sepconv_ext.program
 SIZES = ((2, 24, 7, 7), (1, 1, 19, 5), (3, 58, 1, 19), (5, 3, 19, 19), (1, 40, 1, 1), (2, 64, 33, 30), (0, 8, 4, 4))
 by_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        best = _C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.set_cpu_isa(best)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def constants_of(*tensors: Tensor) -> tuple[Tensor, list[int]]:
@@ -211,7 +193,7 @@ PERCEPTRONS += (((2, 300, 16, 15), 900),)
 
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("size, hidden", PERCEPTRONS, ids=str)
-def test_two_products(size: tuple[int, ...], hidden: int, normed: bool, isa: str, threads: None) -> None:
+def test_two_products(size: tuple[int, ...], hidden: int, normed: bool, isa: str) -> None:
     """Two blocks of two products, the second in the memory of its own input."""
     C = size[1]
     x, (w, b), (w1, b1), (w2, b2) = (
@@ -315,7 +297,7 @@ def test_a_network_is_one_call(model: nn.Module, frozen: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 3, 32, 32), (2, 3, 32, 32), (5, 3, 17, 50), (3, 3, 1, 1), (0, 3, 32, 32)])
-def test_any_size_and_any_number_of_threads(model: nn.Module, frozen: nn.Module, size: tuple, threads: None) -> None:
+def test_any_size_and_any_number_of_threads(model: nn.Module, frozen: nn.Module, size: tuple) -> None:
     x = random(size, torch.float32, "cpu")
     exact, expected = (copy.deepcopy(model).to(t)(x.to(t)) for t in (torch.float64, torch.float32))
     results = []
@@ -437,7 +419,7 @@ class Inverted(nn.Module):
 @pytest.mark.parametrize("gate", [None, nn.Sigmoid(), nn.Hardsigmoid(), nn.Tanh()], ids=str)
 @pytest.mark.parametrize("also", ["", "e", "d"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_inverted_residual_blocks(gate: nn.Module | None, also: str, stride: int, threads: None) -> None:
+def test_inverted_residual_blocks(gate: nn.Module | None, also: str, stride: int) -> None:
     model, x = Inverted(gate, also, stride).eval(), random((3, 8, 19, 12), torch.float32, "cpu")
     frozen = freeze(model, x)
     fused = also != "d" and not isinstance(gate, nn.Tanh)
