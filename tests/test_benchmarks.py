@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -284,13 +285,20 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
 
 
 class InThisProcess:
-    """A runtime without a process of its own: there the small network is not known."""
+    """A runtime without a process of its own: there the small network is not known.
+
+    One at a time: tracing by torch.fx replaces `nn.Module.__call__` meanwhile, for all threads. Two that overlap leave
+    one of the replacements behind, and every later call of a module in this process fails.
+    """
+
+    turn = threading.Lock()
 
     def __init__(self, runtime, folder):
         self.process = self.worker = runtimes.Worker(runtimes.RUNTIMES[runtime]())
 
     def ask(self, do, **command):
-        return getattr(self.worker, do)(**command)
+        with self.turn:
+            return getattr(self.worker, do)(**command)
 
     def end(self):
         self.worker.forget()

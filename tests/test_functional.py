@@ -361,6 +361,7 @@ def test_offsets_beyond_32_bits(case: Case, which: str, device: str) -> None:
     torch.testing.assert_close(far, near, rtol=2e-2, atol=2e-2)  # another kernel may take the strided images
 
 
+@pytest.mark.slow
 def test_more_than_2_to_31_outputs(device: str) -> None:
     """An output of 2^31 + 2^15 elements; the input is one row, expanded."""
     rows, columns = 2**16 + 1, 2**15
