@@ -1,231 +1,327 @@
+// The plan is an ordered list of rules (kRules). The first rule whose kernel can run the call, and that has a reason to
+// take it, decides. What they share is a Question.
+//
+// oneDNN is behind torch's own call. The rules that give a call to it hold in float32 and, where they say so, in
+// bfloat16: the only types that oneDNN has kernels for here. In float64 and float16 torch has slow loops, and the
+// kernels of this package win by factors.
 #include "cpu/plan.h"
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "cpu/plan_pointwise.h"
 #include "cpu/torch_faults.h"
 
 namespace sepconv::cpu {
 namespace {
 
-constexpr Plan planes(const char* reason) { return {Kernel::planes, "cpu_planes", reason}; }
-constexpr Plan small_planes(const char* reason) { return {Kernel::small_planes, "cpu_small_planes", reason}; }
-constexpr Plan blocked(const char* reason) { return {Kernel::blocked, "cpu_blocked", reason}; }
-constexpr Plan depthwise_nhwc(const char* reason) { return {Kernel::depthwise_nhwc, "cpu_depthwise_nhwc", reason}; }
-constexpr Plan pointwise(const char* reason) { return {Kernel::pointwise, "cpu_pointwise", reason}; }
-constexpr Plan product(const char* reason) { return {Kernel::product, "cpu_product", reason}; }
-constexpr Plan matmul(const char* reason) { return {Kernel::matmul, "cpu_matmul", reason}; }
-constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason}; }
-constexpr Plan aten_float32(const char* reason) { return {Kernel::aten_float32, "aten", reason}; }
+// Measured thresholds. Each block names the page of benchmarks/notes that has the figures; the record of the depthwise
+// ones is benchmarks/results/2026-11-22-epyc-2cores.
 
-// Below, a call's images are dense, both in `layout` (see plan()).
+// pointwise.md. Up to these sizes a product is faster in registers than through a matrix library: images of one pixel
+// (where the library's blocking finds nothing to block), and products that take less time than a library's call.
+constexpr int64_t kFewPixels = 32, kFewProducts = 16 * 1024;
 
-// Up to these sizes a product is faster in registers than through a matrix library: images of one pixel (where the
-// library's blocking finds nothing to block), and products that take less time than a library's call.
-constexpr int64_t kFewPixels = 32;
-constexpr int64_t kFewProducts = 16 * 1024;
-
-bool is_small_product(const ConvShape& s) {
-  if (!s.is_pointwise() || (s.C > 1 && s.w.c != 1)) return false;
-  if (s.H == 1 && s.W == 1) return s.P == 1 && s.Q == 1 && s.N <= kFewPixels;
-  return is_matrix_product(s) && s.input_elements() * s.K <= kFewProducts;
-}
-
-// What the blocked kernels can do. They turn blocks of 16 channels (with AVX-512, less else) into tiles: of few
-// channels, or of just more than a block, most lanes would be empty.
-bool blocked_can(Map map, const ConvShape& s, DType dtype) {
-  if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64) return false;
-  if ((s.C + 15) / 16 * 16 * 3 > s.C * 4) return false;
-  const bool strided = s.stride_h > 1 || s.stride_w > 1, dilated = s.dilation_h > 1 || s.dilation_w > 1;
-  if (s.stride_h > 2 || s.stride_w > 2 || (strided && dilated)) return false;
-  if (map != Map::grad_weight) {
-    // The tiles of both images, which a dilation with its padding may widen without end, fit some cache.
-    return s.H * (s.W + 2 * s.pad_w) + s.P * (s.Q + (s.S - 1) * s.dilation_w) <= 16 * 1024;
-  }
-  const bool counted = s.S == 3 || s.S == 5 || s.S == 7 || (s.S == 4 && s.R == 1);
-  // The tiles of one row fit some cache, which those of a sequence need less.
-  const int64_t vectors = s.R * (s.W + 2 * s.pad_w) + s.Q, most = s.R == 1 ? 20000 : 4096;
-  return !dilated && counted && (s.R == s.S || s.R == 1) && vectors <= most;
-}
-
-// Up to which planes they are the best here: until vectors along rows are well filled, and planes so large that 16 of
-// them lie far apart. That takes longer with a stride, as nothing has to be taken apart here, in half types, which are
-// widened once here, and in grad_weight, where no lanes have to be added up here. All measured (benchmarks/notes).
-bool blocked_is_best(Map map, const ConvShape& s, DType dtype) {
-  if (!blocked_can(map, s, dtype)) return false;
-  const int64_t taps = s.R * s.S, pixels = std::max(s.H * s.W, s.P * s.Q);
-  const bool strided = s.stride_h > 1 || s.stride_w > 1;
-  if (map == Map::grad_weight) return strided || pixels <= (s.C >= 64 || taps > 9 ? 80 * 80 : 28 * 28);
-  if (dtype != DType::float32) return pixels <= 56 * 56;
-  if (strided) return pixels <= (map == Map::forward && taps <= 9 ? 28 * 28 : 64 * 64);
-  return pixels <= (taps <= 7 * 7 ? 16 * 16 : 28 * 28);
-}
-
-// Multiply-adds that a kernel here does in the time that a call of oneDNN costs before it computes anything, and in the
-// time that it takes to go from one plane to the next.
+// host-time.md. Multiply-adds that a kernel here does in the time that a call of oneDNN costs before it computes
+// anything, and in the time that it takes to go from one plane to the next.
 constexpr int64_t kCallProducts = 128 * 1024, kPlaneProducts = 256;
+
+// depthwise-nchw.md, "blocks of channels". Vectors of 16 channels of both images, and of one row of them, that fit some
+// cache. A sequence is one row, and needs less beside it.
+constexpr int64_t kBlockedImage = 16 * 1024, kBlockedRow = 4096, kBlockedSequence = 20'000;
+// Pixels up to which blocks of channels are the best: until vectors along rows are well filled, and planes so large
+// that 16 of them lie far apart. That takes longer with a stride, as nothing has to be taken apart here. It takes
+// longer in half types, which are widened once here, and in grad_weight, where no lanes have to be added up here.
+constexpr int64_t kBlockedHalf = 56 * 56;
+constexpr int64_t kBlockedUnstrided = 16 * 16, kBlockedUnstridedWide = 28 * 28;  // wide: of more than 7x7 taps
+constexpr int64_t kBlockedStrided = 64 * 64, kBlockedStridedForward = 28 * 28;   // forward: of up to 3x3 taps
+constexpr int64_t kBlockedGradWeight = 28 * 28, kBlockedGradWeightMuch = 80 * 80;
+constexpr int64_t kMuchChannels = 64;
+
+// depthwise-nchw.md, "vectors along rows". Up to this size a plane, with its padding, is copied whole into the
+// first-level cache.
+constexpr int64_t kSmallPlane = 40;
+
+// depthwise-nchw.md and the last paragraph of grouped.md. oneDNN multiplies faster where there is much to multiply.
+constexpr int64_t kManyTaps = 7 * 7, kManyTapsOfBlocks = 8 * 8, kMostTaps = 13 * 13;
+constexpr int64_t kTapsOnAnyPlane = 9 * 9, kMediumPlane = 28 * 28;
+// Where no blocks are taken, its reordering costs it little on tiny planes: vectors along rows are mostly padding
+// there.
+constexpr int64_t kTinyPlane = 10 * 10;
+// sequences.md.
+constexpr int64_t kShortSequence = 128, kShortFilter = 3, kLongFilter = 31;
+
+// depthwise-nhwc.md and the last paragraph of grouped.md.
+constexpr int64_t kFewChannels = 16, kPartialChannels = 96, kLanes = 16;
+constexpr int64_t kStridedChannels = 480, kStridedPixels = 19 * 19;
+
+// grouped.md. Channels of a group up to which vectors along rows beat oneDNN's products on large planes.
+constexpr int64_t kGroupPixels = 28 * 28, kGroupChannels = 8, kGroupChannelsStridedGradInput = 16;
+constexpr int64_t kGroupChannelsStridedGradWeight = 4, kGroupChannelsOfOneTap = 4;
+// torch's float32 call for half types is not measured: there half types cost the kernels here nothing.
+constexpr int64_t kHalfGroupPixels = 14 * 14, kHalfGroupChannels = 8;
+
+// separable.md. Two calls are faster on small planes, where the first is blocks of channels and the second oneDNN's.
+constexpr int64_t kPairPixels = 20 * 20, kPairProducts = 30'000'000;
+constexpr int64_t kNarrowingPixels = 28 * 28, kNarrowing = 8;
+constexpr int64_t kPairBfloat16Channels = 128;
+
+// A call whose images are dense, both in `layout` (see plan()).
+struct Question {
+  Map map;
+  const ConvShape& s;
+  Layout layout;
+  DType dtype;
+  bool strict;
+  int threads;
+  bool torch_may = !strict && torch_fault(map, s, dtype) == nullptr;  // torch's own call is allowed, and sound
+};
+
+bool is_strided(const ConvShape& s) { return s.stride_h > 1 || s.stride_w > 1; }
+bool is_dilated(const ConvShape& s) { return s.dilation_h > 1 || s.dilation_w > 1; }
+
+// 1x1.
+
+bool is_pixel(const ConvShape& s) { return s.H == 1 && s.W == 1; }
+
+bool pointwise_can_run(const Question& q) {
+  const ConvShape& s = q.s;
+  if (!s.is_pointwise() || (s.C > 1 && s.w.c != 1)) return false;
+  return is_pixel(s) ? s.P == 1 && s.Q == 1 : is_matrix_product(s);
+}
+
+const char* pointwise_is_best(const Question& q) {
+  const bool few = is_pixel(q.s) ? q.s.N <= kFewPixels : q.s.input_elements() * q.s.K <= kFewProducts;
+  return few ? "1x1 on few pixels: sums in registers" : nullptr;
+}
+
+bool product_can_run(const Question& q) { return product_can(q.map, q.s, q.dtype); }
+const char* product_is_best(const Question& q) { return cpu::product_is_best(q.map, q.s, q.layout, q.threads); }
+const char* torch_may_not(const Question& q) { return q.torch_may ? nullptr : "1x1: a matrix product over pixels"; }
+
+bool is_product(const Question& q) { return is_matrix_product(q.s); }
+bool is_product_torch_may(const Question& q) { return q.torch_may && is_matrix_product(q.s); }
+
+// Why torch's call is the best for a 1x1 of whole images; null where at::mm is. With several threads torch's
+// convolution takes oneDNN itself, while MKL in some virtual machines stays with one.
+const char* torchs_product_is_best(const Question& q) {
+  if (q.map == Map::forward) return "1x1: oneDNN's product is as fast, and adds the bias on its way";
+  if (q.map == Map::grad_weight && q.layout != Layout::nhwc) {
+    return "1x1 on planes: oneDNN sums over the batch in one product";
+  }
+  return q.dtype == DType::float32 ? "1x1: torch's product is as fast, and takes all threads everywhere" : nullptr;
+}
+
+const char* matmul_is_best(const Question&) { return "1x1, one group, stride 1: a matrix product over pixels"; }
+
+// Blocks of channels. They turn 16 channels (with AVX-512, less else) into tiles: of few channels, or of just more than
+// a block, most lanes would be empty.
+
+bool blocked_can_run(const Question& q) {
+  const ConvShape& s = q.s;
+  if (q.layout != Layout::nchw || !s.is_depthwise() || s.K != s.C || q.dtype == DType::float64) return false;
+  if (ceil_div(s.C, kLanes) * kLanes * 3 > s.C * 4) return false;
+  if (s.stride_h > 2 || s.stride_w > 2 || (is_strided(s) && is_dilated(s))) return false;
+  if (q.map != Map::grad_weight) {
+    // A dilation with its padding may widen the tiles without end.
+    return s.H * (s.W + 2 * s.pad_w) + s.P * (s.Q + (s.S - 1) * s.dilation_w) <= kBlockedImage;
+  }
+  const bool is_sequence = s.R == 1;
+  const bool counted = s.S == 3 || s.S == 5 || s.S == 7 || (s.S == 4 && is_sequence);
+  const int64_t vectors = s.R * (s.W + 2 * s.pad_w) + s.Q;
+  return !is_dilated(s) && counted && (s.R == s.S || is_sequence) &&
+         vectors <= (is_sequence ? kBlockedSequence : kBlockedRow);
+}
+
+int64_t most_pixels_of_blocks(const Question& q) {
+  const int64_t taps = q.s.R * q.s.S;
+  if (q.map == Map::grad_weight) {
+    return q.s.C >= kMuchChannels || taps > 3 * 3 ? kBlockedGradWeightMuch : kBlockedGradWeight;
+  }
+  if (q.dtype != DType::float32) return kBlockedHalf;
+  if (is_strided(q.s)) return q.map == Map::forward && taps <= 3 * 3 ? kBlockedStridedForward : kBlockedStrided;
+  return taps <= 7 * 7 ? kBlockedUnstrided : kBlockedUnstridedWide;
+}
+
+const char* blocked_is_best(const Question& q) {
+  const bool any_size = q.map == Map::grad_weight && is_strided(q.s);
+  const bool best = any_size || std::max(q.s.H * q.s.W, q.s.P * q.s.Q) <= most_pixels_of_blocks(q);
+  return best ? "depthwise: planes turned into blocks of channels, in cache" : nullptr;
+}
+
+bool takes_blocks(const Question& q) { return blocked_can_run(q) && blocked_is_best(q) != nullptr; }
+
+// torch's own call, by oneDNN.
 
 bool is_tiny(const ConvShape& s) {
   const int64_t products = s.output_elements() * s.channels_per_group() * s.R * s.S;
   return products + s.N * s.K * kPlaneProducts <= kCallProducts;
 }
 
-// Depthwise, contiguous images: oneDNN multiplies faster where there is much to multiply; and where the blocked kernels
-// are not taken, what its reordering costs it is little on tiny planes, where vectors along rows are mostly padding.
-const char* onednn_is_faster_nchw(Map map, const ConvShape& s, DType dtype) {
-  if (dtype != DType::float32 || s.K != s.C) return nullptr;
+const char* onednn_is_faster_nchw(const Question& q) {
+  const ConvShape& s = q.s;
+  if (q.dtype != DType::float32 || s.K != s.C) return nullptr;
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
-  const bool blocked = blocked_is_best(map, s, dtype), much = taps > 9 * 9 || pixels < 28 * 28;
-  if (map == Map::forward && taps >= (blocked ? 8 * 8 : 7 * 7) && taps <= 13 * 13 && much) {
+  const bool blocked = takes_blocks(q), much = taps > kTapsOnAnyPlane || pixels < kMediumPlane;
+  if (q.map == Map::forward && taps >= (blocked ? kManyTapsOfBlocks : kManyTaps) && taps <= kMostTaps && much) {
     return "10x10 to 13x13, or on small planes from 7x7 (8x8 where blocks of channels are taken): oneDNN is faster "
            "forward";
   }
   if (blocked) return nullptr;
-  if (pixels <= 10 * 10 && (map != Map::grad_weight || taps <= 9)) return "planes of up to 10x10: oneDNN is faster";
-  if (s.R == 1 && s.P == 1 && pixels <= 128) {
-    if (map == Map::grad_weight && taps <= 3) return "short sequences, 3 taps: oneDNN is faster";
-    if (map == Map::grad_input && taps >= 31) return "short sequences, 31 taps: oneDNN is faster";
+  if (pixels <= kTinyPlane && (q.map != Map::grad_weight || taps <= 3 * 3)) {
+    return "planes of up to 10x10: oneDNN is faster";
+  }
+  if (s.R == 1 && s.P == 1 && pixels <= kShortSequence) {
+    if (q.map == Map::grad_weight && taps <= kShortFilter) return "short sequences, 3 taps: oneDNN is faster";
+    if (q.map == Map::grad_input && taps >= kLongFilter) return "short sequences, 31 taps: oneDNN is faster";
   }
   return nullptr;
 }
 
-const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dtype) {
+const char* onednn_is_faster_channels_last(const Question& q) {
+  const ConvShape& s = q.s;
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
-  if (s.K != s.C) return map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
-  if (s.C < 16 || (s.C == 16 && map == Map::forward)) return "16 channels last or fewer: oneDNN is faster";
-  if (dtype == DType::bfloat16 && taps <= 9 && pixels > 28 * 28) {
+  const bool forward = q.map == Map::forward;
+  if (s.K != s.C) return q.map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
+  if (s.C < kFewChannels || (s.C == kFewChannels && forward)) return "16 channels last or fewer: oneDNN is faster";
+  if (q.dtype == DType::bfloat16 && taps <= 3 * 3 && pixels > kMediumPlane) {
     return "bfloat16 3x3 on large channels_last images: oneDNN multiplies without widening";
   }
-  if (map == Map::forward) {
-    if (s.dilation_h > 1 || s.dilation_w > 1) return "dilated channels_last: oneDNN is faster";
-    if (s.stride_h > 1 && s.C >= 480 && pixels >= 19 * 19) return "many channels last, strided: oneDNN is faster";
-    if (s.C < 96 && s.C % 16 != 0 && pixels > 28 * 28) return "few channels last, no whole vectors: oneDNN is faster";
+  if (!forward) return nullptr;
+  if (is_dilated(s)) return "dilated channels_last: oneDNN is faster";
+  if (s.stride_h > 1 && s.C >= kStridedChannels && pixels >= kStridedPixels) {
+    return "many channels last, strided: oneDNN is faster";
+  }
+  if (s.C < kPartialChannels && s.C % kLanes != 0 && pixels > kMediumPlane) {
+    return "few channels last, no whole vectors: oneDNN is faster";
   }
   return nullptr;
 }
 
-// Channels of a group up to which vectors along rows beat oneDNN's products on large planes. A 1x1 leaves little to
-// compute for what it loads, and a strided one loads pixels that it does not use.
-int64_t most_channels_of_planes(Map map, const ConvShape& s) {
-  const bool strided = s.stride_h > 1 || s.stride_w > 1, one_tap = s.R == 1 && s.S == 1;
-  if (!strided) return one_tap ? 4 : 8;
+// A 1x1 leaves little to compute for what it loads, and a strided one loads pixels that it does not use.
+int64_t most_channels_of_groups(Map map, const ConvShape& s) {
+  const bool one_tap = s.R == 1 && s.S == 1;
+  if (!is_strided(s)) return one_tap ? kGroupChannelsOfOneTap : kGroupChannels;
   switch (map) {
-    case Map::forward: return one_tap ? 0 : 8;
-    case Map::grad_input: return one_tap ? 8 : 16;
-    case Map::grad_weight: return 4;
+    case Map::forward: return one_tap ? 0 : kGroupChannels;
+    case Map::grad_input: return one_tap ? kGroupChannels : kGroupChannelsStridedGradInput;
+    case Map::grad_weight: return kGroupChannelsStridedGradWeight;
   }
   return 0;
 }
 
-// Why oneDNN, which is behind ATen, is the faster one for this call; null where it is not. Every rule here was measured
-// (benchmarks/notes), in float32 and, where it says so, in bfloat16: the only types that oneDNN has kernels for
-// here. In float64 and float16 ATen has slow loops, and the kernels of this package win by factors.
-const char* onednn_is_faster(Map map, const ConvShape& s, Layout layout, DType dtype) {
-  if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
-  const bool channels_last = layout == Layout::nhwc;
-  if (!s.is_depthwise()) {
-    if (!channels_last && s.P * s.Q >= 28 * 28 && s.channels_per_group() <= most_channels_of_planes(map, s))
-      return nullptr;
-    return "groups of several channels: oneDNN's products are faster, but of few channels on large contiguous planes";
-  }
-  return channels_last ? onednn_is_faster_channels_last(map, s, dtype) : onednn_is_faster_nchw(map, s, dtype);
+const char* onednn_is_faster_grouped(const Question& q) {
+  const ConvShape& s = q.s;
+  const bool large_planes = q.layout == Layout::nchw && s.P * s.Q >= kGroupPixels;
+  if (large_planes && s.channels_per_group() <= most_channels_of_groups(q.map, s)) return nullptr;
+  return "groups of several channels: oneDNN's products are faster, but of few channels on large contiguous planes";
 }
 
-// Why the fourth op is made of two calls; null where the fused kernel was measured faster (benchmarks/notes). In
-// float64 and float16 ATen's loops are slow, and the fused kernel wins by factors.
-const char* two_calls_are_faster(const ConvShape& depthwise, const ConvShape& pointwise, DType dtype) {
-  if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
-  const ConvShape& d = depthwise;
-  const bool measured = d.R == d.S && (d.R == 3 || d.R == 5) && d.dilation_h == 1 && d.dilation_w == 1 && d.K == d.C;
-  if (!measured)
-    return "another kernel than 3x3 or 5x5, a dilation or a multiplier: the fused depthwise stage is not made for it";
-  const bool channels_last = output_layout(pointwise) == Layout::nhwc, strided = d.stride_h > 1 || d.stride_w > 1;
-  if (dtype == DType::bfloat16 && (channels_last || strided || d.C > 128)) {
-    return "bfloat16: oneDNN multiplies without widening";
-  }
-  const int64_t pixels = d.P * d.Q, products = pointwise.output_elements() * d.C;
-  const bool small = pixels <= 20 * 20 && (d.R == 5 || products >= 30'000'000);
-  if (!channels_last && (small || (pixels <= 28 * 28 && d.C >= 8 * pointwise.K))) {
-    return "small planes: blocks of channels and oneDNN's product, one after the other, are faster";
-  }
-  return nullptr;
+// Why torch's own call would be the faster one; null where it would not.
+const char* torch_is_faster(const Question& q) {
+  if (is_tiny(q.s)) return nullptr;
+  if (q.s.groups == 1 && q.s.C > 1) return "a dense convolution: oneDNN's matrix kernels are faster";
+  if (q.dtype != DType::float32 && q.dtype != DType::bfloat16) return nullptr;
+  if (!q.s.is_depthwise()) return onednn_is_faster_grouped(q);
+  return q.layout == Layout::nhwc ? onednn_is_faster_channels_last(q) : onednn_is_faster_nchw(q);
 }
 
-// Why torch's call is the best for a 1x1 of whole images; null where at::mm is. With several threads torch's
-// convolution takes oneDNN itself, while MKL in some virtual machines stays with one.
-const char* torchs_product_is_best(Map map, Layout layout, DType dtype) {
-  if (map == Map::forward) return "1x1: oneDNN's product is as fast, and adds the bias on its way";
-  if (map == Map::grad_weight && layout != Layout::nhwc)
-    return "1x1 on planes: oneDNN sums over the batch in one product";
-  return dtype == DType::float32 ? "1x1: torch's product is as fast, and takes all threads everywhere" : nullptr;
-}
-
-// Up to this size a plane, with its padding, is copied whole into the first-level cache.
-constexpr int64_t kSmallPlane = 40;
-
-bool small_planes_take(Map map, const ConvShape& s, DType dtype) {
-  if (!s.is_depthwise() || s.K != s.C || dtype == DType::float64 || map == Map::grad_weight) return false;
-  if (s.R != 3 || s.S != 3 || s.stride_h != s.stride_w || s.dilation_h != 1 || s.dilation_w != 1) return false;
-  if (map == Map::forward ? s.stride_h > 2 : s.stride_h > 1 || s.pad_h > 2 || s.pad_w > 2) return false;
-  return std::max({s.H, s.W, s.P, s.Q, s.pad_h, s.pad_w}) <= kSmallPlane;
-}
-
-// Why torch's own call would be the faster one, if it is sound; null where it would not.
-const char* torch_is_faster(Map map, const ConvShape& s, Layout layout, DType dtype) {
-  if (is_tiny(s)) return nullptr;
-  if (s.groups == 1 && s.C > 1) return "a dense convolution: oneDNN's matrix kernels are faster";
-  return onednn_is_faster(map, s, layout, dtype);
-}
-
-bool is_half(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
+bool torch_may(const Question& q) { return q.torch_may; }
 
 // A half type's weight gradient that torch may get wrong, and gets right in float32.
-bool is_sound_in_float32(Map map, const ConvShape& s, DType dtype) {
-  return is_half(dtype) && map == Map::grad_weight && !s.is_depthwise() &&
-         torch_fault(map, s, DType::float32) == nullptr;
+bool float32_can_run(const Question& q) {
+  return !q.strict && !q.torch_may && is_half(q.dtype) && q.map == Map::grad_weight && !q.s.is_depthwise() &&
+         torch_fault(q.map, q.s, DType::float32) == nullptr;
 }
 
-// Whether that costs less than the kernels here: not for groups of few channels on planes, where half types cost them
-// nothing (0.2 to 1.0 of the time).
-bool float32_is_faster(Map map, const ConvShape& s, Layout layout) {
-  const bool few = s.groups > 1 && s.channels_per_group() <= 8 && s.P * s.Q >= 14 * 14;
-  return (layout == Layout::nhwc || !few) && torch_is_faster(map, s, layout, DType::float32) != nullptr;
+const char* float32_is_best(const Question& q) {
+  const int64_t channels = q.s.channels_per_group();
+  const bool few = q.s.groups > 1 && channels <= kHalfGroupChannels && q.s.P * q.s.Q >= kHalfGroupPixels;
+  if (few && q.layout != Layout::nhwc) return nullptr;
+  Question wide = q;
+  wide.dtype = DType::float32;
+  if (torch_is_faster(wide) == nullptr) return nullptr;
+  return "torch 2.14.1 returns NaN at random in half types: its float32 call, rounded";
 }
 
-Plan plan_dense(Map map, const ConvShape& s, Layout layout, DType dtype, bool strict, int threads) {
-  if (is_small_product(s)) return pointwise("1x1 on few pixels: sums in registers");
-  const bool torch_may = !strict && torch_fault(map, s, dtype) == nullptr;
-  if (product_can(map, s, dtype)) {
-    if (const char* reason = product_is_best(map, s, layout, threads)) return product(reason);
-    if (!torch_may) return product("1x1: a matrix product over pixels");
+// The rest.
+
+bool nhwc_can_run(const Question& q) { return q.s.is_depthwise() && q.s.K == q.s.C && q.layout == Layout::nhwc; }
+const char* nhwc_is_best(const Question&) { return "depthwise on channels_last images: vectors of channels"; }
+
+bool small_planes_can_run(const Question& q) {
+  const ConvShape& s = q.s;
+  if (q.layout != Layout::nchw || q.map == Map::grad_weight) return false;
+  if (!s.is_depthwise() || s.K != s.C || q.dtype == DType::float64) return false;
+  if (s.R != 3 || s.S != 3 || s.stride_h != s.stride_w || is_dilated(s)) return false;
+  if (q.map == Map::forward) return s.stride_h <= 2;
+  return s.stride_h == 1 && s.pad_h <= 2 && s.pad_w <= 2;
+}
+
+const char* small_planes_is_best(const Question& q) {
+  const ConvShape& s = q.s;
+  const bool small = std::max({s.H, s.W, s.P, s.Q, s.pad_h, s.pad_w}) <= kSmallPlane;
+  return small ? "3x3 depthwise on small planes: copied, padded, into cache" : nullptr;
+}
+
+bool always(const Question&) { return true; }
+const char* grouped_is_left(const Question& q) {
+  return q.s.is_depthwise() ? "depthwise: vectors of pixels" : "groups of several channels: vectors of pixels";
+}
+
+struct Rule {
+  Kernel kernel;
+  const char* name;  // as counted and explained
+  bool (*can_run)(const Question&);
+  const char* (*is_best)(const Question&);  // the reason; null where a later rule is better
+};
+
+constexpr Rule kRules[] = {
+    {Kernel::pointwise, "cpu_pointwise", pointwise_can_run, pointwise_is_best},
+    {Kernel::product, "cpu_product", product_can_run, product_is_best},
+    {Kernel::product, "cpu_product", product_can_run, torch_may_not},
+    {Kernel::aten, "aten", is_product_torch_may, torchs_product_is_best},
+    {Kernel::matmul, "cpu_matmul", is_product, matmul_is_best},
+    {Kernel::aten, "aten", torch_may, torch_is_faster},
+    {Kernel::aten_float32, "aten", float32_can_run, float32_is_best},
+    {Kernel::depthwise_nhwc, "cpu_depthwise_nhwc", nhwc_can_run, nhwc_is_best},
+    {Kernel::blocked, "cpu_blocked", blocked_can_run, blocked_is_best},
+    {Kernel::small_planes, "cpu_small_planes", small_planes_can_run, small_planes_is_best},
+    {Kernel::planes, "cpu_planes", always, grouped_is_left},
+};
+
+Plan plan_dense(const Question& q) {
+  for (const Rule& rule : kRules) {
+    if (!rule.can_run(q)) continue;
+    if (const char* reason = rule.is_best(q)) return {rule.kernel, rule.name, reason};
   }
-  if (is_matrix_product(s)) {
-    const char* reason = torchs_product_is_best(map, layout, dtype);
-    if (torch_may && reason != nullptr) return aten(reason);
-    return matmul("1x1, one group, stride 1: a matrix product over pixels");
+  return {};  // not reached: the last rule takes every call
+}
+
+// Why the fourth op is made of two calls; null where the fused kernel was measured faster.
+const char* two_calls_are_faster(const SeparableShape& s, DType dtype) {
+  if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
+  const ConvShape &d = s.depthwise, &p = s.pointwise;
+  const bool measured = d.R == d.S && (d.R == 3 || d.R == 5) && !is_dilated(d) && d.K == d.C;
+  if (!measured) {
+    return "another kernel than 3x3 or 5x5, a dilation or a multiplier: the fused depthwise stage is not made for it";
   }
-  if (torch_may) {
-    if (const char* reason = torch_is_faster(map, s, layout, dtype)) return aten(reason);
-  } else if (!strict && is_sound_in_float32(map, s, dtype) && float32_is_faster(map, s, layout)) {
-    return aten_float32("torch 2.14.1 returns NaN at random in half types: its float32 call, rounded");
+  const bool channels_last = output_layout(p) == Layout::nhwc;
+  if (dtype == DType::bfloat16 && (channels_last || is_strided(d) || d.C > kPairBfloat16Channels)) {
+    return "bfloat16: oneDNN multiplies without widening";
   }
-  if (s.is_depthwise() && s.K == s.C && layout == Layout::nhwc) {
-    return depthwise_nhwc("depthwise on channels_last images: vectors of channels");
-  }
-  if (layout == Layout::nchw && blocked_is_best(map, s, dtype)) {
-    return blocked("depthwise: planes turned into blocks of channels, in cache");
-  }
-  if (layout == Layout::nchw && small_planes_take(map, s, dtype)) {
-    return small_planes("3x3 depthwise on small planes: copied, padded, into cache");
-  }
-  if (s.is_depthwise()) return planes("depthwise: vectors of pixels");
-  return planes("groups of several channels: vectors of pixels");
+  if (channels_last) return nullptr;
+  const int64_t pixels = d.P * d.Q, products = p.output_elements() * d.C;
+  const bool small = pixels <= kPairPixels && (d.R == 5 || products >= kPairProducts);
+  const bool narrowing = pixels <= kNarrowingPixels && d.C >= kNarrowing * p.K;
+  if (!small && !narrowing) return nullptr;
+  return "small planes: blocks of channels and oneDNN's product, one after the other, are faster";
 }
 
 // Every pixel is the same one: a gradient behind sum or mean.
 bool is_one_pixel(const ImageShape& image) {
-  const bool rows_are = image.rows <= 1 || image.strides.h == 0,
-             columns_are = image.columns <= 1 || image.strides.w == 0;
+  const bool rows_are = image.rows <= 1 || image.strides.h == 0;
+  const bool columns_are = image.columns <= 1 || image.strides.w == 0;
   return image.rows * image.columns > 1 && rows_are && columns_are;
 }
 
@@ -252,7 +348,8 @@ bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape&
 
 Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
   const Layout layout = call_layout(map, s);
-  Plan chosen = plan_dense(map, with_copies(s, {layout, true, true, false, true}), layout, dtype, strict, threads);
+  const ConvShape dense = with_copies(s, {layout, true, true, false, true});
+  Plan chosen = plan_dense({map, dense, layout, dtype, strict, threads});
   chosen.copies.layout = layout;
   chosen.copies.x = !takes(chosen.kernel, map, dtype, layout, input_image(s));
   chosen.copies.y = !takes(chosen.kernel, map, dtype, layout, output_image(s));
@@ -267,11 +364,10 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
 }
 
 Plan plan_separable(const SeparableShape& s, DType dtype, bool strict) {
-  const ConvShape &d = s.depthwise, &p = s.pointwise;
-  if (!strict) {
-    if (const char* reason = two_calls_are_faster(d, p, dtype)) return {Kernel::composite, "composite", reason};
-  }
-  return {Kernel::separable, "cpu_separable", "the intermediate stays in cache", separable_copies(d, output_layout(p))};
+  const char* reason = strict ? nullptr : two_calls_are_faster(s, dtype);
+  if (reason != nullptr) return {Kernel::composite, "composite", reason};
+  return {Kernel::separable, "cpu_separable", "the intermediate stays in cache",
+          separable_copies(s.depthwise, output_layout(s.pointwise))};
 }
 
 }  // namespace sepconv::cpu

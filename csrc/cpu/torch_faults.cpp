@@ -5,10 +5,10 @@
 // raises for a permuted weight of float64 and float16. There the gradient is asked for in a layout that torch has.
 #include "cpu/torch_faults.h"
 
+#include "core/arithmetic.h"
+
 namespace sepconv::cpu {
 namespace {
-
-bool is_half(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
 
 // oneDNN copies every stride-th pixel of channels_last images into a workspace. Its step there is a block of 8 or 16
 // channels, also where the image has fewer: the last pixels are written past the workspace's end (oneDNN issue 6035).
