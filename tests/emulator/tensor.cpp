@@ -74,6 +74,8 @@ void write_element(void* p, DType d, int64_t i, double v) {
   }
 }
 
+void (*buffer_watcher)(const void* data, size_t bytes, bool alive) = nullptr;
+
 Buffer::Buffer(const Sizes& sizes, const Strides& strides, DType dtype, int64_t offset)
     : sizes_(sizes), strides_(strides), dtype_(dtype) {
   int64_t span = 0;
@@ -98,9 +100,11 @@ void Buffer::allocate(size_t bytes, size_t front) {
   __asan_poison_memory_region(allocation_, front);
 #endif
   fill_nan();
+  if (buffer_watcher) buffer_watcher(data_, bytes_, true);
 }
 
 Buffer::~Buffer() {
+  if (buffer_watcher) buffer_watcher(data_, bytes_, false);
 #if defined(EMULATOR_ASAN)
   __asan_unpoison_memory_region(allocation_, front_);
 #endif

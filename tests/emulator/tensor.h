@@ -22,6 +22,9 @@ double unit_roundoff(sepconv::DType);  // half a unit in the last place of 1.0
 double read_element(const void*, sepconv::DType, int64_t index);
 void write_element(void*, sepconv::DType, int64_t index, double value);  // rounds to nearest
 
+// Where set, it is told of every buffer's memory: that it is there now, and that it no longer is (tests/ptx).
+extern void (*buffer_watcher)(const void* data, size_t bytes, bool alive);
+
 // A heap block that ends where the tensor ends, so that AddressSanitizer sees the first byte beyond. `offset` elements
 // stand before the tensor, poisoned: a view whose pointer is not as well aligned as an allocation's.
 class Buffer {

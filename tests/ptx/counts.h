@@ -1,0 +1,31 @@
+// What a profiler would count: instructions, and of those that touch memory their requests, sectors and wavefronts.
+//
+// A sector is 32 aligned bytes of global memory. A wavefront is one clock of shared memory: it serves one word of 4
+// bytes of each of 32 banks, any number of lanes of the same word. A request of 8 bytes a lane goes in two halves of
+// the warp, one of 16 bytes in four quarters; ldmatrix in groups of eight rows.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace ptx {
+
+struct Count {
+  uint64_t requests = 0, wavefronts = 0, ideal = 0, sectors = 0, bytes = 0;
+};
+
+struct Access {
+  uint64_t address;
+  uint32_t bytes;
+};
+
+struct Counts {
+  std::map<std::string, uint64_t> executed;  // warp instructions, by opcode
+  std::map<std::string, Count> memory;       // by opcode; cp.async has one for each side
+  void global(const std::string& opcode, const std::vector<Access>&);
+  void shared(const std::string& opcode, const std::vector<Access>&);
+};
+
+}  // namespace ptx

@@ -1,0 +1,212 @@
+"""Compiles the CUDA kernels to PTX with nvcc, and runs that PTX on the CPU (README.md).
+
+    python tests/ptx/ptx.py run [--arch 80|90a] [--counts] map=... dtype=... N=...    one case, as emulate.py takes it
+    python tests/ptx/ptx.py opcodes                                             what occurs in the PTX, and how often
+
+PTX_ONLY=grouped,sum_partials compiles these .cu files only. What nvcc and g++ made is kept in .emulator-cache/ under
+the hash of everything that went into it.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "emulator"))
+import emulate  # noqa: E402
+
+ARCHITECTURES = ("80", "90a")
+CACHE = emulate.CACHE / "ptx"
+MACHINE = sorted(path for path in HERE.glob("*.cpp") if path.stem not in ("runtime", "text"))
+# Host code of the emulator and of the package, which the race build has as it is wanted here.
+SHARED = (*emulate.PLAN, emulate.KERNELS / "run.cpp", emulate.KERNELS / "device" / "tensor_map.cpp")
+SHARED += tuple(emulate.HERE / f"{name}.cpp" for name in ("tensor", "reference", "case", "runner"))
+
+
+@functools.cache
+def nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = (shutil.which("nvcc", path=str(Path(home) / "bin")) for home in homes if home)
+    return next(filter(None, found), None) or shutil.which("nvcc")
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None where PTX can be made and run here, else what is missing."""
+    if nvcc() is None:
+        return "no nvcc to compile the kernels to PTX with: set CUDA_HOME"
+    return emulate.why_not()
+
+
+@functools.cache
+def nvcc_version() -> str:
+    return subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+
+
+def _key(*parts: str, files: Mapping[Path, bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    for path in sorted(files):
+        digest.update(path.name.encode() + files[path] + b"\0")
+    return digest.hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What nvcc made of one .cu file: the host's object, and the PTX of each architecture."""
+
+    object: Path
+    ptx: dict[str, Path]
+
+
+def compile_kernels(source: Path) -> Compiled:
+    """One run of nvcc gives all: entries have names that differ from run to run."""
+    flags = ["-std=c++20", "-O3", "-Xcompiler=-O0", f"-I{emulate.CSRC}"]
+    flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES]
+    files = {source: source.read_bytes(), **emulate._closure(source, source.read_text(), [emulate.CSRC])}
+    folder = CACHE / f"{source.stem}-{_key(nvcc_version(), *flags, files=files)}"
+    made = Compiled(folder / f"{source.stem}.o", {arch: folder / f"{source.stem}.{arch}.ptx" for arch in ARCHITECTURES})
+    if folder.exists():
+        return made
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        target = Path(scratch) / "made"
+        kept = Path(scratch) / "kept"
+        target.mkdir()
+        kept.mkdir()
+        command = [nvcc(), *flags, "--keep", "--keep-dir", str(kept), "-c", "-o", str(target / made.object.name)]
+        done = subprocess.run([*command, str(source)], text=True, capture_output=True, cwd=scratch)
+        if done.returncode:
+            raise emulate.CompileError(f"{source.name}:\n{done.stderr}")
+        for arch in ARCHITECTURES:
+            shutil.copy(kept / f"{source.stem}.compute_{arch}.ptx", target / made.ptx[arch].name)
+        try:
+            target.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    return made
+
+
+def compile_machine(source: Path) -> Path:
+    flags = ["-std=c++20", "-O2", "-g1", "-Wall", "-Wextra", "-ffp-contract=off", "-frounding-math", "-DEMULATOR_RACE"]
+    folders = [HERE, emulate.HERE, emulate.CSRC]
+    files = {source: source.read_bytes(), **emulate._closure(source, source.read_text(), folders)}
+    target = CACHE / f"{source.stem}-{_key(emulate.compiler_version(), *flags, files=files)}.o"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}.part")
+        command = [emulate.compiler(), *flags, *(f"-I{f}" for f in folders), f"-I{emulate.cuda_include()}"]
+        done = subprocess.run([*command, "-c", "-o", str(part), str(source)], text=True, capture_output=True)
+        if done.returncode:
+            raise emulate.CompileError(f"{source.name}:\n{done.stderr}")
+        part.replace(target)
+    return target
+
+
+def link(objects: Iterable[Path], name: str) -> Path:
+    objects = sorted(objects)
+    target = CACHE / f"{name}-{_key(*map(str, objects), files={})}"
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}.part")
+        # Doors whose kernels are not compiled stay open: nobody may call them.
+        command = [emulate.compiler(), "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *map(str, objects)]
+        done = subprocess.run([*command, "-o", str(part)], text=True, capture_output=True)
+        if done.returncode:
+            raise emulate.CompileError(f"link ({name}):\n{done.stderr}")
+        part.replace(target)
+    return target
+
+
+def kernel_sources() -> list[Path]:
+    only = os.environ.get("PTX_ONLY")
+    return sorted(p for p in emulate.KERNELS.rglob("*.cu") if not only or p.stem in only.split(","))
+
+
+def for_arch(arguments: Sequence[str], arch: str) -> list[str]:
+    """A case, planned for a GPU of this architecture where it does not name one itself."""
+    named = any(a.startswith("sm=") for a in arguments)
+    return [*arguments, *([] if named else [f"sm={re.search('[0-9]+', arch)[0]}"])]
+
+
+@dataclass(frozen=True)
+class Runner:
+    program: Path
+    ptx: dict[str, dict[str, Path]]  # by architecture, by the name of the .cu file
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        arch: str,
+        counts: bool = False,
+        replaced: Mapping[str, Path] | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        """One case. `replaced`: other PTX for some of the files (planted faults)."""
+        files = {**self.ptx[arch], **(replaced or {})}
+        variables = {"PTX_FILES": ":".join(map(str, files.values())), **({"PTX_COUNTS": "1"} if counts else {})}
+        return emulate.run(self.program, for_arch(arguments, arch), timeout=timeout, variables=variables)
+
+
+def runner(sources: Sequence[Path]) -> Runner:
+    """Builds what is missing, for the kernels of these files."""
+    with ThreadPoolExecutor(emulate.JOBS) as pool:
+        shared = pool.map(lambda p: emulate.compile_object(p, "race"), SHARED)
+        machine = pool.map(compile_machine, [*MACHINE, HERE / "runtime.cpp"])
+        compiled = dict(zip(sources, pool.map(compile_kernels, sources), strict=True))
+        objects = [*shared, *machine, *(c.object for c in compiled.values())]
+    ptx = {arch: {s.stem: c.ptx[arch] for s, c in compiled.items()} for arch in ARCHITECTURES}
+    return Runner(link(objects, "runner"), ptx)
+
+
+def opcodes(text: str) -> collections.Counter[str]:
+    """The opcodes of a PTX file, those of inline assembly too."""
+    plain = re.sub(r"//[^\n]*", "", text)
+    pattern = r"(?:^|[;{}:)])\s*(?:@!?[%\w]+\s+)?([a-z][a-z0-9_]*(?:\.[\w:]+)*)(?=[\s;])"
+    return collections.Counter(re.findall(pattern, plain))
+
+
+def command(arch: str, arguments: Sequence[str]) -> str:
+    """The line that repeats a run by hand."""
+    return f"{Path(sys.executable).name} tests/ptx/ptx.py run --arch {arch} {' '.join(arguments)}"
+
+
+def main(arguments: list[str]) -> int:
+    if reason := why_not():
+        print(reason)
+        return 2
+    if arguments[:1] == ["opcodes"]:
+        for arch in ARCHITECTURES:
+            found: collections.Counter[str] = collections.Counter()
+            for source in kernel_sources():
+                found += opcodes(compile_kernels(source).ptx[arch].read_text())
+            print(f"{arch}: {len(found)} opcodes")
+            for opcode, times in found.most_common():
+                print(f"{times:8} {opcode}")
+        return 0
+    if arguments[:1] != ["run"]:
+        print(__doc__)
+        return 2
+    rest = arguments[1:]
+    arch = rest.pop(rest.index("--arch") + 1) if "--arch" in rest else "90a"
+    case = [a for a in rest if not a.startswith("--")]
+    done = runner(kernel_sources()).run(case, arch, counts="--counts" in rest)
+    print(done.stdout, end="")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

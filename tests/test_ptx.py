@@ -1,0 +1,260 @@
+"""The PTX that nvcc emits for the CUDA kernels, executed on the CPU by tests/ptx and compared with float64.
+
+One test is one case of tests/test_emulated.py on one architecture. By default a few cases of the kernels in DEFAULT;
+the slow tests take all kernels and cases. tests/ptx/README.md explains the machine and what it cannot see.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ptx_faults import FAULTS, kernel
+from test_emulated import NAMES, RUNS, emulate
+
+sys.path.insert(0, str(Path(__file__).parent / "ptx"))
+import ptx
+
+pytestmark = [
+    pytest.mark.emulated,  # in one process: they share what is compiled
+    pytest.mark.skipif(ptx.why_not() is not None, reason=str(ptx.why_not())),
+]
+
+# What is compiled and run by default: every way of copying and multiplying, in half a minute of nvcc.
+DEFAULT = (
+    "depthwise_nhwc_mma", "depthwise_nhwc_tma", "depthwise_nchw_mma", "depthwise_grad_weight_nhwc_mma", "sum_partials",
+)  # fmt: skip
+EACH = 2  # default cases of a kernel and map
+
+
+# ---- the machine itself
+
+
+@functools.cache
+def text_program() -> Path:
+    sources = [*ptx.MACHINE, ptx.HERE / "text.cpp"]
+    return ptx.link([ptx.compile_machine(source) for source in sources], "text")
+
+
+def run_text(folder: Path, text: str, threads: int = 64, data: bytes | None = None, out: int = 256, seed: int = 0):
+    """Runs an entry of (in, out, work); returns the process and what it wrote."""
+    (folder / "kernel.ptx").write_text(text)
+    (folder / "in").write_bytes(bytes(range(256)) if data is None else data)
+    words = [f"block={threads}", f"seed={seed}", f"in:{folder}/in", f"out:{out}:{folder}/out", "work:256"]
+    done = subprocess.run(
+        [text_program(), "run", folder / "kernel.ptx", "kernel", *words], text=True, capture_output=True, timeout=60
+    )
+    return done, (folder / "out").read_bytes() if done.returncode == 0 else b""
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_seen(tmp_path: Path, name: str) -> None:
+    """For several orders of warps; without the fault the same kernel runs."""
+    case = FAULTS[name]
+    assert case.what in case.right
+    done, _ = run_text(tmp_path, case.right, case.threads)
+    assert done.returncode == 0, done.stdout
+    for seed in range(4):
+        done, _ = run_text(tmp_path, case.right.replace(case.what, case.by, 1), case.threads, seed=seed)
+        assert done.returncode == 1 and re.search(case.told, done.stdout), f"seed {seed}: {done.stdout}"
+
+
+def signed(bits: int, width: int) -> int:
+    bits &= (1 << width) - 1
+    return bits - (1 << width) if bits >> (width - 1) else bits
+
+
+def single(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", bits & 0xFFFFFFFF))[0]
+
+
+def half_bits(value: float) -> int:
+    return struct.unpack("<H", struct.pack("<e", value))[0]
+
+
+def from_half(bits: int) -> float:
+    return struct.unpack("<e", struct.pack("<H", bits & 0xFFFF))[0]
+
+
+def quotient(a: int, b: int) -> int:
+    """Towards zero."""
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+S = functools.partial(signed, width=32)
+# An instruction on %r10, %r11, %r12 (three words of 32 bits) and %rd10, %rd11 (of 64), and its result in %r13 or %rd13.
+MEANINGS: dict[str, Callable[..., int]] = {
+    "add.s32 %r13, %r10, %r11": lambda a, b, c, x, y: a + b,
+    "sub.s32 %r13, %r10, %r11": lambda a, b, c, x, y: a - b,
+    "mul.lo.s32 %r13, %r10, %r11": lambda a, b, c, x, y: a * b,
+    "mul.hi.s32 %r13, %r10, %r11": lambda a, b, c, x, y: S(a) * S(b) >> 32,
+    "mul.hi.u32 %r13, %r10, %r11": lambda a, b, c, x, y: a * b >> 32,
+    "mul.wide.s32 %rd13, %r10, %r11": lambda a, b, c, x, y: S(a) * S(b),
+    "mul.wide.u32 %rd13, %r10, %r11": lambda a, b, c, x, y: a * b,
+    "mul.lo.s64 %rd13, %rd10, %rd11": lambda a, b, c, x, y: x * y,
+    "mad.lo.s32 %r13, %r10, %r11, %r12": lambda a, b, c, x, y: a * b + c,
+    "mad.wide.s32 %rd13, %r10, %r11, %rd10": lambda a, b, c, x, y: S(a) * S(b) + x,
+    "div.s32 %r13, %r10, %r12": lambda a, b, c, x, y: quotient(S(a), S(c)),
+    "rem.s32 %r13, %r10, %r12": lambda a, b, c, x, y: S(a) - S(c) * quotient(S(a), S(c)),
+    "div.u32 %r13, %r10, %r12": lambda a, b, c, x, y: a // c,
+    "div.s64 %rd13, %rd10, %rd11": lambda a, b, c, x, y: quotient(signed(x, 64), signed(y, 64)),
+    "min.s32 %r13, %r10, %r11": lambda a, b, c, x, y: min(S(a), S(b)),
+    "min.u32 %r13, %r10, %r11": lambda a, b, c, x, y: min(a, b),
+    "max.s64 %rd13, %rd10, %rd11": lambda a, b, c, x, y: max(signed(x, 64), signed(y, 64)),
+    "neg.s32 %r13, %r10": lambda a, b, c, x, y: -a,
+    "abs.s32 %r13, %r10": lambda a, b, c, x, y: abs(S(a)),
+    "not.b32 %r13, %r10": lambda a, b, c, x, y: ~a,
+    "xor.b64 %rd13, %rd10, %rd11": lambda a, b, c, x, y: x ^ y,
+    "shl.b32 %r13, %r10, 5": lambda a, b, c, x, y: a << 5,
+    "shl.b32 %r13, %r10, 32": lambda a, b, c, x, y: 0,
+    "shr.u32 %r13, %r10, 7": lambda a, b, c, x, y: a >> 7,
+    "shr.s32 %r13, %r10, 7": lambda a, b, c, x, y: S(a) >> 7,
+    "shr.s32 %r13, %r10, 99": lambda a, b, c, x, y: -1 if S(a) < 0 else 0,
+    "shr.u64 %rd13, %rd10, 40": lambda a, b, c, x, y: x >> 40,
+    "bfi.b32 %r13, %r10, %r11, 9, 11": lambda a, b, c, x, y: b & ~(2047 << 9) | (a & 2047) << 9,
+    "cvt.s64.s32 %rd13, %r10": lambda a, b, c, x, y: S(a),
+    "cvt.u64.u32 %rd13, %r10": lambda a, b, c, x, y: a,
+    "cvt.u32.u64 %r13, %rd10": lambda a, b, c, x, y: x,
+    "setp.lt.s32 %p1, %r10, %r11; selp.u32 %r13, 1, 0, %p1": lambda a, b, c, x, y: int(S(a) < S(b)),
+    "setp.gt.u32 %p1, %r10, %r11; selp.u32 %r13, 1, 0, %p1": lambda a, b, c, x, y: int(a > b),
+    "setp.lt.f32 %p1, %f10, %f11; selp.u32 %r13, 1, 0, %p1": lambda a, b, c, x, y: int(single(a) < single(b)),
+    "setp.geu.f32 %p1, %f10, %f11; selp.u32 %r13, 1, 0, %p1": lambda a, b, c, x, y: int(not single(a) < single(b)),
+    "mov.b64 %rd13, {%r10, %r11}": lambda a, b, c, x, y: a | b << 32,
+    "mov.b32 {%rs1, %rs2}, %r10; mov.b32 %r13, {%rs2, %rs1}": lambda a, b, c, x, y: a >> 16 | a << 16,
+    "copysign.f32 %f13, %f10, %f11; mov.b32 %r13, %f13": lambda a, b, c, x, y: a & 1 << 31 | b & (1 << 31) - 1,
+    "shfl.sync.bfly.b32 %r13, %r1, 5, 31, -1": lambda a, b, c, x, y, t: t ^ 5,
+    "shfl.sync.idx.b32 %r13, %r1, 3, 31, -1": lambda a, b, c, x, y, t: t // 32 * 32 + 3,
+    "shfl.sync.down.b32 %r13, %r1, 4, 31, -1": lambda a, b, c, x, y, t: t + 4 if t % 32 < 28 else t,
+    "shfl.sync.up.b32 %r13, %r1, 4, 0, -1": lambda a, b, c, x, y, t: t - 4 if t % 32 >= 4 else t,
+    # Two halves, exact in float64 and rounded once.
+    "{fma.rn.f16x2 %r13, %r14, %r15, %r16;}": lambda a, b, c, x, y: sum(
+        half_bits(from_half(p >> s) * from_half(q >> s) + from_half(r >> s)) << s
+        for p, q, r in [tuple(v & 0x83FF83FF | 0x3C003C00 for v in (a, b, c))]
+        for s in (0, 16)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("instruction", MEANINGS)
+def test_meaning(tmp_path: Path, instruction: str) -> None:
+    """What the PTX manual says of an instruction, on edges and on numbers from everywhere."""
+    edges = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x7FC00000, 0x3F800000, 0xBF800000]
+    state, rows = 12345, []
+    for t in range(64):
+        words = []
+        for i in range(7):
+            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+            words.append(edges[(state >> 40) % len(edges)] if (t + i) % 5 == 0 and i < 2 else state >> 32)
+        words[2] = words[2] % 1000 + 1
+        words[6] |= 1
+        rows.append(words)
+    body = """
+      mul.wide.u32 %rd8, %r1, 28;
+      add.s64 %rd9, %rd1, %rd8;
+      ld.global.u32 %r10, [%rd9]; ld.global.u32 %r11, [%rd9+4]; ld.global.u32 %r12, [%rd9+8];
+      ld.global.u32 %r20, [%rd9+12]; ld.global.u32 %r21, [%rd9+16];
+      ld.global.u32 %r22, [%rd9+20]; ld.global.u32 %r23, [%rd9+24];
+      mov.b64 %rd10, {%r20, %r21}; mov.b64 %rd11, {%r22, %r23};
+      mov.b32 %f10, %r10; mov.b32 %f11, %r11;
+      and.b32 %r14, %r10, 0x83FF83FF; or.b32 %r14, %r14, 0x3C003C00;
+      and.b32 %r15, %r11, 0x83FF83FF; or.b32 %r15, %r15, 0x3C003C00;
+      and.b32 %r16, %r12, 0x83FF83FF; or.b32 %r16, %r16, 0x3C003C00;
+      mov.u32 %r13, 0; mov.u64 %rd13, 0;
+      """
+    wide = "%rd13" in instruction
+    store = "%rd13" if wide else "%rd14"
+    tail = "" if wide else "cvt.u64.u32 %rd14, %r13;"
+    body += f"{instruction}{'' if instruction.startswith('{') else ';'}\n{tail}\n"
+    body += f"mul.wide.u32 %rd15, %r1, 8; add.s64 %rd16, %rd2, %rd15; st.global.u64 [%rd16], {store};"
+    data = b"".join(struct.pack("<7I", *(w & 0xFFFFFFFF for w in row)) for row in rows)
+    done, out = run_text(tmp_path, kernel(body), data=data, out=512)
+    assert done.returncode == 0, done.stdout
+    for t, (row, got) in enumerate(zip(rows, struct.unpack("<64Q", out), strict=True)):
+        a, b, c = (w & 0xFFFFFFFF for w in row[:3])
+        x, y = ((row[i] & 0xFFFFFFFF) | (row[i + 1] & 0xFFFFFFFF) << 32 for i in (3, 5))
+        mean = MEANINGS[instruction]
+        want = mean(a, b, c, x, y, t) if "shfl" in instruction else mean(a, b, c, x, y)
+        assert got == want % 2 ** (64 if wide else 32), f"thread {t}: {a:#x} {b:#x} {c:#x} {x:#x} {y:#x}"
+
+
+# ---- the kernels
+
+
+@functools.cache
+def planned(arch: str) -> list[str]:
+    """The kernel that each of RUNS takes on an architecture, without cuda_."""
+    names = emulate.planned_kernels([ptx.for_arch(run.arguments(), arch) for run in RUNS])
+    return [str(run.extra.get("kernel", n.removeprefix("cuda_"))) for run, n in zip(RUNS, names, strict=True)]
+
+
+def files_of(index: int, arch: str) -> set[str]:
+    """The .cu files whose kernels a run may start."""
+    run, name = RUNS[index], planned(arch)[index]
+    stems = {path.stem for path in emulate.kernel_sources()}
+    files = {name, f"{name}_stride2"} if run.map != "grad_weight" else {name, f"{name}_grad_weight", "sum_partials"}
+    if "padding_mode" in run.extra:
+        files.add("borders")
+    return files & stems
+
+
+def runs_on(index: int, arch: str) -> bool:
+    """Boxes are for 9.0 and newer."""
+    return not (arch == "80" and planned(arch)[index] == "depthwise_nhwc_tma")
+
+
+def chosen() -> list[tuple[int, str]]:
+    """A few of RUNS for each kernel in DEFAULT, on each architecture."""
+    taken: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    result = []
+    for index, run in enumerate(RUNS):
+        for arch in ptx.ARCHITECTURES:
+            files = files_of(index, arch)
+            key = (planned(arch)[index], run.map, arch)
+            if runs_on(index, arch) and files and files <= set(DEFAULT) and taken[key] < EACH:
+                taken[key] += 1
+                result.append((index, arch))
+    return result
+
+
+CHOSEN = chosen() if ptx.why_not() is None else []
+REST = [(i, a) for i in range(len(RUNS)) for a in ptx.ARCHITECTURES if CHOSEN and runs_on(i, a)]
+REST = [pair for pair in REST if pair not in set(CHOSEN)]
+
+
+@functools.cache
+def runner(all_kernels: bool) -> ptx.Runner:
+    return ptx.runner([p for p in emulate.kernel_sources() if all_kernels or p.stem in DEFAULT])
+
+
+def check(index: int, arch: str, all_kernels: bool) -> str:
+    arguments = RUNS[index].arguments()
+    done = runner(all_kernels).run(arguments, arch)
+    if done.returncode != 0:
+        pytest.fail(f"{done.stdout}\nrepeat with: {ptx.command(arch, arguments)}", pytrace=False)
+    return done.stdout
+
+
+@pytest.mark.parametrize("index, arch", CHOSEN, ids=[f"{NAMES[i]}-{arch}" for i, arch in CHOSEN])
+def test_kernel(index: int, arch: str) -> None:
+    check(index, arch, all_kernels=False)
+
+
+def test_every_entry_is_understood() -> None:
+    """An opcode that the machine does not know fails by name, also in kernels that no case runs."""
+    files = [path for names in runner(False).ptx.values() for path in names.values()]
+    done = subprocess.run([text_program(), "parse", *files], text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index, arch", REST, ids=[f"{NAMES[i]}-{arch}" for i, arch in REST])
+def test_every_kernel(index: int, arch: str) -> None:
+    check(index, arch, all_kernels=True)
