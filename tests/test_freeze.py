@@ -374,6 +374,32 @@ def test_any_batch_and_other_sizes(model: nn.Module, frozen: nn.Module) -> None:
             torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_small_example_takes_larger_images() -> None:
+    """Of 8x8 pixels one is left at the end; torch would take the size 1 for a condition."""
+    torch.manual_seed(1)
+    layers = [conv_norm(3, 8, 3, stride=2, padding=1), *(conv_norm(8, 8, 3, stride=2, padding=1) for _ in range(2))]
+    model = lived_in(nn.Sequential(*layers, ConvNeXt(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+    frozen = freeze(model, torch.zeros(1, 3, 8, 8))
+    for size in ((1, 3, 8, 8), (3, 3, 8, 8), (2, 3, 64, 40), (1, 3, 5, 7), (1, 3, 1, 1)):
+        assert_says_the_same(model, frozen, random(size, torch.float32, "cpu"))
+
+
+def test_costs_are_those_of_the_example(model: nn.Module) -> None:
+    def costs(N: int, size: int) -> dict[str, tuple[int, int]]:
+        return freeze(model, torch.zeros(N, 3, size, size)).report.costs
+
+    one, five, large = costs(1, 16), costs(5, 16), costs(1, 32)
+    macs = 64 * (8 * 27 + 8 * 24 + 24 * 9 + 24 * 8) + 8 * 5
+    assert one["MACs"] == (macs, macs)
+    assert five["MACs"] == (5 * macs, 5 * macs)
+    assert large["MACs"][0] == 4 * (macs - 40) + 40
+    assert one["parameters"] == five["parameters"] == large["parameters"]
+    # The input, what each layer writes, and of the frozen one the sum in the last product.
+    written = 64 * (8 + 24 + 24 + 8) + 8 + 5
+    assert 4 * written < one["bytes"][1] < one["bytes"][0]
+    assert all(abs(5 * a - b) < 5 * 4 * 4000 for a, b in zip(one["bytes"], five["bytes"], strict=True))
+
+
 def test_channels_last_in_is_taken(model: nn.Module, frozen: nn.Module, x: Tensor) -> None:
     assert_says_the_same(model, frozen, x.to(memory_format=torch.channels_last))
     body = lived_in(Block(3))
@@ -442,7 +468,8 @@ def test_ways_that_depend_on_several_sizes() -> None:
     frozen = freeze(model, torch.randn(2, 3, 16, 12))
     x = torch.randn(1, 3, 9, 8)
     torch.testing.assert_close(frozen(x), model(x))
-    with pytest.raises(RuntimeError, match=r"another way through its forward for inputs of size \[\[1, 3, 8, 9\]\]"):
+    wanted = r"sizes must satisfy images\[0\]\.shape\[\d\] .* images\[0\]\.shape\[\d\], as the example's do, but images_0 has"
+    with pytest.raises(RuntimeError, match=rf"{wanted} size \[1, 3, 8, 9\].* freeze it with an example of that size"):
         frozen(torch.randn(1, 3, 8, 9))
 
 
@@ -568,6 +595,18 @@ def test_part_by_part(x: Tensor) -> None:
     assert other_head.name.startswith("heads.") and other_head.reason == "it is not called on the example"
     assert "left" in str(report)
     assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+
+
+def test_a_model_that_fails_on_the_example() -> None:
+    """timm's halonet26t takes images of 256 pixels and asserts so without a word."""
+
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[2] % 8 == 0
+            return x
+
+    with pytest.raises(RuntimeError, match=r"fails on example_inputs of size \[\[1, 3, 10, 10\]\]: AssertionError"):
+        freeze(Picky().eval(), torch.zeros(1, 3, 10, 10))
 
 
 # --- whole networks ---

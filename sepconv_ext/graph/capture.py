@@ -7,9 +7,11 @@ import inspect
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
@@ -17,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
-__all__ = ["Input", "Program", "Uncapturable", "capture"]
+from .signature import Input, Signature
+
+__all__ = ["Program", "Uncapturable", "capture"]
 
 _CONSTANT_KINDS = ("inputs_to_parameters", "inputs_to_buffers", "inputs_to_lifted_tensor_constants")
 
@@ -30,15 +34,6 @@ class _Aliased(Uncapturable):
     """It writes to memory that is read in several ways."""
 
 
-@dataclass(frozen=True)
-class Input:
-    """One input of a captured graph: a tensor with sizes in these ranges (lowest, highest); or a plain value."""
-
-    name: str
-    sizes: tuple[tuple[int, float], ...] | None = None
-    value: object = None
-
-
 @dataclass
 class Program:
     """A graph of a network, and the tensors that it is made with.
@@ -47,22 +42,27 @@ class Program:
         graph: its `get_attr` nodes name constants; sizes of all tensors stand in `node.meta["val"]`.
         constants: by name. What was computed from the model's own tensors is kept in float64 until it is packed.
         dtypes: what each constant is rounded to then.
-        inputs: one for each placeholder.
-        in_spec, out_spec: how the model's arguments and results nest.
+        signature: the arguments that it takes, a placeholder for each leaf of them.
+        out_spec: how the model's results nest.
         contiguous_outputs: for each result, whether the model itself gives an image in torch's default layout.
-        guards: conditions of the model's own on its inputs' sizes, as Python expressions of `L`.
-        names: of the forward's positional parameters, which `L` holds; a last one with a star takes all the rest.
+        example: the size that each symbol has in the example that the user gave.
     """
 
     graph: fx.Graph
     constants: dict[str, Tensor]
     dtypes: dict[str, torch.dtype]
-    inputs: list[Input]
-    in_spec: pytree.TreeSpec
+    signature: Signature
     out_spec: pytree.TreeSpec
     contiguous_outputs: list[bool] = field(default_factory=list)
-    guards: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    example: dict[sympy.Symbol, sympy.Integer] = field(default_factory=dict)
+
+    def sizes(self, value: Tensor) -> list[int]:
+        """The sizes that a value of `node.meta["val"]` has for the example."""
+        return [n if isinstance(n, int) else self._size(n) for n in value.shape]
+
+    def _size(self, size: torch.SymInt) -> int:
+        known = size.node.expr.xreplace(self.example)
+        return int(known) if known.is_number else int(size)
 
     def constant(self, node: object) -> Tensor | None:
         """The tensor of a node that is a constant; floating-point ones in float64."""
@@ -86,37 +86,83 @@ class Program:
 
 def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> Program:
     """The graph of a model in eval(). Raises Uncapturable with torch.export's own words."""
-    leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()]
-    batch = leaves[0].shape[0] if leaves else None
-    widened = arguments
-    if dynamic_batch and batch == 1:  # torch.export takes a size of 1 for a constant
-
-        def doubled(leaf: object) -> object:
-            one = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1
-            return torch.cat([leaf, leaf]) if one else leaf
-
-        widened, batch = pytree.tree_map(doubled, arguments), 2
-    problem, names = None, _names(model)
-    for example in dict.fromkeys([id(widened), id(arguments)]):  # any number of images rather than any size of them
-        example = widened if example == id(widened) else arguments
-        for spatial in (True, False):
-            sizes = pytree.tree_map(lambda leaf: _dynamic_sizes(leaf, dynamic_batch, spatial), example)  # noqa: B023
-            star = next((i for i, name in enumerate(names) if name.startswith("*")), len(sizes))
-            sizes = sizes if star >= len(sizes) else (*sizes[:star], sizes[star:])  # as torch.export nests *args
-            try:
-                limit = _FewConditions() if spatial else contextlib.nullcontext()
-                with torch.no_grad(), limit:
-                    exported = torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
-            except Exception as error:
-                problem = problem or error
-                continue
-            try:
-                program = _program(exported)
-            except _Aliased:
-                program = _program(exported.run_decompositions({}))
-            program.names = names
-            return program
+    problem, names, flat = None, _names(model), pytree.tree_leaves((arguments, {}))
+    for example, spatial in _examples(arguments, dynamic_batch):
+        sizes = pytree.tree_map(partial(_dynamic_sizes, batch=dynamic_batch, spatial=spatial), example)
+        star = next((i for i, name in enumerate(names) if name.startswith("*")), len(sizes))
+        sizes = sizes if star >= len(sizes) else (*sizes[:star], sizes[star:])  # as torch.export nests *args
+        try:
+            limit = _FewConditions() if spatial else contextlib.nullcontext()
+            with torch.no_grad(), limit, torch.fx.experimental._config.patch(backed_size_oblivious=True):
+                exported = torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
+        except Exception as error:
+            problem = problem or error
+            continue
+        try:
+            program = _program(exported, names)
+        except _Aliased:
+            program = _program(exported.run_decompositions({}), names)
+        try:
+            program.signature.check(flat)
+        except RuntimeError as error:  # the model goes another way, or takes a number of images for given
+            problem = problem or error
+            continue
+        program.example = _sizes_of(program, flat)
+        return program
     raise Uncapturable(f"{type(problem).__name__}: {_first_line(problem)}")
+
+
+def _examples(arguments: tuple, dynamic_batch: bool) -> Iterator[tuple[tuple, bool]]:
+    """What to capture with, best first, and whether height and width may change.
+
+    torch.export takes some sizes of 1 for constants, also those inside the network. So it is shown two images instead
+    of one, and small ones larger, in both directions by the same factor. Any number of images comes before any size.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()]
+    several = arguments
+    if dynamic_batch and leaves and leaves[0].shape[0] == 1:
+        several = pytree.tree_map(lambda leaf: _grown(leaf, (0,), 2) if _is_one(leaf) else leaf, arguments)
+    sides = [n for leaf in leaves if leaf.dim() == 4 for n in leaf.shape[2:] if n]
+    factor = 1 << max(0, math.ceil(math.log2(_LARGE / min(sides, default=_LARGE))))
+    if factor > 1:
+        large = pytree.tree_map(lambda leaf: _grown(leaf, (2, 3), factor) if _is_image(leaf) else leaf, several)
+        yield large, True
+    for example in (several, arguments) if several is not arguments else (arguments,):
+        yield example, True
+        yield example, False
+
+
+_LARGE = 224  # pixels a side, which no usual network makes one pixel of
+
+
+def _is_one(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == 1
+
+
+def _is_image(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() == 4
+
+
+def _grown(tensor: Tensor, dims: Sequence[int], factor: int) -> Tensor:
+    """Memory of the tensor's kind and format, larger in some dimensions; nobody reads what is in it."""
+    size = [n * factor if dim in dims else n for dim, n in enumerate(tensor.shape)]
+    last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(size, dtype=tensor.dtype, device=tensor.device, memory_format=format)
+
+
+def _sizes_of(program: Program, flat: Sequence) -> dict[sympy.Symbol, sympy.Integer]:
+    """What each symbol among the sizes of the graph's inputs is for these tensors."""
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+    pairs = (
+        pair
+        for node, leaf in zip(inputs, flat, strict=True)
+        if isinstance(leaf, Tensor)
+        for pair in zip(node.meta["val"].shape, leaf.shape, strict=True)
+    )
+    return {
+        n.node.expr: sympy.Integer(size) for n, size in pairs if isinstance(n, torch.SymInt) and n.node.expr.is_symbol
+    }
 
 
 class _FewConditions(TorchFunctionMode):
@@ -152,7 +198,7 @@ def _first_line(error: Exception | None) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
-def _program(exported: torch.export.ExportedProgram) -> Program:
+def _program(exported: torch.export.ExportedProgram, names: list[str]) -> Program:
     signature = exported.graph_signature
     kinds = {spec.kind for spec in signature.output_specs}
     if kinds - {OutputKind.USER_OUTPUT}:
@@ -161,16 +207,17 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
     graph.output(_copied(graph, exported.graph_module, {}))
     tensors = {**exported.state_dict, **exported.constants}
     where = {key: target for kind in _CONSTANT_KINDS for key, target in getattr(signature, kind).items()}
+    guards, torchs = _conditions(exported)
     program = Program(
-        *(graph, {}, {}, [], exported.call_spec.in_spec, exported.call_spec.out_spec),
+        *(graph, {}, {}, Signature(exported.call_spec.in_spec, [], guards, names)),
+        out_spec=exported.call_spec.out_spec,
         contiguous_outputs=[_is_contiguous_image(result) for result in next(iter(reversed(graph.nodes))).args[0]],
-        guards=_conditions(exported),
     )
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.target in where:
             _to_constant(program, node, where[node.target], tensors[where[node.target]])
         elif node.op == "placeholder":
-            program.inputs.append(_input(node, exported))
+            program.signature.inputs.append(_input(node, exported, torchs))
         elif node.op == "get_attr":
             raise Uncapturable("its forward has control flow that depends on values (a branch or loop as an op)")
     _remove_mutation(program)
@@ -210,12 +257,16 @@ def _region(node: fx.Node) -> tuple | None:
     return None
 
 
-def _conditions(exported: torch.export.ExportedProgram) -> list[str]:
-    """What the model's own branches demand of the inputs' sizes.
+_ONE = re.compile(r" (!=|>) 1$")
 
-    Whether a size is 1 decides nothing but memory layouts and broadcasting, which each op finds out for itself.
+
+def _conditions(exported: torch.export.ExportedProgram) -> tuple[list[str], list[str]]:
+    """What the model's own branches demand of the inputs' sizes; and what torch does besides.
+
+    That is whether a size is 1: it decides nothing but memory layouts and broadcasting, which each op finds out itself.
     """
-    return [guard for guard in getattr(exported, "_guards_code", []) if not re.search(r" != 1$", guard)]
+    guards = [guard for guard in getattr(exported, "_guards_code", []) if not guard.startswith("1 < ")]  # not empty
+    return [guard for guard in guards if not _ONE.search(guard)], [guard for guard in guards if _ONE.search(guard)]
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -240,16 +291,20 @@ def _to_constant(program: Program, node: fx.Node, target: str, tensor: Tensor) -
     program.graph.erase_node(node)
 
 
-def _input(node: fx.Node, exported: torch.export.ExportedProgram) -> Input:
+def _input(node: fx.Node, exported: torch.export.ExportedProgram, torchs: list[str]) -> Input:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         arguments = [spec.arg for spec in exported.graph_signature.input_specs if spec.arg.name == node.target]
         return Input(node.target, value=getattr(arguments[0], "value", value))
-    return Input(node.target, tuple(_range(n, exported.range_constraints) for n in value.shape))
+    ranges = [_range(n, exported.range_constraints) for n in value.shape]
+    for dim, (low, high) in enumerate(ranges):  # where torch asks, the least size comes of that; guards say the model's
+        if low < high and any(f".size()[{dim}]" in guard for guard in torchs):
+            ranges[dim] = 0, high
+    return Input(node.target, tuple(ranges))
 
 
 def _range(size: int | torch.SymInt, ranges: dict) -> tuple[int, float]:
-    """torch.export starts from 2 on, since it tells a size of 1 apart; the graph itself does not mind."""
+    """torch.export may start from 2 on, since it tells a size of 1 apart; the graph itself does not mind."""
     if isinstance(size, int):
         return size, size
     known = ranges.get(size.node.expr)

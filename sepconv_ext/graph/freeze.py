@@ -50,10 +50,8 @@ class Frozen(nn.Module):
         self.report = report
         self._known: set[tuple] = set()
         self._leases = [Lease(code) for code, _ in lowered.programs]
-        self._inputs = tuple(program.inputs)
-        self._in_spec, self._out_spec = program.in_spec, program.out_spec
-        self._guards, self._names = tuple(program.guards), tuple(program.names)
-        self._takes_one_tensor = len(self._inputs) == 1 and program.in_spec == pytree.tree_structure(((0,), {}))
+        self._signature, self._out_spec = program.signature, program.out_spec
+        self._takes_one_tensor = program.signature.in_spec == pytree.tree_structure(((0,), {}))
         self._gives_one_tensor = program.out_spec == pytree.tree_structure(0)
         self.eval()
 
@@ -66,75 +64,31 @@ class Frozen(nn.Module):
         return self.network.code
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        flat = args if self._takes_one_tensor and len(args) == 1 and not kwargs else self._flat(args, kwargs)
+        flat = args if self._takes_one_tensor and len(args) == 1 and not kwargs else self._signature.flat(args, kwargs)
         if not torch.compiler.is_compiling():
             self._check(flat)
         results = self.network(*flat)
         return results[0] if self._gives_one_tensor else pytree.tree_unflatten(list(results), self._out_spec)
 
-    def _flat(self, args: tuple, kwargs: dict) -> list:
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._in_spec:
-            raise TypeError(
-                f"the frozen network takes its arguments as the example had them, {self._in_spec}, but got {spec}"
-            )
-        return flat
-
     def _check(self, flat: object) -> None:
         """Sizes that were right once are right again."""
         sizes = tuple(value.shape if isinstance(value, Tensor) else None for value in flat)
         if None in sizes or sizes not in self._known:
-            self._check_sizes(flat)
+            self._signature.check(flat)
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known.add(sizes)
         if not torch.is_grad_enabled():
             return
-        for input, value in zip(self._inputs, flat, strict=True):
+        for input, value in zip(self._signature.inputs, flat, strict=True):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
                     f"{input.name} requires gradients, but a frozen network has none: "
                     "use sepconv_ext.convert_ instead, or torch.no_grad()"
                 )
 
-    def _check_sizes(self, flat: object) -> None:
-        for input, value in zip(self._inputs, flat, strict=True):
-            if input.sizes is None:
-                if value != input.value:
-                    raise ValueError(f"{input.name} was {input.value!r} when the network was frozen, but is {value!r}")
-                continue
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{input.name} must be a Tensor, but is a {type(value).__name__}")
-            size = value.shape
-            if len(size) != len(input.sizes) or any(
-                not low <= n <= high for n, (low, high) in zip(size, input.sizes, strict=True)
-            ):
-                wanted = ", ".join(_in_words(*ends) for ends in input.sizes)
-                raise RuntimeError(f"{input.name} must have size [{wanted}], but has {list(size)}")
-        if self._guards and not self._is_way(flat):
-            sizes = [list(value.shape) for value in flat if isinstance(value, Tensor)]
-            raise RuntimeError(
-                f"the model takes another way through its forward for inputs of size {sizes} than for the example's: "
-                "freeze it with an example of that size"
-            )
-
-    def _is_way(self, flat: object) -> bool:
-        """Whether the model's own branches go as they went on the example."""
-        args, _ = pytree.tree_unflatten(list(flat), self._in_spec)
-        known = {name: args[i] for i, name in enumerate(self._names) if i < len(args)}
-        known |= {name[1:]: args[i:] for i, name in enumerate(self._names) if name[0] == "*" and name[1] != "*"}
-        return all(eval(guard, {"L": known, "math": math, "torch": torch}) for guard in self._guards)
-
     def extra_repr(self) -> str:
         return self.report.headline
-
-
-def _in_words(low: int, high: float) -> str:
-    if low == high:
-        return str(low)
-    if high == math.inf:
-        return f"at least {low}" if low else "any"
-    return f"{low} to {int(high)}"
 
 
 class FrozenParts(nn.Module):
@@ -173,7 +127,8 @@ def freeze(model: nn.Module, example_inputs: Tensor | tuple, dynamic_batch: bool
 
     Raises:
         RuntimeError: the model is in training mode; what is frozen has no gradients: sepconv_ext.convert_ does that.
-        TypeError: no tensor among the examples. What the model itself raises on the example.
+            Or the model itself fails on the example.
+        TypeError: no tensor among the examples.
 
     Calls raise a RuntimeError with the argument's name for a size that the network cannot take.
     """
@@ -194,17 +149,17 @@ def freeze(model: nn.Module, example_inputs: Tensor | tuple, dynamic_batch: bool
 
 def _frozen(model: nn.Module, example: tuple, dynamic_batch: bool) -> Frozen:
     program = capture(model, example, dynamic_batch)
-    bytes_before = sum(_bytes(node) for node in program.graph.nodes)
+    bytes_before = sum(_bytes(program, node) for node in program.graph.nodes)
     rewriter = rewrite(program)
     lowered = lower(program)
     report = _report(program, rewriter, lowered)
     macs = sum(_macs(program, node) for node in program.graph.nodes)
     kept = {node.target for node in program.graph.nodes if node.op == "get_attr"}
-    inside = sum(2 * _volume(depthwise) for depthwise, _ in lowered.pairs)  # neither written nor read
+    inside = sum(2 * _volume(program, depthwise) for depthwise, _ in lowered.pairs)  # neither written nor read
     report.costs = {
         "parameters": (sum(p.numel() for p in model.parameters()), sum(program.constants[n].numel() for n in kept)),
         "MACs": (macs, macs),
-        "bytes": (bytes_before, sum(_bytes(node) for node in program.graph.nodes) - inside),
+        "bytes": (bytes_before, sum(_bytes(program, node) for node in program.graph.nodes) - inside),
     }
     return Frozen(program, lowered, report)
 
@@ -276,27 +231,27 @@ def _summary(program: Program, node: fx.Node) -> str:
     return f"{C * a['groups']}, {K}, kernel_size={tuple(taps)}, stride={tuple(a['stride'])}"
 
 
-def _volume(node: object) -> int:
+def _volume(program: Program, node: fx.Node) -> int:
     """Bytes of a node's value, at the example's size; a tuple's tensors together."""
     values = node.meta.get("val")
     values = values if isinstance(values, (tuple, list)) else [values]
-    return sum(math.prod(map(int, v.shape)) * v.element_size() for v in values if isinstance(v, Tensor))
+    return sum(math.prod(program.sizes(v)) * v.element_size() for v in values if isinstance(v, Tensor))
 
 
-def _bytes(node: fx.Node) -> int:
+def _bytes(program: Program, node: fx.Node) -> int:
     """What a node reads and writes, if it is no view."""
     schema = getattr(node.target, "_schema", None)
     is_view = schema is not None and any(result.alias_info is not None for result in schema.returns)
     if node.op != "call_function" or is_view or not isinstance(node.meta.get("val"), Tensor):
         return 0
-    return _volume(node) + sum(_volume(source) for source in node.all_input_nodes)
+    return _volume(program, node) + sum(_volume(program, source) for source in node.all_input_nodes)
 
 
 def _macs(program: Program, node: fx.Node) -> int:
     if node.target not in (nodes.convolution, nodes.linear):
         return 0
     weight = program.constants[arguments(node)["weight"].target]
-    return math.prod(map(int, size_of(node))) * weight[0].numel()
+    return math.prod(program.sizes(node.meta["val"])) * weight[0].numel()
 
 
 # --- part by part ---
@@ -325,6 +280,10 @@ def _calls(model: nn.Module, example: tuple) -> dict[nn.Module, list[tuple[tuple
     ]
     try:
         model(*example)
+    except Exception as error:
+        sizes = [list(leaf.shape) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+        words = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise RuntimeError(f"the model itself fails on example_inputs of size {sizes}: {words}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -352,12 +311,12 @@ def _freeze_part(
             try:
                 part = _frozen(module, args, dynamic_batch)
                 for others, _ in more:
-                    part._check(part._flat(others, {}))
+                    part._signature.check(part._signature.flat(others, {}))
                 setattr(parent, name.rpartition(".")[2], part)
                 _add(report, part.report, name)
                 return
-            except (Uncapturable, RuntimeError, TypeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
+            except Exception as error:  # its own part by part
+                reason = (str(error) or type(error).__name__).splitlines()[0]
     if reason:
         report.left.append(Entry(name, type(module).__name__, "", reason))
     for child_name, child, holder in _children(module, f"{name}."):

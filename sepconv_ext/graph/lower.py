@@ -320,8 +320,7 @@ def _is_fused(program: Program, first: dict, second: dict) -> bool:
 
     value = first["input"].meta["val"]
     device = program.constants[first["weight"].target].device
-    size = [int(n) for n in value.shape]
-    example = torch.empty(size, dtype=value.dtype, device=device, memory_format=torch.channels_last)
+    example = torch.empty(program.sizes(value), dtype=value.dtype, device=device, memory_format=torch.channels_last)
     explanation = functional.explain_separable(
         *(example, made(first["weight"]), made(second["weight"]), made(first["bias"]), made(second["bias"])),
         *(first["stride"], first["padding"], first["dilation"]),
