@@ -51,8 +51,8 @@ build: $(INSTALLED)
 	$(PY) setup.py --quiet build_ext --inplace
 
 # The emulated tests stay in one process, which compiles once and runs their cases on all cores; other processes take
-# the rest meanwhile.
-IN_PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
+# the rest meanwhile. A process that dies ends the run and names its test, and so does a test that hangs.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadgroup --max-worker-restart 0 --timeout 1200 --timeout-method thread
 
 # Without ARGS everything but what is marked slow, the emulated cases with few seeds.
 test: build
