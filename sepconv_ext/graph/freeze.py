@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..program import Lease, parse
 from ..report import Entry, Report
 from . import nodes
-from .actions import Rewriter, is_depthwise, is_pointwise, path_of, size_of
+from .actions import Rewriter, is_depthwise, is_pointwise, path_of
 from .capture import Program, Uncapturable, capture
 from .lower import Lowered, lower
 from .match import arguments, match
