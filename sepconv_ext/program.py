@@ -54,22 +54,29 @@ def parse(code: str) -> tuple[tuple[Line, ...], tuple[tuple[int, bool], ...]]:
     return tuple(lines), results
 
 
-def _size(line: Line, input: Size) -> Size:
+def _size(line: Line, inputs: Sequence[Size]) -> Size:
     """[N, C, H, W] of what a line writes."""
-    N, C, *pixels = input
+    N, C, *pixels = inputs[0]
     if line.kind == "mean":
         return (N, C, 1, 1)
+    if line.kind in ("concat", "interleave"):
+        return (N, sum(size[1] for size in inputs), *pixels)
+    if line.kind == "slice":
+        return (N, *line.ints("K"), *pixels)
     if line.kind not in _WINDOWS:
-        return input
+        return inputs[0]
     padding, around = line.ints("padding", "0x0x0x0"), [line.ints(*pair) for pair in _AROUND]
-    out = [
-        (size + padding[2 * i] + padding[2 * i + 1] - dilation * (taps - 1) - 1) // stride + 1
-        for i, (size, taps, stride, dilation) in enumerate(zip(pixels, *around, strict=True))
-    ]
+    out = []
+    for i, (size, taps, stride, dilation) in enumerate(zip(pixels, *around, strict=True)):
+        length = size + padding[2 * i] + padding[2 * i + 1] - dilation * (taps - 1) - 1
+        count = length // stride + 1
+        if "ceil" in line.fields and length % stride and count * stride < size + padding[2 * i]:
+            count += 1
+        out.append(count)
     return (N, line.ints("K")[0] if "K" in line.fields else C, *out)
 
 
-_WINDOWS = ("product", "conv", "depthwise", "max_pool", "mean_pool", "padded_mean_pool")
+_WINDOWS = ("product", "conv", "depthwise", "grouped", "max_pool", "mean_pool", "padded_mean_pool")
 _AROUND = (("kernel", "1x1"), ("stride", "1x1"), ("dilation", "1x1"))
 
 
@@ -81,9 +88,9 @@ def _sizes(code: str, inputs: Sequence[Size]) -> Iterator[tuple[Line, Size, Size
             size = next(given)
             sizes[line.target] = (*size, 1, 1)[:4]
             continue
-        first = sizes[line.reads[0]]
-        sizes[line.target] = _size(line, first)
-        yield line, first, sizes[line.target]
+        read = [sizes[value] for value in line.reads]
+        sizes[line.target] = _size(line, read)
+        yield line, read[0], sizes[line.target]
 
 
 @torch.library.register_fake("sepconv_ext::program")
@@ -102,8 +109,8 @@ def _(inputs: list[Tensor], constants: Tensor, code: str) -> list[Tensor]:
 def _(inputs: list[Size], constants: Size, code: str, *_, **__) -> int:
     flops = 0
     for line, (_N, C, *_rest), size in _sizes(code, inputs):
-        if line.kind in ("product", "conv", "depthwise"):
-            each = 1 if line.kind == "depthwise" else C
+        if line.kind in ("product", "conv", "depthwise", "grouped"):
+            each = 1 if line.kind == "depthwise" else C // line.ints("groups", "1")[0]
             flops += 2 * math.prod(size) * each * math.prod(line.ints("kernel", "1x1"))
     return flops
 

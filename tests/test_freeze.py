@@ -84,7 +84,7 @@ def ops(frozen: nn.Module) -> Counter[str]:
     return found
 
 
-_CONVOLUTIONS = dict.fromkeys(("product", "conv", "depthwise"), "conv2d")
+_CONVOLUTIONS = dict.fromkeys(("product", "conv", "depthwise", "grouped"), "conv2d")
 
 
 def assert_says_the_same(model: nn.Module, frozen: nn.Module, *inputs: Tensor, classes: bool = False) -> None:
@@ -305,8 +305,8 @@ def test_channel_shuffle() -> None:
         return x.view(N, 2, C // 2, H, W).transpose(1, 2).contiguous().view(N, C, H, W)
 
     x = random((2, 4, 6, 7), torch.float32, "cpu")
-    assert check(Called(shuffled), x)["channel_shuffle"] == 1
-    assert "channel_shuffle" not in check(Called(lambda x: x.view(2, 2, 2, 7, 6).transpose(1, 2).reshape(x.shape)), x)
+    assert check(Called(shuffled), x)["interleave"] == 1
+    assert "interleave" not in check(Called(lambda x: x.view(2, 2, 2, 7, 6).transpose(1, 2).reshape(x.shape)), x)
 
 
 def test_layers_of_this_package(x: Tensor) -> None:
@@ -651,6 +651,8 @@ def test_a_frozen_network_says_what_it_said(name: str) -> None:
     assert_says_the_same(model, frozen, x, classes=True)
     products, norms, blocks = NETWORKS[name]
     report = frozen.report
+    calls = {node.target for node in frozen.graph.nodes if node.op == "call_function"}
+    assert len(report.programs) == 1 and calls == {torch.ops.sepconv_ext.program.default, operator.getitem}
     assert len(report.replaced) + len(report.skipped) == products
     assert sum(entry.family == "batch norm" for entry in report.folded) == norms
     assert blocks is None or len(report.blocks) == blocks

@@ -130,6 +130,8 @@ PIXELWISE = {
     "layer_norm eps=0.001": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-3).permute(0, 3, 1, 2),
     "mean": lambda x: x.mean((2, 3), keepdim=True),
     "dense": lambda x: x,
+    "max_pool kernel=3x3 stride=2x2 padding=1x1x1x1 ceil=1": lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True),
+    "mean_pool kernel=2x2 stride=2x2 padding=1x1x1x1 ceil=1": lambda x: F.avg_pool2d(x, 2, 2, 1, True, False),
     "max_pool kernel=3x3 stride=2x2 padding=1x1x1x1": lambda x: F.max_pool2d(x, 3, 2, 1),
     "mean_pool kernel=3x3 stride=2x2 padding=1x1x1x1": lambda x: F.avg_pool2d(x, 3, 2, 1, False, False),
     "padded_mean_pool kernel=3x3 stride=2x2 padding=1x1x1x1": lambda x: F.avg_pool2d(x, 3, 2, 1),
@@ -166,6 +168,196 @@ def test_scales(size: tuple[int, ...], layout: str, isa: str) -> None:
         return F.layer_norm(x.permute(0, 2, 3, 1), (C,), *parameters, 1e-6).permute(0, 3, 1, 2)
 
     assert_as_accurate(norm, normed(x, scale, shift), normed(x.double(), scale.double(), shift.double()))
+
+
+# --- some channels, and several images as one ---
+
+
+def program_of(lines: str, inputs: list[Tensor], constants: Tensor | None = None) -> list[Tensor]:
+    given = [f"%{i} = input image" for i in range(len(inputs))]
+    text = [line.strip() for line in lines.strip().splitlines()]
+    return run(inputs, torch.zeros(0) if constants is None else constants, "\n".join([*given, *text]))
+
+
+def kinds_run(frozen_lines: str, x: Tensor, constants: Tensor) -> Counter[str]:
+    code = "\n".join(["%0 = input image", *(line.strip() for line in frozen_lines.strip().splitlines())])
+    return Counter(step for step, *_ in _C.program_times([x], constants, code, 1))
+
+
+@by_layout
+@by_size
+def test_channels_are_moved(size: tuple[int, ...], layout: str, isa: str, threads: None) -> None:
+    x, other = (random(size, torch.float32, "cpu", layout, seed=seed) for seed in (0, 1))
+    C = size[1]
+    first, last = C // 3, C - C // 2
+    lines = f"""
+        %2 = slice %0 begin={first} K={last - first}
+        %3 = concat %2 %1 %2
+        %4 = interleave %0 %1
+        %5 = interleave %0 %1 %0
+        return %2 image %3 image %4 image %5 image"""
+    part = x[:, first:last]
+    turns = [torch.stack(images, 2).flatten(1, 2) for images in ((x, other), (x, other, x))]
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results = program_of(lines, [x, other])
+        for y, right in zip(results, (part, torch.cat([part, other, part], 1), *turns), strict=True):
+            assert y.is_contiguous(memory_format=torch.channels_last) and torch.equal(y, right)
+
+
+@pytest.mark.parametrize("C", [6, 48, 58])
+@pytest.mark.parametrize("N", [0, 1, 3])
+def test_steps_read_and_write_some_channels(C: int, N: int, isa: str, threads: None) -> None:
+    """Each step that takes pixels which lie apart, reading half of the channels and writing a part of a whole."""
+    x = random((N, C, 9, 14), torch.float32, "cpu", "channels_last")
+    half = C // 2
+    w, b = weights(half, half, 1, 1)
+    dense, taps, deep = (weights(half, *size)[0] for size in ((half, 3, 3), (1, 3, 3), (3 * half, 1, 1)))
+    wide = random((3 * half, half, 1, 1), torch.float32, "cpu", seed=5)
+    dense, wide = dense * half**-0.5, wide * half**-0.5
+    constants, at = constants_of(packed(w), b, packed(dense), packed_taps(taps), packed(wide), packed(deep))
+    thrice = packed_taps(taps.repeat(3, 1, 1, 1))
+    at.append(constants.numel())
+    constants = torch.cat([constants, thrice.reshape(-1)])
+    kernel = "kernel=3x3 padding=1x1x1x1"
+    lines = f"""
+        %1 = slice %0 begin=0 K={half}
+        %2 = slice %0 begin={C - half} K={half}
+        %3 = product %2 residual=%1 weight={at[0]} bias={at[1]} K={half} act=relu
+        %4 = conv %2 residual=%3 weight={at[2]} bias={at[1]} K={half} {kernel}
+        %5 = depthwise %2 weight={at[3]} bias={at[1]} {kernel} act=relu6
+        %6 = add %5 %1 act=relu
+        %7 = max_pool %1 {kernel}
+        %8 = padded_mean_pool %2 {kernel}
+        %9 = product %2 weight={at[4]} K={3 * half} act=relu
+        %10 = depthwise %9 weight={at[6]} {kernel}
+        %11 = product %10 residual=%1 weight={at[5]} K={half}
+        %12 = concat %3 %4 %5 %6 %7
+        %13 = concat %8 %11 %2
+        %14 = interleave %2 %1
+        %15 = concat %12 %13 %14
+        return %15 image"""
+    kinds = kinds_run(lines, x, constants) if N else Counter()
+    # Nothing is copied but the slice that is a part as it is; the block runs as one step.
+    assert not N or (kinds["dense"], kinds["slice"], kinds["concat"], kinds["inverted_residual"]) == (0, 0, 1, 1)
+
+    def network(x: Tensor, w: Tensor, b: Tensor, dense: Tensor, taps: Tensor, wide: Tensor, deep: Tensor) -> Tensor:
+        one, two = x[:, :half], x[:, C - half :]
+        a = F.relu(F.conv2d(two, w, b) + one)
+        c = F.conv2d(two, dense, b, padding=1) + a
+        d = F.relu6(F.conv2d(two, taps, b, padding=1, groups=half))
+        e = F.conv2d(F.relu(F.conv2d(two, wide)), taps.repeat(3, 1, 1, 1), padding=1, groups=3 * half)
+        pools = F.max_pool2d(one, 3, 1, 1), F.avg_pool2d(two, 3, 1, 1)
+        turns = torch.stack((two, one), 2).flatten(1, 2)
+        return torch.cat([a, c, d, F.relu(d + one), *pools, F.conv2d(e, deep) + one, two, turns], 1)
+
+    given = (x, w, b, dense, taps, wide, deep)
+    expected, torchs = network(*(t.double() for t in given)), network(*given)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results += program_of(lines, [x], constants)
+    assert torch.equal(*results)
+    assert_as_accurate(results[0], torchs, expected, summed=expected.abs().amax() if N else None)
+
+
+def test_steps_that_take_dense_images_get_a_copy() -> None:
+    x = random((2, 10, 5, 4), torch.float32, "cpu", "channels_last")
+    lines = "%1 = slice %0 begin=3 K=5\n%2 = mean %1\n%3 = activate %1 act=relu\n%4 = concat %3 %1\n"
+    code = f"%0 = input image\n{lines}return %2 image %4 image"
+    mean, joined = run([x], torch.zeros(0), code)
+    torch.testing.assert_close(mean, x[:, 3:8].mean((2, 3), keepdim=True))
+    assert torch.equal(joined, torch.cat([x[:, 3:8].relu(), x[:, 3:8]], 1))
+    kinds = Counter(step for step, *_ in _C.program_times([x], torch.zeros(0), code, 1))
+    assert kinds == Counter(dense=1, mean=1, activate=1, concat=1)
+
+
+def test_memory_of_a_whole_is_not_taken_over_while_a_part_is_read() -> None:
+    x = random((1, 8, 6, 6), torch.float32, "cpu")
+    lines = """
+        %1 = activate %0 act=relu
+        %2 = slice %1 begin=4 K=4
+        %3 = activate %1 act=tanh
+        %4 = slice %3 begin=0 K=4
+        %5 = add %4 %2
+        %6 = concat %5 %2
+        %7 = add %6 %3
+        return %7 image"""
+    (y,) = program_of(lines, [x])
+    one, two = x.relu(), x.relu().tanh()
+    right = torch.cat([two[:, :4] + one[:, 4:], one[:, 4:]], 1) + two
+    torch.testing.assert_close(y, right)
+
+
+GROUPS = ((2, 6), (4, 20), (8, 8), (8, 72), (16, 16), (16, 48), (32, 64), (48, 96))  # channels of a group, of all
+
+
+@pytest.mark.parametrize("group, C", GROUPS, ids=str)
+def test_grouped(group: int, C: int, isa: str, threads: None) -> None:
+    for N, H, W in ((2, 7, 7), (1, 1, 1), (3, 19, 12), (0, 4, 4)):
+        x = random((N, C, H, W), torch.float32, "cpu")
+        for kernel, stride, dilation in ((3, 1, 1), (3, 2, 1), (5, 1, 2)):
+            w, b = weights(C, group, kernel, kernel)
+            w, constants = w * group**-0.5, torch.zeros(0)
+            constants, (at_w, at_b) = constants_of(packed_taps(w), b)
+            pad, groups = dilation * (kernel // 2), C // group
+            step = (
+                f"grouped groups={groups} weight={at_w} bias={at_b} kernel={kernel}x{kernel} stride={stride}x{stride} "
+                f"dilation={dilation}x{dilation} padding={pad}x{pad}x{pad}x{pad} act=relu"
+            )
+            summed = F.conv2d(x.double(), w.double(), b.double(), stride, pad, dilation, groups)
+            torchs = F.conv2d(x, w, b, stride, pad, dilation, groups).relu()
+            results = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                results.append(run_step(step, x, constants=constants))
+            assert torch.equal(*results)
+            assert_as_accurate(results[0], torchs, summed.relu(), summed=summed)
+
+
+class Shuffled(nn.Module):
+    """A unit of ShuffleNet V2, one of ResNeXt and a fire module of SqueezeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 24, 3, 2, 1)
+        self.one, self.two = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.up, self.down = nn.Conv2d(24, 32, 1), nn.Conv2d(32, 24, 1)
+        self.groups = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.squeeze, self.small, self.large = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 10, 1), nn.Conv2d(8, 10, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 3, 2, ceil_mode=True)
+        left, right = x.chunk(2, dim=1)
+        right = F.relu(self.two(self.depthwise(F.relu(self.one(right)))))
+        x = torch.cat([left, right], dim=1)
+        N, C, H, W = x.shape
+        x = x.view(N, 2, C // 2, H, W).transpose(1, 2).contiguous().view(N, C, H, W)
+        x = F.relu(x + self.down(F.relu(self.groups(F.relu(self.up(x))))))
+        x = F.relu(self.squeeze(x))
+        x = torch.cat([F.relu(self.small(x)), F.relu(self.large(x))], 1)[:, :17]
+        return F.channel_shuffle(torch.cat([x, x[:, 3:10]], 1), 3)
+
+
+def test_a_network_of_pieces_is_one_call(threads: None) -> None:
+    model = Shuffled().eval()
+    frozen = freeze(model, torch.randn(2, 3, 32, 32))
+    (code,) = codes(frozen)
+    assert not [node for node in frozen.graph.nodes if node.target in (torch.ops.aten.cat.default,)]
+    kinds = Counter(line.split()[2] for line in code.splitlines() if " = " in line)
+    assert (kinds["grouped"], kinds["interleave"], kinds["max_pool"]) == (1, 2, 1)
+    for size in ((2, 3, 32, 32), (1, 3, 37, 45), (0, 3, 32, 32)):
+        x = random(size, torch.float32, "cpu")
+        exact = copy.deepcopy(model).double()(x.double())
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.testing.assert_close(frozen(x).double(), exact, rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 3, 33, 47)
+    torch.library.opcheck(
+        run.default, ([x], next(frozen.buffers()), code), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_nan_stays() -> None:
@@ -536,6 +728,9 @@ BAD = {
     "%0 = input image\n%1 = activate %0\nreturn %1 matrix": "more than one pixel is returned as a matrix",
     "%0 = input image\n%1 = product %0 weight=0 K=8\nreturn %1 image": "the constants are too few for a step: product",
     "%0 = input image\n%1 = mean %0\n%2 = add %0 %1\nreturn %2 image": "must be of one size",
+    "%0 = input image\n%1 = slice %0 begin=2 K=2\nreturn %1 image": "channels 2 to 4 of an image",
+    "%0 = input image\n%1 = mean %0\n%2 = concat %0 %1\nreturn %2 image": "what is put together, but for channels,",
+    "%0 = input image\n%1 = grouped %0 groups=2 weight=0\nreturn %1 image": "3 channels in 2 groups: a group must",
     "%0 = input image\n%1 = gate %0 %0\nreturn %1 image": "the channels and their gate must be of one size",
 }
 

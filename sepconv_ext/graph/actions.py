@@ -258,6 +258,43 @@ def from_layer_norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return _named(r.call(node, nodes.affine, norm, *made, dim), "layer norm's scale and shift")
 
 
+def from_slice(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    a = arguments(node)
+    if a["step"] != 1:
+        return None
+    if same_size(node, a["input"] if "input" in a else a["self"]):
+        return node.args[0]
+    return _channels(r, node, node.args[0], a["start"] or 0) if a["dim"] == 1 else None
+
+
+def from_split(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """One of the pieces that an image is split into, by channels."""
+    source, index = node.args
+    if source.target not in _SPLITS or arguments(source)["dim"] != 1 or not isinstance(index, int) or index < 0:
+        return None
+    before = [piece.shape[1] for piece in source.meta["val"][:index]]
+    return _channels(r, node, source.args[0], sum(before)) if all(isinstance(n, int) for n in before) else None
+
+
+_SPLITS = tuple(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        *(("chunk", "default"), ("split", "Tensor"), ("split", "sizes"), ("split_with_sizes", "default")),
+        *(("unsafe_chunk", "default"), ("unsafe_split", "Tensor"), ("unsafe_split_with_sizes", "default")),
+    )
+)
+
+
+def _channels(r: Rewriter, node: fx.Node, image: fx.Node, begin: object) -> fx.Node | None:
+    sizes = size_of(image), size_of(node)
+    if None in sizes or len(sizes[0]) != 4 or not all(isinstance(size[1], int) for size in sizes):
+        return None
+    if not isinstance(begin, int):
+        return None
+    first = begin + sizes[0][1] if begin < 0 else begin
+    return r.call(node, nodes.channels, image, first, first + sizes[1][1])
+
+
 def from_channel_shuffle(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return r.call(node, nodes.channel_shuffle, *node.args)
 

@@ -86,6 +86,7 @@ class _Lowering:
             nodes.channel_norm: self._channel_norm,
             nodes.activate: lambda node, a: self._activate(self._of(a["input"]), a["activation"]),
             nodes.channel_shuffle: self._channel_shuffle,
+            nodes.channels: self._channels,
         }
 
     def run(self) -> Lowered:
@@ -262,6 +263,13 @@ class _Lowering:
     def _channel_shuffle(self, node: fx.Node, a: dict) -> fx.Node:
         result = self._call(aten.channel_shuffle.default, self._image(a["input"]), a["groups"])
         self.channels_last.add(result)
+        return result
+
+    def _channels(self, node: fx.Node, a: dict) -> fx.Node:
+        input = self._of(a["input"])
+        result = self._call(aten.slice.Tensor, input, 1, a["begin"], a["end"])
+        if input in self.channels_last:
+            self.channels_last.add(result)
         return result
 
     def _channel_norm(self, node: fx.Node, a: dict) -> fx.Node | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference import ACTIVATIONS
 
-__all__ = ["activate", "affine", "channel_norm", "channel_shuffle", "convolution", "linear"]
+__all__ = ["activate", "affine", "channel_norm", "channel_shuffle", "channels", "convolution", "linear"]
 
 
 def convolution(
@@ -58,6 +58,11 @@ def channel_norm(input: Tensor, eps: float, dim: int) -> Tensor:
 def activate(input: Tensor, activation: str) -> Tensor:
     """The activation of that name, alone."""
     return ACTIVATIONS[activation](input)
+
+
+def channels(input: Tensor, begin: int, end: int) -> Tensor:
+    """Channels [begin, end) of an image."""
+    return input[:, begin:end]
 
 
 def channel_shuffle(input: Tensor, groups: int) -> Tensor:

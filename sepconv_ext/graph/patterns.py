@@ -91,6 +91,7 @@ LAYERS: dict[Callable, Callable] = {
     aten.batch_norm.default: do.from_batch_norm,
     aten.layer_norm.default: do.from_layer_norm,
     aten.channel_shuffle.default: do.from_channel_shuffle,
+    aten.slice.Tensor: do.from_slice,
 }
 
 # --- rules on nodes ---

@@ -21,6 +21,7 @@ __all__ = ["Part", "parts", "write"]
 
 aten, ours = torch.ops.aten, torch.ops.sepconv_ext
 
+MOST_READS = 8  # values that a step may read
 LINE = 16  # constants begin at multiples of so many: a cache line
 
 
@@ -108,7 +109,7 @@ def _connected(taken: set[fx.Node], level: dict[fx.Node, int]) -> Iterator[list[
 def _is_worth_it(part: Part) -> bool:
     """A call for one layer alone has nothing over that layer's own op, unless that is a product."""
     kinds = [STEPS[node.target].kind(node) for node in part.nodes]
-    weighty = sum(kind in ("product", "conv", "depthwise") for kind in kinds)
+    weighty = sum(kind in ("product", "conv", "depthwise", "grouped") for kind in kinds)
     return "product" in kinds or (weighty > 0 and len([kind for kind in kinds if kind]) > 1)
 
 
@@ -191,10 +192,10 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def packed_taps(weight: Tensor) -> Tensor:
-    """[C, 1, R, S] as [ceil(C / 16), R, S, 16] (csrc/cpu/depthwise/depthwise_rows.h)."""
-    C, _, *taps = weight.shape
+    """[C, C / groups, R, S] as [ceil(C / 16), R, S, C / groups, 16] (csrc/cpu/depthwise/depthwise_rows.h)."""
+    C, *per_output = weight.shape
     padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -C % 16))
-    return padded.reshape(-1, 16, *taps).permute(0, 2, 3, 1)
+    return padded.reshape(-1, 16, *per_output).permute(0, 3, 4, 2, 1)
 
 
 def act(name: str) -> str | None:
@@ -233,15 +234,15 @@ class _Convolution(_Step):
     def kind(self, node: fx.Node) -> str:
         a = arguments(node)
         if a["groups"] > 1:
-            return "depthwise"
+            return "depthwise" if size_of(a["weight"])[1] == 1 else "grouped"
         taps = [int(n) for n in size_of(a["weight"])[2:]]
         return "product" if taps == [1, 1] and not any(a["padding"]) else "conv"
 
     def fits(self, program: Program, node: fx.Node, a: dict) -> bool:
         K, per_group = (int(n) for n in size_of(a["weight"])[:2])
-        is_depthwise = per_group == 1 and a["groups"] == K
+        as_many = per_group * a["groups"] == K and (per_group in (1, 2, 4, 8) or per_group % 16 == 0)
         residual = a["residual"] is None or same_size(node, a["residual"])
-        return a["padding_mode"] == "zeros" and (a["groups"] == 1 or is_depthwise) and residual
+        return a["padding_mode"] == "zeros" and (a["groups"] == 1 or as_many) and residual
 
     def write(self, w: Writer, node: fx.Node, a: dict) -> int:
         kind, weight, value = self.kind(node), a["weight"], w.values[a["input"]]
@@ -254,9 +255,10 @@ class _Convolution(_Step):
         )
         residual = None if a["residual"] is None else w.values[a["residual"]]
         activation = act(a["activation"])
-        if kind == "depthwise":
-            taps = w.constant(weight, "taps", packed_taps)
-            result = w.line("depthwise", value, weight=taps, **common, act=activation if residual is None else None)
+        if kind in ("depthwise", "grouped"):
+            common["weight"] = w.constant(weight, "taps", packed_taps)
+            groups = a["groups"] if kind == "grouped" else None
+            result = w.line(kind, value, groups=groups, **common, act=activation if residual is None else None)
             return result if residual is None else w.line("add", result, residual, act=activation)
         K = size_of(weight)[0]
         added = None if residual is None else f"%{residual}"
@@ -387,9 +389,51 @@ class _SamePixels(_Step):
         return w.values[node.args[0]]
 
 
+class _Channels(_Step):
+    def write(self, w: Writer, node: fx.Node, a: dict) -> int:
+        return w.line("slice", w.values[a["input"]], begin=a["begin"], K=a["end"] - a["begin"])
+
+
+class _Concatenation(_Step):
+    def fits(self, program: Program, node: fx.Node, a: dict) -> bool:
+        parts = a["tensors"]
+        return a["dim"] == 1 and all(part.op != "get_attr" for part in parts)
+
+    def write(self, w: Writer, node: fx.Node, a: dict) -> int:
+        if _is_shuffled(w, node):
+            return -1  # the shuffle does it
+        values = [w.values[part] for part in a["tensors"]]
+        while len(values) > MOST_READS:
+            values = [w.line("concat", *values[:MOST_READS]), *values[MOST_READS:]]
+        return w.line("concat", *values)
+
+
+def _is_shuffled(w: Writer, node: fx.Node) -> bool:
+    """Whether a concatenation is only read by a shuffle that takes its parts in turns."""
+    (reader, *others) = node.users
+    if others or reader not in w.members or reader.target is not nodes.channel_shuffle:
+        return False
+    parts = arguments(node)["tensors"]
+    return len(parts) == arguments(reader)["groups"] and len({size_of(part)[1] for part in parts}) == 1
+
+
+class _Shuffle(_Step):
+    def fits(self, program: Program, node: fx.Node, a: dict) -> bool:
+        return 1 < a["groups"] <= MOST_READS
+
+    def write(self, w: Writer, node: fx.Node, a: dict) -> int:
+        source, groups = a["input"], a["groups"]
+        if source in w.members and source.target is aten.cat.default and _is_shuffled(w, source):
+            return w.line("interleave", *(w.values[part] for part in arguments(source)["tensors"]))
+        K = size_of(node)[1] // groups
+        return w.line("interleave", *(w.line("slice", w.values[source], begin=i * K, K=K) for i in range(groups)))
+
+
 class _Pool(_Step):
     def fits(self, program: Program, node: fx.Node, a: dict) -> bool:
-        if len(size_of(node)) != 4 or a["ceil_mode"] or a.get("divisor_override") is not None:
+        if len(size_of(node)) != 4 or a.get("divisor_override") is not None:
+            return False
+        if a["ceil_mode"] and a.get("count_include_pad"):
             return False
         return all(isinstance(n, int) for name in ("kernel_size", "stride", "padding") for n in a[name])
 
@@ -404,6 +448,7 @@ class _Pool(_Step):
             stride=by(_pair(a["stride"]) if a["stride"] else kernel),
             dilation=by(_pair(a.get("dilation") or [1])),
             padding=sides(_pair(a["padding"])),
+            ceil=1 if a["ceil_mode"] else None,
         )
 
 
@@ -426,6 +471,9 @@ STEPS: dict[Callable, _Step] = {
     aten.view.default: _SamePixels(),
     aten.reshape.default: _SamePixels(),
     aten.flatten.using_ints: _SamePixels(),
+    aten.cat.default: _Concatenation(),
+    nodes.channels: _Channels(),
+    nodes.channel_shuffle: _Shuffle(),
     aten.max_pool2d.default: _Pool(),
     aten.avg_pool2d.default: _Pool(),
 }

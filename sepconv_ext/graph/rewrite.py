@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from . import nodes
-from .actions import Rewriter, from_functional_batch_norm
+from .actions import Rewriter, from_functional_batch_norm, from_split
 from .capture import Program
 from .match import match
 from .patterns import ACTIVATIONS, LAYERS, NOTHING, RULES
@@ -29,7 +29,7 @@ def rewrite(program: Program) -> Rewriter:
     _fold_constants(program)
     for pattern, name in ACTIVATIONS:
         everywhere(_spelled(pattern, name))
-    everywhere(_functional_norm)
+    everywhere(_item)
     everywhere(lambda r, node: LAYERS[node.target](r, node) if node.target in LAYERS else None)
     changed = True
     while changed:
@@ -87,9 +87,10 @@ def _without_conversion(rewriter: Rewriter, node: fx.Node) -> object:
     return source if same else None
 
 
-def _functional_norm(rewriter: Rewriter, node: fx.Node) -> object:
-    is_item = node.target is operator.getitem and isinstance(node.args[0], fx.Node)
-    return from_functional_batch_norm(rewriter, node) if is_item else None
+def _item(rewriter: Rewriter, node: fx.Node) -> object:
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return None
+    return from_functional_batch_norm(rewriter, node) or from_split(rewriter, node)
 
 
 def _fold_constants(program: Program) -> None:

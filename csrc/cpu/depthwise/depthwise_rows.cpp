@@ -16,9 +16,11 @@ namespace sepconv::cpu {
 struct RowsCall {
   int64_t N, C;
   const DepthwiseShape& shape;
-  const float *x, *packed;
+  Pixels x;
+  const float* packed;
   const Epilogue& epilogue;
-  float *y, *sums;
+  Written y;
+  float* sums;
 };
 
 }  // namespace sepconv::cpu
@@ -38,8 +40,8 @@ void depthwise_pack(int64_t C, int64_t R, int64_t S, const float* w, const Strid
   }
 }
 
-void depthwise_rows_forward(int64_t N, int64_t C, const DepthwiseShape& shape, const float* x, const float* packed,
-                            const Epilogue& epilogue, float* y, float* sums) {
+void depthwise_rows_forward(int64_t N, int64_t C, const DepthwiseShape& shape, Pixels x, const float* packed,
+                            const Epilogue& epilogue, Written y, float* sums) {
   if (N * C * shape.P * shape.Q == 0) return;
   const RowsCall call{N, C, shape, x, packed, epilogue, y, sums};
   SEPCONV_BEST_ISA(run)(call);
@@ -62,14 +64,15 @@ struct RowsTask {
     const DepthwiseShape& s = call.shape;
     const int64_t n = task / (row_parts * channel_parts);
     const Part strip(s.P, row_parts, task / channel_parts % row_parts);
-    const Part part(call.C, channel_parts, task % channel_parts, kDepthwiseLanes);
+    const Part part(call.C, channel_parts, task % channel_parts, std::max(kDepthwiseLanes, s.group));
     const float* bias = static_cast<const float*>(call.epilogue.bias);
     DepthwiseRows rows{};
     rows.shape = &s, rows.channels = part.end - part.begin, rows.activation = call.epilogue.activation;
-    rows.x = call.x + n * s.H * s.W * call.C + part.begin, rows.ring = s.H;
-    rows.x_row = s.W * call.C, rows.x_pixel = call.C;
-    rows.y = call.y + n * s.P * s.Q * call.C + part.begin, rows.y_row = s.Q * call.C, rows.y_pixel = call.C;
-    rows.packed = call.packed + part.begin * s.R * s.S;
+    rows.x_pixel = call.x.pitch, rows.x_row = s.W * rows.x_pixel, rows.ring = s.H;
+    rows.x = call.x.data + n * s.H * rows.x_row + part.begin;
+    rows.y_pixel = call.y.pitch, rows.y_row = s.Q * rows.y_pixel;
+    rows.y = call.y.data + n * s.P * rows.y_row + part.begin;
+    rows.packed = call.packed + part.begin * s.R * s.S * s.group;
     rows.bias = bias == nullptr ? nullptr : bias + part.begin;
     if (call.sums != nullptr) {
       rows.sums = call.sums + n * call.C + part.begin;
@@ -82,13 +85,14 @@ struct RowsTask {
 };
 
 inline void run(const RowsCall& call) {
-  const int64_t threads = parts_of(call.N * call.C * call.shape.P * call.shape.Q * call.shape.R * call.shape.S);
+  const DepthwiseShape& s = call.shape;
+  const int64_t threads = parts_of(call.N * call.C * s.P * s.Q * s.R * s.S * s.group);
   RowsTask task{call, 1, 1};
   if (call.N % threads != 0) {
     if (call.sums != nullptr) {
-      task.channel_parts = std::min(threads, ceil_div(call.C, kDepthwiseLanes));
+      task.channel_parts = std::min(threads, ceil_div(call.C, std::max(kDepthwiseLanes, s.group)));
     } else {
-      task.row_parts = std::min(threads, call.shape.P);
+      task.row_parts = std::min(threads, s.P);
     }
   }
   parallel(call.N * task.row_parts * task.channel_parts, task);

@@ -1,6 +1,6 @@
-// Depthwise convolution of some output rows of one image of float32, with a weight packed once (depthwise_rows.h). Like
-// simd.h, read once for each instruction set by the files that need it, after product_simd.h: hence no include guard
-// and no include.
+// Depthwise convolution of some output rows of one image of float32, or one in groups of a few channels, with a weight
+// packed once (depthwise_rows.h). Like simd.h, read once for each instruction set by the files that need it, after
+// product_simd.h: hence no include guard and no include.
 //
 // Loop-to-data map. Lanes are neighbouring channels. For each vector of channels the loops go: output row, block of
 // neighbouring output columns, kernel row. The sums of a block stay in registers while the taps pass; an input vector
@@ -8,8 +8,13 @@
 // newest input rows in the first-level cache; the band of rows is expected in the second-level one. Rows and columns
 // outside the image are skipped: nothing is padded or copied.
 //
-// Floor: R x S multiply-adds an output at the rate of the registers.
+// Of groups every lane's sum takes the channels of its own group, one after another: from the vector itself, whose
+// lanes are moved, where several groups share it (kGroup channels each); by broadcasts where a group is as wide as
+// vectors or wider (kWide).
+//
+// Floor: R x S multiply-adds an output, times the channels of a group, at the rate of the registers.
 
+inline constexpr int kWide = 0;          // instead of a number of channels
 inline constexpr int kRowPixels = 7;     // sums of a block: 7 divides 7, 14, 28, 56 and 112
 inline constexpr int kNarrowPixels = 4;  // where fewer columns are left
 
@@ -19,7 +24,7 @@ struct DepthwiseRows {
   int64_t x_row, x_pixel;
   float* y;  // its row 0
   int64_t y_row, y_pixel;
-  const float* packed;  // [ceil(channels / kDepthwiseLanes)][R][S][kDepthwiseLanes]
+  const float* packed;  // [ceil(channels / kDepthwiseLanes)][R][S][group][kDepthwiseLanes]
   const float* bias;    // [channels], or null
   Activation activation;
   float* sums;  // [channels], to which each row's sum of activated outputs is added; or null
@@ -57,6 +62,74 @@ SEPCONV_INLINE void add_row(Vector<float> (&sums)[kQ], const float* x, int64_t x
       }
     }
     x += x_pixel;
+  }
+}
+
+// Lanes of which each holds channel `kC` of its group.
+template <int kGroup, int kC, int... kLane>
+SEPCONV_INLINE Vector<float> spread(Vector<float> v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane / kGroup * kGroup + kC)...);
+}
+
+// What the lanes multiply with tap [.][c] at column j: x is the vector's first channel or, of wide groups, its group's.
+template <int kGroup, int kC, bool kWhole>
+SEPCONV_INLINE Vector<float> group_value(const float* x, int64_t c, int lanes) {
+  if constexpr (kGroup == kWide) {
+    return broadcast<float>(x[c]);
+  } else {
+    return spread<kGroup, kC>(load_lanes<kWhole>(x, lanes), std::make_integer_sequence<int, kLanes<float>>());
+  }
+}
+
+template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole, int kGroup, int kC>
+SEPCONV_INLINE void add_row_of_channel(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel, const float* w,
+                                       const RowPart& b, int64_t c, int64_t group) {
+  Vector<float> taps[kTaps];
+#pragma GCC unroll 8
+  for (int s = 0; s < kTaps; ++s) taps[s] = load(w + (s * group + c) * kDepthwiseLanes);
+#pragma GCC unroll 32
+  for (int j = 0; j < (kQ - 1) * kStride + kTaps; ++j) {
+    if (kInside || (j >= b.from && j < b.to)) {
+      const Vector<float> value = group_value<kGroup, kC, kWhole>(x, c, b.lanes);
+#pragma GCC unroll 8
+      for (int q = 0; q < kQ; ++q) {
+        const int s = j - q * kStride;
+        if (s >= 0 && s < kTaps) sums[q] += value * taps[s];
+      }
+    }
+    x += x_pixel;
+  }
+}
+
+template <int kQ, bool kWhole, int kGroup, int kC>
+SEPCONV_INLINE void add_row_of_channel_generic(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel,
+                                               const float* w, const RowPart& b, const DepthwiseShape& s, int64_t c) {
+  for (int64_t tap = 0; tap < s.S; ++tap) {
+    const Vector<float> factor = load(w + (tap * s.group + c) * kDepthwiseLanes);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQ; ++q) {
+      const int64_t j = q * s.stride_w + tap * s.dilation_w;
+      if (j >= b.from && j < b.to) sums[q] += group_value<kGroup, kC, kWhole>(x + j * x_pixel, c, b.lanes) * factor;
+    }
+  }
+}
+
+// The channels of a group after each other. kTaps 0: any number of taps, stride and dilation.
+template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole, int kGroup, int... kC>
+SEPCONV_INLINE void add_row_of_group(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel, const float* w,
+                                     const RowPart& b, const DepthwiseShape& s, std::integer_sequence<int, kC...>) {
+  if constexpr (kGroup == kWide) {
+    for (int64_t c = 0; c < s.group; ++c) {
+      if constexpr (kTaps > 0) {
+        add_row_of_channel<kTaps, kStride, kQ, kInside, kWhole, kWide, 0>(sums, x, x_pixel, w, b, c, s.group);
+      } else {
+        add_row_of_channel_generic<kQ, kWhole, kWide, 0>(sums, x, x_pixel, w, b, s, c);
+      }
+    }
+  } else if constexpr (kTaps > 0) {
+    (add_row_of_channel<kTaps, kStride, kQ, kInside, kWhole, kGroup, kC>(sums, x, x_pixel, w, b, kC, kGroup), ...);
+  } else {
+    (add_row_of_channel_generic<kQ, kWhole, kGroup, kC>(sums, x, x_pixel, w, b, s, kC), ...);
   }
 }
 
@@ -115,7 +188,7 @@ SEPCONV_INLINE void finish_row(const DepthwiseRows& d, Vector<float> (&sums)[kQ]
 }
 
 // A block of one output row, whose first kernel row is `row` of the image. kTaps 0: any number.
-template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole>
+template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole, int kGroup>
 SEPCONV_INLINE void row_block(const DepthwiseRows& d, int64_t c, int64_t row, int64_t column, const RowPart& b,
                               float* y, Vector<float>& total) {
   const DepthwiseShape& s = *d.shape;
@@ -123,12 +196,22 @@ SEPCONV_INLINE void row_block(const DepthwiseRows& d, int64_t c, int64_t row, in
   Vector<float> sums[kQ];
 #pragma GCC unroll 8
   for (int q = 0; q < kQ; ++q) sums[q] = bias;
-  const float* x = d.x + column * d.x_pixel + c;
-  const float* w = d.packed + c / kDepthwiseLanes * kDepthwiseLanes * s.R * s.S + c % kDepthwiseLanes;
-  for (int64_t r = 0; r < s.R; ++r, row += s.dilation_h, w += s.S * kDepthwiseLanes) {
+  const float* x = d.x + column * d.x_pixel + (kGroup == kWide ? c / s.group * s.group : c);
+  const int64_t line = s.S * s.group * kDepthwiseLanes;
+  const float* w = d.packed + c / kDepthwiseLanes * s.R * line + c % kDepthwiseLanes;
+  for (int64_t r = 0; r < s.R; ++r, row += s.dilation_h, w += line) {
     if (row < 0 || row >= s.H) continue;
     const float* from = x + (row < d.ring ? row : row % d.ring) * d.x_row;
-    if constexpr (kTaps > 0) {
+    if constexpr (kGroup == kWide) {  // each kernel row by itself: longer sums are less exact
+      Vector<float> line_sums[kQ] = {};
+      add_row_of_group<kTaps, kStride, kQ, kInside, kWhole, kWide>(line_sums, from, d.x_pixel, w, b, s,
+                                                                   std::make_integer_sequence<int, 0>());
+#pragma GCC unroll 8
+      for (int q = 0; q < kQ; ++q) sums[q] += line_sums[q];
+    } else if constexpr (kGroup > 1) {
+      add_row_of_group<kTaps, kStride, kQ, kInside, kWhole, kGroup>(sums, from, d.x_pixel, w, b, s,
+                                                                    std::make_integer_sequence<int, kGroup>());
+    } else if constexpr (kTaps > 0) {
       add_row<kTaps, kStride, kQ, kInside, kWhole>(sums, from, d.x_pixel, w, b);
     } else {
       add_row_generic<kQ, kWhole>(sums, from, d.x_pixel, w, b, s);
@@ -138,7 +221,7 @@ SEPCONV_INLINE void row_block(const DepthwiseRows& d, int64_t c, int64_t row, in
 }
 
 // Output rows [p0, p1) of the vector of channels from c on.
-template <int kTaps, int kStride, bool kWhole>
+template <int kTaps, int kStride, bool kWhole, int kGroup>
 void rows_of_vector(const DepthwiseRows& d, int64_t c, int lanes, int64_t p0, int64_t p1) {
   const DepthwiseShape& s = *d.shape;
   RowPart b;
@@ -159,11 +242,11 @@ void rows_of_vector(const DepthwiseRows& d, int64_t c, int lanes, int64_t p0, in
       float* const y = d.y + p * d.y_row + q * d.y_pixel + c;
       const bool inside = b.from <= 0 && b.to >= (kRowPixels - 1) * kStride + kTaps;
       if (!wide) {
-        row_block<kTaps, kStride, kNarrowPixels, false, kWhole>(d, c, row, column, b, y, total);
+        row_block<kTaps, kStride, kNarrowPixels, false, kWhole, kGroup>(d, c, row, column, b, y, total);
       } else if (kTaps > 0 && kWhole && inside) {
-        row_block<kTaps, kStride, kRowPixels, kTaps != 0, kWhole>(d, c, row, column, b, y, total);
+        row_block<kTaps, kStride, kRowPixels, kTaps != 0, kWhole, kGroup>(d, c, row, column, b, y, total);
       } else {
-        row_block<kTaps, kStride, kRowPixels, false, kWhole>(d, c, row, column, b, y, total);
+        row_block<kTaps, kStride, kRowPixels, false, kWhole, kGroup>(d, c, row, column, b, y, total);
       }
     }
     if (d.sums != nullptr) store_first(d.sums + c, load_lanes<kWhole>(d.sums + c, lanes) + total, lanes);
@@ -172,19 +255,31 @@ void rows_of_vector(const DepthwiseRows& d, int64_t c, int lanes, int64_t p0, in
 
 using RowsOfVector = void (*)(const DepthwiseRows&, int64_t, int, int64_t, int64_t);
 
+template <bool kWhole, int kGroup>
+RowsOfVector grouped_function(const DepthwiseShape& s) {
+  if (s.dilation_w == 1 && s.S == 3 && s.stride_w == 1) return rows_of_vector<3, 1, kWhole, kGroup>;
+  if (s.dilation_w == 1 && s.S == 3 && s.stride_w == 2) return rows_of_vector<3, 2, kWhole, kGroup>;
+  return rows_of_vector<0, 0, kWhole, kGroup>;
+}
+
 template <bool kWhole>
 RowsOfVector rows_function(const DepthwiseShape& s) {
+  constexpr int L = kLanes<float>;
+  if (s.group >= L) return grouped_function<true, kWide>(s);  // whole vectors, all of them
+  if (L > 2 && s.group == 2) return grouped_function<kWhole, 2>(s);
+  if (L > 4 && s.group == 4) return grouped_function<kWhole, (L > 4 ? 4 : kWide)>(s);
+  if (L > 8 && s.group == 8) return grouped_function<kWhole, (L > 8 ? 8 : kWide)>(s);
   if (s.dilation_w == 1) {
     switch (s.S * 2 + s.stride_w) {
-      case 7: return rows_of_vector<3, 1, kWhole>;
-      case 8: return rows_of_vector<3, 2, kWhole>;
-      case 11: return rows_of_vector<5, 1, kWhole>;
-      case 12: return rows_of_vector<5, 2, kWhole>;
-      case 15: return rows_of_vector<7, 1, kWhole>;
+      case 7: return rows_of_vector<3, 1, kWhole, 1>;
+      case 8: return rows_of_vector<3, 2, kWhole, 1>;
+      case 11: return rows_of_vector<5, 1, kWhole, 1>;
+      case 12: return rows_of_vector<5, 2, kWhole, 1>;
+      case 15: return rows_of_vector<7, 1, kWhole, 1>;
       default: break;
     }
   }
-  return rows_of_vector<0, 0, kWhole>;
+  return rows_of_vector<0, 0, kWhole, 1>;
 }
 
 // Output rows [p0, p1) of all channels.

@@ -72,7 +72,7 @@ class Fuser {
       image = gate->reads[0], readers = 2;  // the gate and the mean
     }
     const Step* depthwise = from(image, readers);
-    if (!is(depthwise, "depthwise")) return;
+    if (!is(depthwise, "depthwise") && !is(depthwise, "grouped")) return;
     inside.push_back(depthwise);
     image = depthwise->reads[0];
     const Step* expand = from(image, 1);

@@ -114,18 +114,25 @@ namespace {
 void run_steps(const Plan& plan, const Operands& operands, int64_t image, float* arena, const AfterStep* after) {
   const auto read = [&](const Place& place) -> const float* {
     switch (place.memory) {
-      case Memory::input: return operands.inputs[place.at] + image * operands.input_sizes[place.at].strides.n;
-      case Memory::output: return operands.outputs[place.at] + image * plan.outputs[place.at].per_image();
+      case Memory::input:
+        return operands.inputs[place.at] + image * operands.input_sizes[place.at].strides.n + place.offset;
+      case Memory::output:
+        return operands.outputs[place.at] + image * plan.outputs[place.at].per_image() + place.offset;
       case Memory::arena: return arena + place.at;
     }
     return nullptr;
   };
   for (const PlannedStep& planned : plan.steps) {
-    Call call{planned.step, planned.in, planned.out, planned.shape, {}, nullptr, operands.constants};
+    Call call{planned.step,
+              planned.in,
+              planned.pitch,
+              planned.out,
+              planned.out_pitch,
+              planned.shape,
+              {},
+              const_cast<float*>(read(planned.write)),
+              operands.constants};
     for (size_t i = 0; i < planned.step.reads.size(); ++i) call.read[i] = read(planned.read[i]);
-    call.write = planned.write.memory == Memory::output
-                     ? operands.outputs[planned.write.at] + image * planned.out.per_image()
-                     : arena + planned.write.at;
     planned.step.kind->run(call);
     if (after != nullptr) (*after)(planned);
   }

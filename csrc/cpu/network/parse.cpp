@@ -125,7 +125,8 @@ class Parser {
     const int reads = static_cast<int>(step.reads.size());
     if (reads < step.kind->least_reads || reads > step.kind->most_reads) fail("wrong number of values for", name);
     if (std::min({step.K, step.R - 1, step.S - 1, step.groups - 1, step.stride_h - 1, step.stride_w - 1,
-                  step.dilation_h - 1, step.dilation_w - 1, step.top, step.bottom, step.left, step.right}) < 0) {
+                  step.dilation_h - 1, step.dilation_w - 1, step.top, step.bottom, step.left, step.right, step.begin,
+                  step.ceil}) < 0) {
       fail("a size below its least one for", name);
     }
     return step;
@@ -136,6 +137,8 @@ class Parser {
     if (key == "bias") return numbers(value, {&step.bias});
     if (key == "K") return numbers(value, {&step.K});
     if (key == "groups") return numbers(value, {&step.groups});
+    if (key == "begin") return numbers(value, {&step.begin});
+    if (key == "ceil") return numbers(value, {&step.ceil});
     if (key == "kernel") return numbers(value, {&step.R, &step.S});
     if (key == "stride") return numbers(value, {&step.stride_h, &step.stride_w});
     if (key == "dilation") return numbers(value, {&step.dilation_h, &step.dilation_w});

@@ -12,8 +12,8 @@ namespace sepconv::cpu::network {
 
 #define DOOR(name) SEPCONV_BEST_ISA(name)
 
-void add(int64_t count, const float* a, const float* b, Activation activation, float* y) {
-  DOOR(add_all)(count, a, b, activation, y);
+void add(const Size& size, Pixels a, Pixels b, Activation activation, Written y) {
+  DOOR(add_all)(size, a, b, activation, y);
 }
 void multiply(int64_t count, const float* a, const float* b, Activation activation, float* y) {
   DOOR(multiply_all)(count, a, b, activation, y);
@@ -142,8 +142,22 @@ struct WriteRun {
     write(From{a + begin, b + begin}, end - begin, activation, y + begin);
   }
 };
-inline void add_all(int64_t count, const float* a, const float* b, Activation activation, float* y) {
-  in_runs(count, 1, WriteRun<Add>{a, b, activation, y});
+struct AddRun {
+  int64_t C;
+  Pixels a, b;
+  Activation activation;
+  Written y;
+  void operator()(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      write(Add{a.data + i * a.pitch, b.data + i * b.pitch}, C, activation, y.data + i * y.pitch);
+    }
+  }
+};
+inline void add_all(const Size& size, Pixels a, Pixels b, Activation activation, Written y) {
+  if (a.pitch == size.C && b.pitch == size.C && y.pitch == size.C) {
+    return in_runs(size.elements(), 1, WriteRun<Add>{a.data, b.data, activation, y.data});
+  }
+  in_runs(size.N * size.pixels(), size.C, AddRun{size.C, a, b, activation, y});
 }
 inline void multiply_all(int64_t count, const float* a, const float* b, Activation activation, float* y) {
   in_runs(count, 1, WriteRun<Multiply>{a, b, activation, y});
@@ -302,7 +316,7 @@ struct PoolRun {
         for (int64_t t = 0; t < s.S; ++t) {
           const int64_t column = w + t * s.dilation_w;
           if (column < 0 || column >= s.W) continue;
-          const float* from = image + (row * s.W + column) * s.C + c;
+          const float* from = image + row * s.x.h + column * s.x.w + c;
           const Floats v = count == L ? load(from) : load_first(from, count);
           ++inside;
           if constexpr (kGreatest) {
@@ -319,8 +333,8 @@ struct PoolRun {
 
   void operator()(int64_t begin, int64_t end) const {  // output rows of the batch
     for (int64_t i = begin; i < end; ++i) {
-      const float* image = x + i / s.P * s.H * s.W * s.C;
-      for (int64_t q = 0; q < s.Q; ++q) pixel(image, i % s.P, q, y + (i * s.Q + q) * s.C);
+      const float* image = x + i / s.P * s.x.n;
+      for (int64_t q = 0; q < s.Q; ++q) pixel(image, i % s.P, q, y + (i * s.Q + q) * s.y.w);
     }
   }
 };
@@ -340,7 +354,8 @@ struct CopyRun {
     for (int64_t i = begin; i < end; ++i) {
       const float* row = x + i / size.H * from.n + i % size.H * from.h;
       float* to = y + i * size.W * size.C;
-      for (int64_t c = 0; c < size.C; ++c) {
+      for (int64_t w = 0; from.c == 1 && w < size.W; ++w) std::copy_n(row + w * from.w, size.C, to + w * size.C);
+      for (int64_t c = 0; from.c != 1 && c < size.C; ++c) {
         for (int64_t w = 0; w < size.W; ++w) to[w * size.C + c] = row[w * from.w + c * from.c];
       }
     }

@@ -1,13 +1,15 @@
-// The doors of what a network does besides products: float32, dense NHWC; raw memory in, raw memory out. `y` may be an
-// operand of the same size, except in mean, pool and to_nhwc. Results do not depend on the number of threads.
+// The doors of what a network does besides products: float32, NHWC; raw memory in, raw memory out. Images are dense but
+// for those given as Pixels or by a ConvShape. `y` may be an operand of the same size in add, multiply, scale,
+// activate, clamp and layer_norm. Results do not depend on the number of threads.
 #pragma once
 
+#include "core/pixels.h"
 #include "cpu/network/program.h"
 
 namespace sepconv::cpu::network {
 
 // y = activation(a + b), or of a * b.
-void add(int64_t count, const float* a, const float* b, Activation, float* y);
+void add(const Size&, Pixels a, Pixels b, Activation, Written y);
 void multiply(int64_t count, const float* a, const float* b, Activation, float* y);
 // y[n, i, c] = activation(x[n, i, c] * scale[n, c] + shift[c]) with a scale for each image, or one for all of them.
 struct Scale {
@@ -29,6 +31,9 @@ void mean(const Size&, const float* x, float* y);
 // The greatest of a window, or its mean over the taps inside the image (`padded`: over all taps within the padding).
 void max_pool(const ConvShape&, const float* x, float* y);
 void mean_pool(const ConvShape&, bool padded, const float* x, float* y);
+// channels.cpp: y is x; y[c * count + i] is x[i][c], for `count` images x of one size.
+void copy_channels(const Size&, Pixels x, Written y);
+void interleave(const Size&, int count, const Pixels* x, Written y);
 // A dense copy.
 void to_nhwc(const Size&, const float* x, const Strides&, float* y);
 

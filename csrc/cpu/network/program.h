@@ -9,7 +9,10 @@
 //   return %3 image
 //
 // `weight` and the like are offsets into one array of constants, in floats. steps.cpp has the table of steps, parse.cpp
-// the text, plan.cpp the places of values in one arena, run.cpp the batch. Images are independent of each other.
+// the text, plan.cpp the places of values in one arena, network.cpp the batch. Images are independent of each other.
+//
+// Some channels of an image are no copy of it, and a concatenation of images is written by those that make its parts,
+// wherever the steps take images whose pixels lie apart: views.cpp.
 #pragma once
 
 #include <cstdint>
@@ -32,11 +35,13 @@ struct Size {
   bool operator==(const Size&) const = default;
 };
 
-// Strides of an image in elements: those of a dense one, or of an input as it comes.
-Strides dense(const Size&);
+// Strides of an image in elements whose pixels are `pixel` apart, and otherwise follow without gaps: those of a dense
+// one, or of some channels of a wider one.
+Strides strides_of(const Size&, int64_t pixel);
+inline Strides dense(const Size& size) { return strides_of(size, size.C); }
 
 inline constexpr int64_t kAbsent = -1;
-inline constexpr int kMostReads = 3;
+inline constexpr int kMostReads = 8;
 
 struct Kind;
 struct Step;
@@ -62,18 +67,22 @@ struct Step {
   int64_t K = 0, R = 1, S = 1, groups = 1;
   int64_t stride_h = 1, stride_w = 1, dilation_h = 1, dilation_w = 1;
   int64_t top = 0, bottom = 0, left = 0, right = 0;
+  int64_t begin = 0;  // the first channel of a slice
+  int64_t ceil = 0;   // 1: a pool's last window may begin inside the image and end beyond its padding
   Activation activation = Activation::identity;
   float eps = 0, factor = 1, shift = 0, low = 0, high = 0;
   Block block;  // of a step that is one
   Perceptron perceptron;
 };
 
-// What a step is run with.
+// What a step is run with. A pitch is the distance from one pixel to the next: C, where the image is dense.
 struct Call {
   const Step& step;
-  const Size* in;  // of the values read
+  const Size* in;        // of the values read
+  const int64_t* pitch;  // the same
   Size out;
-  ConvShape shape;  // the same for a convolution; x as it lies in memory
+  int64_t out_pitch;
+  ConvShape shape;  // the same for a convolution; x and y as they lie in memory
   const float* read[kMostReads] = {};
   float* write = nullptr;
   const float* constants = nullptr;
@@ -86,8 +95,10 @@ struct Kind {
   Size (*size)(const Step&, const Size* in);          // of what it writes; throws std::invalid_argument in words
   int64_t (*constants)(const Step&, const Size* in);  // where those end that it reads
   void (*run)(const Call&);
-  unsigned in_place = 0;     // bit i: it may write where the i-th value lies, if that has the size of what it writes
-  bool any_strides = false;  // the first value may be an input that is not dense
+  unsigned in_place = 0;        // bit i: it may write where the i-th value lies, if that has the size of what it writes
+  bool any_strides = false;     // the first value may be an input that is not dense
+  unsigned pitched = 0;         // bit i: the i-th value may be some channels of a wider image, and
+  bool writes_pitched = false;  // so may what it writes
 };
 const Kind& kind_of(std::string_view name);  // throws std::invalid_argument
 const Kind& block_kind();                    // of a Block, which no text names
@@ -108,6 +119,15 @@ Program parse(std::string_view code);  // throws std::invalid_argument with the 
 // The same steps, with inverted residual blocks and perceptrons in one step each. `returned`: by value.
 std::vector<Step> fuse(std::vector<Step>, const std::vector<bool>& returned);
 
+// Where a value lies: in the memory of `root` (its own number, where it has memory), from channel `offset` on.
+struct View {
+  int root;
+  int64_t offset = 0, pitch = 0;
+};
+// By value. Takes away steps that are nothing but views, and adds copies where steps need dense values (with their
+// sizes). `fixed`: the values whose memory is the caller's.
+std::vector<View> make_views(std::vector<Step>&, std::vector<Size>& sizes, const std::vector<bool>& fixed);
+
 // How an input lies in memory; images may be at any distance, which is no part of it.
 struct InputSize {
   Size size;
@@ -119,12 +139,14 @@ struct InputSize {
 enum class Memory : int { input, output, arena };
 struct Place {
   Memory memory = Memory::arena;
-  int64_t at = 0;  // which input or output; or the offset in the arena, in floats
+  int64_t at = 0;      // which input or output; or the offset in the arena, in floats
+  int64_t offset = 0;  // in an input or output: of the first channel
 };
 
 struct PlannedStep {
   Step step;
   Size in[kMostReads], out;
+  int64_t pitch[kMostReads] = {}, out_pitch = 0;
   ConvShape shape;
   Place read[kMostReads], write;
 };

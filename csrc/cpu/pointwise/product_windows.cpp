@@ -22,7 +22,7 @@ struct WindowsCall {
   const ConvShape& shape;
   const float *x, *packed;
   const Epilogue& epilogue;
-  const float* residual;
+  const Residual& residual;
   float* y;
 };
 
@@ -33,7 +33,7 @@ struct WindowsCall {
 namespace sepconv::cpu {
 
 void windows_forward(const ConvShape& shape, const float* x, const float* packed, const Epilogue& epilogue,
-                     const float* residual, float* y) {
+                     const Residual& residual, float* y) {
   if (shape.output_elements() == 0) return;
   SEPCONV_BEST_ISA(run)({shape, x, packed, epilogue, residual, y});
 }
@@ -96,6 +96,8 @@ struct Windows {
     to += first * s.C;
     if (s.x.c == 1 && s.x.w == s.C) {
       std::memcpy(to, from, pixels * s.C * sizeof(float));
+    } else if (s.x.c == 1) {
+      for (int64_t i = 0; i < pixels; ++i) std::memcpy(to + i * s.C, from + i * s.x.w, s.C * sizeof(float));
     } else if (s.C == 3) {
       interleave<3>(from, s.x.w, s.x.c, pixels, to);
     } else {
@@ -120,9 +122,10 @@ struct Windows {
       for (int64_t i = 0; i < seen; ++i) copy_row(image, top + i, copy + i * pitch);
       windows.data = copy;
     }
-    Outputs y{call.y + (n * s.P + rows.begin) * s.Q * s.K, s.K};
-    if (call.residual != nullptr) {
-      y.residual = call.residual + (y.data - call.y), y.residual_row = s.K;
+    const int64_t pixel = (n * s.P + rows.begin) * s.Q, residual_pitch = call.residual.strides.w;
+    Outputs y{call.y + pixel * s.y.w, s.y.w};
+    if (call.residual.data != nullptr) {
+      y.residual = call.residual.data + pixel * residual_pitch, y.residual_row = residual_pitch;
     }
     y.column_bias = static_cast<const float*>(call.epilogue.bias), y.activation = call.epilogue.activation;
     const Panels w{call.packed, s.R * s.S * s.C};

@@ -6,9 +6,8 @@
 
 namespace sepconv::cpu {
 
-// `x` has any strides; `y` and the residual (or null; it may be y) are dense NHWC. `packed` is what product_pack()
-// makes of the weight as a matrix [K, R * S * C].
-void windows_forward(const ConvShape&, const float* x, const float* packed, const Epilogue&, const float* residual,
-                     float* y);
+// `x` has any strides; `y` and the residual (which may be y) are NHWC, with pixels at one distance. `packed` is what
+// product_pack() makes of the weight as a matrix [K, R * S * C].
+void windows_forward(const ConvShape&, const float* x, const float* packed, const Epilogue&, const Residual&, float* y);
 
 }  // namespace sepconv::cpu

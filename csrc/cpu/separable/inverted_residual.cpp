@@ -79,7 +79,7 @@ struct Block {
       out.column_bias = static_cast<const float*>(m.expand_epilogue.bias);
       if (out.column_bias != nullptr) out.column_bias += first;
       out.activation = m.expand_epilogue.activation;
-      const Factors x{m.x + (n * s.depthwise.H + from) * W * s.C, s.C, 1};
+      const Factors x{m.x + (n * s.depthwise.H + from) * W * m.x_pixel, m.x_pixel, 1};
       multiply_all(x, Panels{m.expand, s.C}.from(first), out, (next - from) * W, channels);
     }
   }
@@ -92,10 +92,11 @@ struct Block {
     if (expands()) {
       rows.x = e, rows.ring = ring, rows.x_row = W * pitch, rows.x_pixel = pitch;
     } else {
-      rows.x = m.x + n * shape.H * W * s.C + first, rows.ring = shape.H, rows.x_row = W * s.C, rows.x_pixel = s.C;
+      rows.ring = shape.H, rows.x_row = W * m.x_pixel, rows.x_pixel = m.x_pixel;
+      rows.x = m.x + n * shape.H * rows.x_row + first;
     }
     rows.y = d, rows.y_row = shape.Q * d_pitch, rows.y_pixel = d_pitch;
-    rows.packed = m.depthwise + first * shape.R * shape.S;
+    rows.packed = m.depthwise + first * shape.R * shape.S * shape.group;
     const float* bias = static_cast<const float*>(m.depthwise_epilogue.bias);
     rows.bias = bias == nullptr ? nullptr : bias + first;
     rows.activation = m.depthwise_epilogue.activation;
@@ -132,8 +133,8 @@ struct ProjectBand {
   void operator()(int64_t p, int64_t end) const {
     const InvertedResidualMemory& m = b.m;
     const int64_t K = b.s.K, Q = b.s.depthwise.Q, pixel = (n * b.s.depthwise.P + p) * Q;
-    Outputs y{m.y + pixel * K, K};
-    if (m.residual != nullptr) y.residual = m.residual + pixel * K, y.residual_row = K;
+    Outputs y{m.y + pixel * m.y_pixel, m.y_pixel};
+    if (m.residual != nullptr) y.residual = m.residual + pixel * m.residual_pixel, y.residual_row = m.residual_pixel;
     y.column_bias = static_cast<const float*>(m.project_epilogue.bias), y.activation = m.project_epilogue.activation;
     multiply_all({d, b.pitch, 1}, {m.project, b.s.E}, y, (end - p) * Q, K);
   }
@@ -235,10 +236,11 @@ inline void project_image(const InvertedResidualShape& s, const InvertedResidual
   ConvShape product;
   product.N = product.R = product.S = 1, product.C = s.E, product.K = s.K;
   product.H = product.P = P, product.W = product.Q = Q;
-  product.x = {P * Q * pitch, 1, Q * pitch, pitch}, product.y = {P * Q * s.K, 1, Q * s.K, s.K};
+  const auto strides = [&](int64_t pixel) { return Strides{P * Q * pixel, 1, Q * pixel, pixel}; };
+  product.x = strides(pitch), product.y = strides(m.y_pixel);
   Residual residual;
-  if (m.residual != nullptr) residual = {m.residual + n * P * Q * s.K, product.y};
-  product_forward_packed(product, d, weight, m.project_epilogue, residual, m.y + n * P * Q * s.K);
+  if (m.residual != nullptr) residual = {m.residual + n * P * Q * m.residual_pixel, strides(m.residual_pixel)};
+  product_forward_packed(product, d, weight, m.project_epilogue, residual, m.y + n * P * Q * m.y_pixel);
 }
 
 struct ImageTask {
@@ -255,7 +257,8 @@ struct ImageTask {
 
   void operator()(int64_t n) const {
     const int64_t pixels = s.depthwise.P * s.depthwise.Q, threads = num_threads();
-    const int64_t step = s.E >= kChannelStep * threads ? kChannelStep : kPanelColumns;
+    const int64_t least = std::max(kPanelColumns, s.depthwise.group);  // whole panels and whole groups
+    const int64_t step = s.E >= kChannelStep * threads ? std::max(kChannelStep, least) : least;
     const int64_t d_floats = pixels * pitch_of(s.E), line = pitch_of(s.E);
     const bool scales_weight = s.M > 0 && pixels > s.K;
     ThreadScratch scratch(ScratchUse::image);

@@ -1,8 +1,8 @@
-// The door of inverted residual blocks: float32, dense NHWC, packed weights; raw memory in, raw memory out. Results do
+// The door of inverted residual blocks: float32, NHWC, packed weights; raw memory in, raw memory out. Results do
 // not depend on the number of threads; in a task of another kernel, all runs in line.
 //
 //   e = activation(bias + expand x)                      1x1; absent where the block is a depthwise separable one
-//   d = activation(bias + depthwise e)
+//   d = activation(bias + depthwise e)                   or one in groups: a ResNeXt's block
 //   g = gate(bias + excite activation(bias + squeeze mean(d)))   of each image; or absent
 //   y = activation(bias + project(g d) + residual)       1x1
 //
@@ -14,6 +14,8 @@
 
 namespace sepconv::cpu {
 
+// x, the residual and y may be some channels of wider images: `pixel` is the distance between their pixels.
+//
 // Channels: C of x, E of e and d, K of y; without an expansion E is C. M of the squeezed means, or 0.
 struct InvertedResidualShape {
   int64_t N = 0, C = 0, E = 0, K = 0, M = 0;
@@ -23,7 +25,8 @@ struct InvertedResidualShape {
 enum class Gate : int { sigmoid, hardsigmoid };
 
 struct InvertedResidualMemory {
-  const float* x = nullptr;       // [N, H, W, C]
+  const float* x = nullptr;  // [N, H, W, C]
+  int64_t x_pixel = 0;
   const float* expand = nullptr;  // product_pack() of [E, C], or null: no expansion
   Epilogue expand_epilogue;
   const float* depthwise = nullptr;  // depthwise_pack()
@@ -36,7 +39,9 @@ struct InvertedResidualMemory {
   const float* project = nullptr;  // product_pack() of [K, E]
   Epilogue project_epilogue;
   const float* residual = nullptr;  // like y, or null; added before the activation
-  float* y = nullptr;               // [N, P, Q, K]; no operand
+  int64_t residual_pixel = 0;
+  float* y = nullptr;  // [N, P, Q, K]; no operand
+  int64_t y_pixel = 0;
 };
 
 void inverted_residual_forward(const InvertedResidualShape&, const InvertedResidualMemory&);

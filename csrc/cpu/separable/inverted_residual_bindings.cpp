@@ -62,8 +62,8 @@ Tensor fused(const inverted_residual::Call& c) {
   advise_huge_pages(output.mutable_data_ptr(), output.nbytes());
 
   InvertedResidualShape shape{d.N, C, E, K, M, {}};
-  shape.depthwise = {d.H,        d.W,        d.P,     d.Q,     d.R,          d.S,
-                     d.stride_h, d.stride_w, d.pad_h, d.pad_w, d.dilation_h, d.dilation_w};
+  shape.depthwise = {d.H,        d.W,     d.P,     d.Q,          d.R,          d.S, d.stride_h,
+                     d.stride_w, d.pad_h, d.pad_w, d.dilation_h, d.dilation_w, 1};
   const auto dense = [](const std::optional<Tensor>& t) { return t && t->defined() ? t->contiguous() : Tensor(); };
   const Tensor biases[] = {dense(c.expand_bias), dense(c.depthwise_bias), dense(c.squeeze_bias), dense(c.excite_bias),
                            dense(c.project_bias)};
@@ -71,7 +71,7 @@ Tensor fused(const inverted_residual::Call& c) {
   Packed packed(product_packed_floats(E, C) + depthwise_packed_floats(E, d.R, d.S) + product_packed_floats(M, E) +
                 product_packed_floats(E, M) + product_packed_floats(K, E));
   InvertedResidualMemory memory;
-  memory.x = data(c.input);
+  memory.x = data(c.input), memory.x_pixel = memory.residual_pixel = C;
   memory.expand = packed.product(tensor_or_none(c.expand_weight));
   memory.expand_epilogue = {data(biases[0]), parse_activation(c.expand_activation)};
   memory.depthwise = packed.depthwise(c.depthwise_weight);
@@ -84,7 +84,7 @@ Tensor fused(const inverted_residual::Call& c) {
   memory.project = packed.product(c.project_weight);
   memory.project_epilogue = {data(biases[4]), parse_activation(c.project_activation)};
   memory.residual = c.residual ? data(c.input) : nullptr;
-  memory.y = output.mutable_data_ptr<float>();
+  memory.y = output.mutable_data_ptr<float>(), memory.y_pixel = K;
   count_kernel("cpu_inverted_residual");
   inverted_residual_forward(shape, memory);
   return output;
