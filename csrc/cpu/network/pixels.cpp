@@ -295,6 +295,10 @@ inline void mean_all(const Size& size, const float* x, float* y) {
   parallel(size.N * chunks, MeanTask{size, x, y, chunks});
 }
 
+struct Taps {
+  int64_t begin, end;
+};
+
 template <bool kGreatest>
 struct PoolRun {
   ConvShape s;
@@ -302,33 +306,43 @@ struct PoolRun {
   bool padded;
   float* y;
 
+  // The taps of a window from `at` on that are inside.
+  static Taps inside(int64_t at, int64_t dilation, int64_t taps, int64_t size) {
+    const int64_t first = at < 0 ? (dilation - 1 - at) / dilation : 0;
+    const int64_t last = size > at ? (size - 1 - at) / dilation + 1 : 0;
+    return {first, std::max(first, std::min(taps, last))};
+  }
+
+  // kWhole: all lanes are channels, else `lanes`.
+  template <bool kWhole>
+  SEPCONV_INLINE Floats vector(const float* from, const Taps& rows, const Taps& columns, int64_t count,
+                               int lanes) const {
+    Floats most = broadcast<float>(kGreatest ? -std::numeric_limits<float>::infinity() : 0.0f);
+    const int64_t down = s.dilation_h * s.x.h, right = s.dilation_w * s.x.w;
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      for (int64_t t = columns.begin; t < columns.end; ++t) {
+        const float* tap = from + r * down + t * right;
+        const Floats v = kWhole ? load(tap) : load_first(tap, lanes);
+        if constexpr (kGreatest) {
+          most = v == v ? max_lanes<float>(v, most) : v;  // NaN stays
+        } else {
+          most += v;
+        }
+      }
+    }
+    return kGreatest ? most : most / static_cast<float>(count);
+  }
+
   void pixel(const float* image, int64_t p, int64_t q, float* to) const {
     constexpr int L = kLanes<float>;
     const int64_t h = p * s.stride_h - s.pad_h, w = q * s.stride_w - s.pad_w;
-    const int64_t taps = s.R * s.S;
-    for (int64_t c = 0; c < s.C; c += L) {
-      const int count = static_cast<int>(std::min<int64_t>(L, s.C - c));
-      Floats most = broadcast<float>(kGreatest ? -std::numeric_limits<float>::infinity() : 0.0f);
-      int64_t inside = 0;
-      for (int64_t r = 0; r < s.R; ++r) {
-        const int64_t row = h + r * s.dilation_h;
-        if (row < 0 || row >= s.H) continue;
-        for (int64_t t = 0; t < s.S; ++t) {
-          const int64_t column = w + t * s.dilation_w;
-          if (column < 0 || column >= s.W) continue;
-          const float* from = image + row * s.x.h + column * s.x.w + c;
-          const Floats v = count == L ? load(from) : load_first(from, count);
-          ++inside;
-          if constexpr (kGreatest) {
-            most = most > v ? most : (v == v ? (most != most ? most : v) : v);  // NaN stays
-          } else {
-            most += v;
-          }
-        }
-      }
-      if (!kGreatest) most = most / static_cast<float>(padded ? taps : inside);
-      store_first(to + c, most, count);
-    }
+    const Taps rows = inside(h, s.dilation_h, s.R, s.H), columns = inside(w, s.dilation_w, s.S, s.W);
+    const int64_t taps = padded ? s.R * s.S : (rows.end - rows.begin) * (columns.end - columns.begin);
+    const float* from = image + h * s.x.h + w * s.x.w;
+    int64_t c = 0;
+    for (; c + L <= s.C; c += L) store(to + c, vector<true>(from + c, rows, columns, taps, L));
+    const int rest = static_cast<int>(s.C - c);
+    if (rest > 0) store_first(to + c, vector<false>(from + c, rows, columns, taps, rest), rest);
   }
 
   void operator()(int64_t begin, int64_t end) const {  // output rows of the batch

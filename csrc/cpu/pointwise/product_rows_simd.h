@@ -24,7 +24,8 @@ inline void multiply_pixels(const Factors& x, const Panels& w, const Outputs& y,
     const int64_t columns = std::min(step, end - k);
     for (int64_t piece = 0; piece < pieces.count; ++piece) {
       const int64_t i = pieces.begin(piece);
-      multiply(x.from(i), w.from(k), y.from(i, k), pieces.begin(piece + 1) - i, columns);
+      multiply(x.from(i), w.from(k).before(step, piece, pieces.count), y.from(i, k), pieces.begin(piece + 1) - i,
+               columns);
     }
   }
 }

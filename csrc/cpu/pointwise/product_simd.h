@@ -40,7 +40,16 @@ struct Factors {
 struct Panels {
   const float* data;
   int64_t terms;
+  // How far ahead, in numbers, a line is fetched with each term, beside those of the panels themselves. A product of
+  // few pixels passes over a weight that lies in memory far away once, and waits for it where it is not asked for
+  // early.
+  int64_t ahead = 0;
   Panels from(int64_t j) const { return {data + j / kPanelColumns * kPanelColumns * terms + j % kPanelColumns, terms}; }
+  // The same, of which piece `piece` of `pieces` fetches its share of the next `columns`, or a part of it.
+  Panels before(int64_t columns, int64_t piece, int64_t pieces) const {
+    const int64_t lines = ceil_div(columns, kPanelColumns) * terms;
+    return {data, terms, (lines + lines * piece / pieces) * kPanelColumns};
+  }
 };
 
 struct Outputs {
@@ -153,7 +162,7 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
 #pragma GCC unroll 14
     for (int i = 0; i < kI; ++i) sums[i][v] = out.row_bias != nullptr ? broadcast<float>(out.row_bias[i]) : bias;
   }
-  const int64_t row = factors.row, term = factors.term, panel = kPanelColumns * panels.terms;
+  const int64_t row = factors.row, term = factors.term, panel = kPanelColumns * panels.terms, ahead = panels.ahead;
   const float *starts[kStarts], *columns = panels.data;
 #pragma GCC unroll 5
   for (int i = 0; i < kStarts; ++i) starts[i] = factors.data + 3 * i * row;
@@ -172,6 +181,7 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
           line[v] = load(from);
           if (v * L % kPanelColumns == 0) __builtin_prefetch(from + kPrefetchTerms * kPanelColumns);
         }
+        __builtin_prefetch(columns + ahead);
 #pragma GCC unroll 14
         for (int i = 0; i < kI; ++i) {
           const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row]);

@@ -137,7 +137,9 @@ struct Windows {
         row.data += p * s.stride_h * pitch;
         for (int64_t piece = 0; piece < pieces.count; ++piece) {
           const int64_t i = pieces.begin(piece);
-          multiply(row.from(i), w.from(k), y.from(p * s.Q + i, k), pieces.begin(piece + 1) - i,
+          const Panels panels =
+              w.from(k).before(step, p * pieces.count + piece, (rows.end - rows.begin) * pieces.count);
+          multiply(row.from(i), panels, y.from(p * s.Q + i, k), pieces.begin(piece + 1) - i,
                    std::min(step, part.end - k));
         }
       }
