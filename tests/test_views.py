@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sepconv_ext
 from cases import BY_NAME, Case
-from harness import dtype_name, grad_like_output, only_our_kernels, strictness, tensors, with_layout
+from harness import DTYPES, dtype_name, grad_like_output, only_our_kernels, strictness, tensors, with_layout
 from sepconv_ext import functional, reference
 
 ops = torch.ops.sepconv_ext
@@ -61,6 +61,14 @@ def behind_mean(t: Tensor, layout: str) -> Tensor:
     return t[:, :, :1, :1].contiguous().expand(t.shape)
 
 
+def behind_channel_sum(t: Tensor, layout: str) -> Tensor:
+    return t[:, :1].contiguous().expand(t.shape)
+
+
+def behind_row_sum(t: Tensor, layout: str) -> Tensor:
+    return t[..., :1].contiguous().expand(t.shape)
+
+
 def other_layout(t: Tensor, layout: str) -> Tensor:
     return with_layout(t, LAYOUTS[1 - LAYOUTS.index(layout)])
 
@@ -80,6 +88,8 @@ VIEWS: dict[str, tuple[Callable[[Tensor, str], Tensor], tuple[str, ...]]] = {
     "expanded batch": (expanded_batch, ("contiguous",)),  # torch, and so we, answer channels_last ones in NCHW
     "behind sum": (behind_sum, ()),
     "behind mean": (behind_mean, ("channels_last",)),
+    "behind channel sum": (behind_channel_sum, ("contiguous",)),
+    "behind row sum": (behind_row_sum, ()),
     "other layout": (other_layout, ()),
     "transposed": (transposed, ()),
 }
@@ -171,6 +181,26 @@ def test_a_view_gives_what_its_dense_copy_gives(case: Case, dtype: torch.dtype, 
             assert error <= TOLERANCE[dtype] * truth.abs().max(), f"{what}: error {error:.3g}"
 
 
+@pytest.mark.parametrize(
+    "size", ((2, 24, 14, 13), (1, 640, 1, 50), (3, 17, 7, 1), (2, 3, 9, 21), (1, 70, 33, 40)), ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_copies_between_the_layouts_are_exact(dtype: torch.dtype, size: tuple[int, ...], isa: str) -> None:
+    """Through a depthwise call by ones: its result is its gradient, in the layout of the input."""
+    channels = size[1]
+    weight = torch.ones(channels, 1, 1, 1, dtype=dtype)
+    geometry = ((1, 1), (0, 0), (1, 1), channels)
+    for layout in LAYOUTS:
+        strides = with_layout(torch.empty(size), layout).stride()
+        for view in ("other layout", "crop", "every other row", "behind row sum", "behind sum"):
+            lies = layout if view == "other layout" else LAYOUTS[1 - LAYOUTS.index(layout)]
+            g = VIEWS[view][0](torch.randn(size).to(dtype), lies)
+            with only_our_kernels():
+                result = ops.conv2d_grad_input(g, weight, size, strides, *geometry)
+            assert torch.equal(result, g), f"{view} to {layout}"
+            assert result.stride() == strides
+
+
 @by_layout
 @pytest.mark.parametrize("view", [name for name in VIEWS if VIEWS[name][1]])
 def test_depthwise_kernels_take_views_where_they_lie(view: str, layout: str) -> None:
@@ -224,6 +254,23 @@ def test_an_expanded_batch_is_computed_once(layout: str, dtype: torch.dtype) -> 
             assert torch.equal(y, one.expand(y.shape))
             theirs = torch.nn.functional.conv2d(x, w, b, 1, 1, 1, groups)
             assert y.stride() == theirs.stride()
+
+
+@by_dtype
+@by_layout
+def test_fused_calls_compute_an_expanded_batch_once(layout: str, dtype: torch.dtype) -> None:
+    """Bit for bit the one image's result: by its kernel, not by that of the layout that torch takes the batch for."""
+    image = with_layout(torch.randn(1, 24, 9, 7).to(dtype), layout)
+    x = image.expand(5, 24, 9, 7)
+    depthwise, pointwise = torch.randn(24, 1, 3, 3).to(dtype), torch.randn(20, 24, 1, 1).to(dtype)
+    column, row = torch.randn(24, 5).to(dtype), torch.randn(24, 3).to(dtype)
+    for call in (
+        lambda t: functional.separable_conv2d(t, depthwise, pointwise, padding=1),
+        lambda t: functional.spatial_separable_conv2d(t, column, row, padding=(2, 1)),
+    ):
+        with only_our_kernels():
+            y, one = call(x), call(image)
+        assert torch.equal(y, one.expand(y.shape)) and y.is_contiguous()
 
 
 @pytest.mark.parametrize("groups", (1, 12))

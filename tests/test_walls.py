@@ -58,6 +58,7 @@ ROOMS = {
     "core": "plain numbers, without torch: shapes, activations, layouts, words",
     "ops": "what torch sees: the op table, checks, the way of a call, derivatives",
     "cpu": "the CPU's bindings, plan and run",
+    "cpu/layout": "copies between channels_last and planes",
     "cpu/simd": "vectors, instruction sets and scratch memory",
     "cpu/depthwise": "one input channel a group",
     "cpu/pointwise": "1x1: matrix products",

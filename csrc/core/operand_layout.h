@@ -71,7 +71,7 @@ inline Layout call_layout(Map map, const ConvShape& s) {
 }
 
 // Images that are copied into `layout`: an operand before the kernel runs, a result after. And the weight, made
-// contiguous. Of an expanded batch one image is copied, unless the kernel wants `all_images`.
+// contiguous. What an operand repeats is copied once, unless the kernel wants `all_images`.
 struct Copies {
   Layout layout = Layout::nchw;
   bool x = false, y = false, weight = false, all_images = false;
@@ -91,13 +91,27 @@ inline Copies spatial_copies(const ConvShape& s) {
   return {layout, !is_dense_along(layout, input_image(s))};
 }
 
+// The strides of an image's copy. What an operand repeats (a stride of 0) stays so: images, and pixels of channels_last
+// or planes. A gradient behind a sum is then a pixel or a plane, which stays in cache. Rows of a plane are all copied,
+// as kernels go along planes without gaps.
+inline Strides copied_strides(const ImageShape& image, Layout layout, bool all_images) {
+  const Strides& from = image.strides;
+  const auto repeats = [&](int64_t size, int64_t stride) { return !all_images && size > 1 && stride == 0; };
+  const bool channels_last = layout == Layout::nhwc, batch = repeats(image.N, from.n);
+  const bool planes = !channels_last && repeats(image.channels, from.c);
+  const bool rows = channels_last && repeats(image.rows, from.h);
+  const bool pixels = channels_last && repeats(image.columns, from.w);
+  Strides s = dense_strides(planes ? 1 : image.channels, rows ? 1 : image.rows, pixels ? 1 : image.columns, layout);
+  if (batch) s.n = 0;
+  if (planes) s.c = 0;
+  if (rows) s.h = 0;
+  if (pixels) s.w = 0;
+  return s;
+}
+
 // The shape that the kernel sees.
 inline ConvShape with_copies(ConvShape s, const Copies& copies) {
-  const auto copied = [&](const ImageShape& image) {
-    Strides strides = dense_strides(image.channels, image.rows, image.columns, copies.layout);
-    if (is_expanded_batch(image) && !copies.all_images) strides.n = 0;
-    return strides;
-  };
+  const auto copied = [&](const ImageShape& image) { return copied_strides(image, copies.layout, copies.all_images); };
   if (copies.x) s.x = copied(input_image(s));
   if (copies.y) s.y = copied(output_image(s));
   if (copies.weight) s.w = dense_strides(s.channels_per_group(), s.R, s.S, Layout::nchw);

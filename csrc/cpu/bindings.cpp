@@ -5,6 +5,7 @@
 
 #include "core/explain.h"
 #include "cpu/kernels.h"
+#include "cpu/layout/transposed_copy.h"
 #include "cpu/plan.h"
 #include "cpu/simd/huge_pages.h"
 #include "ops/aten_route.h"
@@ -45,6 +46,7 @@ bool by_planes(const ConvShape& s) {
 
 Tensor pixels(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({-1, image.size(1)}); }
 Tensor planes(const Tensor& image) { return image.reshape({image.size(0), image.size(1), -1}); }
+Tensor channels(const Tensor& image) { return image.transpose(0, 1).reshape({image.size(1), -1}); }
 Tensor matrix(const Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
 
 // The bias is the product's addend, so that a half type is rounded once.
@@ -81,11 +83,14 @@ void grad_input(const ConvShape& shape, const Tensor& grad_output, const Tensor&
 }
 
 void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight) {
-  // In half types one product sums over the whole batch, for which planes are copied: a sum of rounded products would
-  // be less exact than torch's.
+  // In half types one product sums over the whole batch, for which planes are copied side by side: a sum of rounded
+  // products would be less exact than torch's.
+  const bool planes_apart = call_layout(Map::grad_weight, shape) == Layout::nchw && shape.H * shape.W > 1;
   if (by_planes(shape) && grad_output.element_size() > 2) {
     const Tensor per_image = at::bmm(planes(grad_output), planes(input).transpose(1, 2));
     grad_weight.copy_(per_image.sum(0).view(grad_weight.sizes()));
+  } else if (planes_apart) {
+    grad_weight.copy_(at::mm(channels(grad_output), channels(input).t()).view(grad_weight.sizes()));
   } else {
     grad_weight.copy_(at::mm(pixels(grad_output).t(), pixels(input)).view(grad_weight.sizes()));
   }
@@ -116,12 +121,17 @@ struct Cpu {
   static Plan plan(const Call& c) { return cpu::plan(c.map, c.shape, c.dtype(), strict(), num_threads()); }
 
   static Tensor aten(const Plan& plan, const Call& c) {
-    return plan.kernel == Kernel::aten_float32 ? in_float32(c) : by_aten(c);
+    return plan.kernel == Kernel::aten_float32 ? in_float32(c, plan.copies.layout) : by_aten(c);
   }
 
-  // A gradient of half types by torch's call for float32, rounded once.
-  static Tensor in_float32(const Call& c) {
-    const auto widened = [](const Tensor& t) { return Call::Operand::owned(t.to(at::kFloat)); };
+  // A gradient by the weight of half types by torch's call for float32, rounded once. Both images become dense on the
+  // way: else torch would copy the wide ones.
+  static Tensor in_float32(const Call& c, Layout layout) {
+    const auto format = layout == Layout::nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    const auto widened = [&](const Tensor& t) {
+      Tensor image = as_image(t, c.args.for_sequences()).to(at::kFloat, false, false, format);
+      return Call::Operand::owned(t.dim() == 4 ? std::move(image) : image.view(t.sizes()));
+    };
     const Call wide{c.map, widened(*c.first), widened(*c.second), c.args, c.shape, c.result, c.size, c.stride};
     return by_aten(wide).to(c.first->scalar_type());
   }
@@ -129,6 +139,16 @@ struct Cpu {
   static Tensor prepared(const Tensor& out) {
     advise_huge_pages(out.mutable_data_ptr(), out.nbytes());
     return out;
+  }
+
+  static void copy_image(const Tensor& to, const Tensor& from) {
+    const ImageShape image = image_shape(from);
+    const Strides strides = image_shape(to).strides;
+    if (!is_transposed_copy(image, strides)) {
+      to.copy_(from);
+      return;
+    }
+    transposed_copy(image, dtype_of(from), from.const_data_ptr(), strides, to.mutable_data_ptr());
   }
 
   static void run(const Plan& plan, const Call& c, const Tensor& out) {

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <optional>
 
 #include "core/operand_layout.h"
@@ -76,23 +77,34 @@ inline std::optional<at::Tensor> without_work(const Call& c) {
   return c.map == Map::grad_weight ? result.zero_() : result;
 }
 
-// The image, sequence or weight in dense memory of that layout. An expanded batch stays one, unless `all_images` are
-// wanted.
-inline at::Tensor dense_copy(const at::Tensor& t, Layout layout, bool sequence, bool all_images = true) {
+inline ImageShape image_shape(const at::Tensor& image) {  // [N, C, H, W]
+  const at::IntArrayRef size = image.sizes(), stride = image.strides();
+  return {size[0], size[1], size[2], size[3], {stride[0], stride[1], stride[2], stride[3]}};
+}
+
+// How a device copies an image to one of the same size and dtype.
+using CopyImage = void (*)(const at::Tensor& to, const at::Tensor& from);
+
+// The image, sequence or weight in dense memory of that layout, as copied_strides() has it.
+inline at::Tensor dense_copy(CopyImage copy_image, const at::Tensor& t, Layout layout, bool sequence, bool all_images) {
   const at::Tensor image = as_image(t, sequence);
-  const bool once = !all_images && image.size(0) > 1 && image.stride(0) == 0;
-  const at::Tensor images = once ? image.narrow(0, 0, 1) : image;
-  const Strides s = dense_strides(images.size(1), images.size(2), images.size(3), layout);
-  const at::Tensor copy = at::empty_strided(images.sizes(), {s.n, s.c, s.h, s.w}, t.options()).copy_(images);
-  const at::Tensor all = once ? copy.expand(image.sizes()) : copy;
+  const Strides s = copied_strides(image_shape(image), layout, all_images);
+  const std::array<int64_t, 4> strides{s.n, s.c, s.h, s.w};
+  at::Tensor once = image;
+  for (int dim = 0; dim < 4; ++dim) {
+    if (strides[dim] == 0) once = once.narrow(dim, 0, 1);
+  }
+  const at::Tensor copy = at::empty_strided(once.sizes(), strides, t.options());
+  copy_image(copy, once);
+  const at::Tensor all = copy.expand(image.sizes());
   return t.dim() == 4 ? all : all.view(t.sizes());
 }
 
 // The call as the kernel is to see it, with the copies that its plan asks for.
-inline Call with_copies(const Call& c, const Copies& copies) {
+inline Call with_copies(const Call& c, const Copies& copies, CopyImage copy_image) {
   const bool sequence = c.args.for_sequences();
   const auto operand = [&](const at::Tensor& t, bool copied, Layout layout, bool all_images) {
-    return copied ? Call::Operand::owned(dense_copy(t, layout, sequence, all_images)) : Call::borrowed(t);
+    return copied ? Call::Operand::owned(dense_copy(copy_image, t, layout, sequence, all_images)) : Call::borrowed(t);
   };
   const bool gradient_first = c.map != Map::forward, weight_second = c.map != Map::grad_weight;
   const ConvShape shape = with_copies(c.shape, copies);

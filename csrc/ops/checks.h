@@ -38,7 +38,7 @@ struct Result {
 
   at::Tensor empty(const at::Tensor& like) const;  // uninitialised memory
   Result laid_out(const Strides&, bool sequence) const;
-  // What ATen returned where its strides are these, but for those of dimensions of size 1, which are set; else a copy.
+  // `computed` where its strides are these, but for those of dimensions of size 1, which are set; else undefined.
   at::Tensor with_strides(const at::Tensor& computed) const;
 };
 

@@ -15,6 +15,7 @@
 //
 //   Guard                        makes the device of a tensor the current one while it lives
 //   kBorders                     the name of the border kernel, as counted
+//   copy_image(to, from)         copies between memory orders, an image as [N, C, H, W]
 //   kKeepsIntermediate           whether the fused separable kernel can write what lies between its stages
 //   plan(Call)                   the plan of one of the three maps: name, reason, is_aten(), is_torchs()
 //   aten(plan, Call)             the call of torch's that the plan names
@@ -60,14 +61,23 @@ at::Tensor run_kernels(const Call& call, const Plan& plan, BorderExtent border) 
   return out;
 }
 
+// What was computed, with the strides that the check promised.
+template <typename Device>
+at::Tensor as_promised(const Call& call, const at::Tensor& computed) {
+  if (const at::Tensor same = call.result.with_strides(computed); same.defined()) return same;
+  const bool sequence = call.args.for_sequences();
+  at::Tensor result = call.result.empty(computed);
+  Device::copy_image(as_image(result, sequence), as_image(computed, sequence));
+  return result;
+}
+
 // Everything that follows the plan.
 template <typename Device, typename Plan>
 at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
   if (plan.is_torchs()) {
     count_aten(plan.reason);
-    const at::Tensor computed =
-        plan.copies.any() ? Device::aten(plan, with_copies(call, plan.copies)) : Device::aten(plan, call);
-    return call.result.with_strides(computed);
+    if (!plan.copies.any()) return as_promised<Device>(call, Device::aten(plan, call));
+    return as_promised<Device>(call, Device::aten(plan, with_copies(call, plan.copies, Device::copy_image)));
   }
   const PaddingMode mode = call.args.padding_mode;
   const BorderExtent border = border_extent(call.map, call.shape, mode);
@@ -79,17 +89,17 @@ at::Tensor convolve_as_planned(const Call& call, const Plan& plan) {
     return convolve<Device>(gradient_call(call.map, *call.first, padded, call.size, call.stride, args));
   }
   if (!plan.copies.any()) return run_kernels<Device>(call, plan, border);
-  return call.result.with_strides(run_kernels<Device>(with_copies(call, plan.copies), plan, border));
+  return as_promised<Device>(call,
+                             run_kernels<Device>(with_copies(call, plan.copies, Device::copy_image), plan, border));
 }
 
 // An expanded batch is one image: it is computed once, and its output copied.
-template <typename Device>
-at::Tensor convolve_one_image(const Call& call) {
-  const at::Tensor image = first_image(*call.first), result = call.result.empty(*call.first);
-  const at::Tensor first = result.narrow(0, 0, 1);
-  first.copy_(convolve<Device>(forward_call(image, *call.second, call.bias, call.args, call.activation)));
-  result.narrow(0, 1, call.shape.N - 1).copy_(first);
-  return result;
+template <typename Device, typename Compute>
+at::Tensor compute_once(const at::Tensor& batch, const Result& result, bool sequence, const Compute& compute) {
+  const at::Tensor out = result.empty(batch), first = out.narrow(0, 0, 1);
+  Device::copy_image(as_image(first, sequence), as_image(compute(first_image(batch)), sequence));
+  out.narrow(0, 1, out.size(0) - 1).copy_(first);
+  return out;
 }
 
 // A checked call.
@@ -97,7 +107,11 @@ template <typename Device>
 at::Tensor convolve(const Call& call) {
   const typename Device::Guard guard(*call.first);
   if (const auto result = without_work(call)) return *result;
-  if (is_one_image(call.map, call.shape)) return convolve_one_image<Device>(call);
+  if (is_one_image(call.map, call.shape)) {
+    return compute_once<Device>(*call.first, call.result, call.args.for_sequences(), [&](const at::Tensor& image) {
+      return convolve<Device>(forward_call(image, *call.second, call.bias, call.args, call.activation));
+    });
+  }
   if (const auto overlap = Overlap::worth_taking(call.shape, call.args.padding_mode)) {
     return convolve_overlap<Device>(call, *overlap);
   }
@@ -146,12 +160,12 @@ std::tuple<at::Tensor, at::Tensor> conv2d_both_grads(const at::Tensor& grad_outp
     count_aten(input_plan.reason), count_aten(weight_plan.reason);
     const ops::Args plain{aten::sym(stride), aten::sym(padding), aten::sym(dilation), groups};
     const auto [grad_input, grad_weight] = aten::conv2d_both_grads(grad_output, input, weight, plain);
-    return {by_input.result.with_strides(grad_input), by_weight.result.with_strides(grad_weight)};
+    return {as_promised<Device>(by_input, grad_input), as_promised<Device>(by_weight, grad_weight)};
   }
   const Copies &first = input_plan.copies, &second = weight_plan.copies;
   if (first.y && second.y && first.layout == second.layout) {  // both read one copy
-    const at::Tensor copy =
-        dense_copy(grad_output, first.layout, args.for_sequences(), first.all_images || second.all_images);
+    const at::Tensor copy = dense_copy(Device::copy_image, grad_output, first.layout, args.for_sequences(),
+                                       first.all_images || second.all_images);
     return conv2d_both_grads<Device>(copy, input, weight, stride, padding, dilation, groups, padding_mode);
   }
   at::Tensor grad_input = convolve_as_planned<Device>(by_input, input_plan);
@@ -178,7 +192,8 @@ std::tuple<at::Tensor, at::Tensor> separable_fused(const Plan& plan, const Check
   const at::Tensor depthwise_bias = dense(call.depthwise_bias), pointwise_bias = dense(call.pointwise_bias);
   if (shape.depthwise.N == 0) return {y, h};
   count_kernel(plan.name);
-  const at::Tensor x = plan.copies.x ? dense_copy(call.input, plan.copies.layout, false, false) : call.input;
+  const at::Tensor x =
+      plan.copies.x ? dense_copy(Device::copy_image, call.input, plan.copies.layout, false, false) : call.input;
   const SeparableShape taken{with_copies(shape.depthwise, plan.copies), shape.pointwise};
   Device::run_separable(plan, taken, dtype_of(call.input),
                         {x.const_data_ptr(),
@@ -211,6 +226,12 @@ at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise
   const typename Device::Guard guard(input);
   const auto plan = Device::plan_separable(checked.shape, input);
   if (plan.is_composite() || reaches_far(checked.shape)) return separable::composite(call);
+  if (is_one_image(Map::forward, checked.shape.depthwise)) {
+    return compute_once<Device>(input, checked.output, false, [&](const at::Tensor& image) {
+      return separable_conv2d<Device>(image, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride,
+                                      padding, dilation, depthwise_activation, pointwise_activation, save_intermediate);
+    });
+  }
   return std::get<0>(separable_fused<Device>(plan, checked, call, /*output=*/true, /*intermediate=*/false));
 }
 
@@ -247,6 +268,11 @@ at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& c
   }
   const auto [shape, result] = check_spatial_separable(input, column, row, padding);
   const typename Device::Guard guard(input);
+  if (is_one_image(Map::forward, shape)) {
+    return compute_once<Device>(input, result, false, [&](const at::Tensor& image) {
+      return spatial_separable_conv2d<Device>(image, column, row, padding);
+    });
+  }
   const DType dtype = dtype_of(input);
   const char* kernel = Device::spatial_kernel(shape, dtype);
   if (kernel == nullptr) return SpatialPasses(shape.C, column, row, aten::sym(padding)).run(input, ops::conv2d);
@@ -255,7 +281,7 @@ at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& c
   count_kernel(kernel);
   const SpatialTensors filters(column, row);
   const Copies copies = spatial_copies(shape);
-  const at::Tensor x = copies.x ? dense_copy(input, copies.layout, false, false) : input;
+  const at::Tensor x = copies.x ? dense_copy(Device::copy_image, input, copies.layout, false, false) : input;
   Device::run_spatial(with_copies(shape, copies), dtype, x.const_data_ptr(), filters.raw(), output.mutable_data_ptr());
   return output;
 }

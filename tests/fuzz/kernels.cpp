@@ -30,6 +30,7 @@
 #include "../emulator/reference.h"
 #include "../emulator/tensor.h"
 #include "cpu/kernels.h"
+#include "cpu/layout/transposed_copy.h"
 #include "cpu/plan.h"
 #include "planted.h"
 
@@ -88,6 +89,9 @@ Strides random_strides(Random& random, const Sizes& s, bool may_overlap) {
   if (layout == "expanded") {
     Strides strides = emulator::make_strides(s, random.of<std::string>({"contiguous", "channels_last"}));
     if (may_overlap) strides.n = 0;
+    for (int64_t* stride : {&strides.c, &strides.h, &strides.w}) {  // behind sum and mean
+      if (may_overlap && random.one_in(3)) *stride = 0;
+    }
     return strides;
   }
   return emulator::make_strides(s, layout);
@@ -360,6 +364,23 @@ std::optional<Failure> run_spatial(const Case& c) {
   return compare(emulator::spatial_reference(s, input, first, second, shared_column, shared_row), out, y, c.dtype);
 }
 
+// The case's input in the other layout, where the two are channels_last and NCHW, with gaps or not.
+std::optional<Failure> run_copy(const Case& c) {
+  const ConvShape& s = c.shape;
+  Buffer from(c.x(), s.x, c.dtype, c.offsets[0]);
+  const Strides to = emulator::make_strides(c.x(), c.number % 2 == 0 ? "contiguous" : "channels_last");
+  if (!cpu::is_transposed_copy(input_image(s), to)) return std::nullopt;
+  Buffer out(c.x(), to, c.dtype, c.offsets[2]);
+  from.fill_random(c.number);
+  cpu::transposed_copy(input_image(s), c.dtype, from.data(), to, out.data());
+  for (int64_t n = 0; n < s.N; ++n)
+    for (int64_t i = 0; i < s.C * s.H * s.W; ++i) {
+      const int64_t channel = i / s.W / s.H, row = i / s.W % s.H, column = i % s.W;
+      if (from.at(n, channel, row, column) != out.at(n, channel, row, column)) return Failure{"a copy that differs"};
+    }
+  return std::nullopt;
+}
+
 // By the kernel that the plan names, or by the general one, which takes everything.
 std::optional<Failure> run_case(const Case& c) {
   cpu::case_threads = c.threads, cpu::last_first = c.number % 3 == 0;
@@ -367,6 +388,7 @@ std::optional<Failure> run_case(const Case& c) {
   if (c.map == Map::forward && s.is_depthwise() && c.number % 4 == 0) {
     return c.number % 8 == 0 ? run_separable(c) : run_spatial(c);
   }
+  if (c.number % 16 == 1) return run_copy(c);
   const cpu::Plan general{cpu::Kernel::planes, "cpu_planes", "takes everything"};
   cpu::Plan plan = cpu::plan(c.map, s, c.dtype, /*strict=*/true, c.threads);
   if (c.number % 5 == 0 || plan.kernel == cpu::Kernel::matmul) plan = general;  // matmul is at::mm

@@ -232,25 +232,11 @@ struct SpatialScratch {
   int64_t pitch;
   std::vector<A> lines;        // [kRowsAtOnce, pitch]: t, from the left edge of the halo on
   std::vector<const T*> rows;  // input rows, from the first one that the group of output rows sees
-  std::vector<T> gathered;     // these rows, where lines of x are not dense
   explicit SpatialScratch(const SpatialJob<T>& job)
       : pitch(job.halo_tile() + kRowPassVectors * kLanes<A>),
         lines(kRowsAtOnce * pitch),
-        rows(job.shape.R + kRowsAtOnce - 1),
-        gathered(job.dense ? 0 : rows.size() * job.halo_tile()) {}
+        rows(job.shape.R + kRowsAtOnce - 1) {}
 };
-
-// Elements [first, first + count) of a line whose pixels lie apart.
-template <typename T>
-void gather_line(const SpatialJob<T>& job, const T* from, int64_t first, int64_t count, T* to) {
-  const int64_t end = first + count;
-  while (first < end) {
-    const int64_t pixel = first / job.step, begin = first - pixel * job.step,
-                  left = std::min(job.step - begin, end - first);
-    std::copy_n(from + pixel * job.shape.x.w + begin, left, to);
-    to += left, first += left;
-  }
-}
 
 // kRows rows of a unit, from output row p on: elements [begin, begin + count) of their lines.
 template <typename T, int kRows, bool kColumnChannels>
@@ -262,21 +248,16 @@ void output_rows(const SpatialJob<T>& job, SpatialScratch<T>& scratch, int64_t s
   const int64_t left = begin - s.pad_w * job.step;  // the input element at the start of scratch
   const int64_t first = std::max<int64_t>(left, 0);
   const int64_t last = std::min(s.W * job.step, left + count + (s.S - 1) * job.step);
-  if (first < last) {
+  // In one piece, or pixel by pixel where these lie apart.
+  for (int64_t at = first, piece; at < last; at += piece) {
+    const int64_t channel = at % job.step, offset = job.dense ? at : at / job.step * s.x.w + channel;
+    piece = job.dense ? last - at : std::min(job.step - channel, last - at);
     for (int64_t i = 0; i < s.R + kRows - 1; ++i) {
       const int64_t h = p + i - s.pad_h;
-      if (h < 0 || h >= s.H) {
-        scratch.rows[i] = job.zeros.data();
-      } else if (job.dense) {
-        scratch.rows[i] = image + h * s.x.h + first;
-      } else {
-        T* to = scratch.gathered.data() + i * job.halo_tile();
-        gather_line(job, image + h * s.x.h, first, last - first, to);
-        scratch.rows[i] = to;
-      }
+      scratch.rows[i] = h < 0 || h >= s.H ? job.zeros.data() : image + h * s.x.h + offset;
     }
-    column_pass<T, kRows, kColumnChannels>(scratch.rows.data(), last - first, job.column.of(c), first % job.step,
-                                           job.step, scratch.lines.data() + first - left, scratch.pitch);
+    column_pass<T, kRows, kColumnChannels>(scratch.rows.data(), piece, job.column.of(c), channel, job.step,
+                                           scratch.lines.data() + at - left, scratch.pitch);
   }
   const bool row_channels = job.lanes_are_channels && job.row.tap != 1;
   for (int k = 0; k < kRows; ++k) {
