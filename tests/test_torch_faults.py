@@ -124,3 +124,13 @@ def test_plan_of_strided_1x1() -> None:
         size, weight_size = (8, channels, 56, 56), (64, channels // groups, 1, 1)
         assert kernel("grad_weight", torch.float32, size, weight_size, groups, stride=2).kernel != "aten"
     assert kernel("grad_weight", torch.float32, (8, 64, 56, 56), (64, 64, 1, 1), 1, stride=2).kernel == "aten"
+
+
+def test_plan_of_strided_gradients_in_bfloat16() -> None:
+    """oneDNN takes 30 to 120 times as long as the kernel here; without a stride it is the faster one for large ones."""
+    torch.set_num_threads(1)
+    for map, stride, taken in (("grad_input", 2, False), ("grad_input", 1, True), ("forward", 2, True)):
+        plan = kernel(map, torch.bfloat16, (8, 256, 56, 56), (256, 1, 3, 3), 256, stride)
+        assert (plan.kernel == "aten") == taken, f"{map}, stride {stride}: {plan.reason}"
+    small = kernel("forward", torch.bfloat16, (1, 116, 40, 40), (116, 1, 3, 3), 116)
+    assert small.kernel == "cpu_depthwise_nhwc", small.reason

@@ -54,6 +54,8 @@ constexpr int64_t kShortSequence = 128, kShortFilter = 3, kLongFilter = 31;
 // depthwise-nhwc.md and the last paragraph of grouped.md.
 constexpr int64_t kFewChannels = 16, kPartialChannels = 96, kLanes = 16;
 constexpr int64_t kStridedChannels = 480, kStridedPixels = 19 * 19;
+// oneDNN multiplies bfloat16 without widening, but so many numbers of a 3x3 take each thread here as long as a call.
+constexpr int64_t kBfloat16Outputs = 280'000, kBfloat16OutputsStrided = 190'000, kBfloat16Gradients = 400'000;
 
 // grouped.md. Channels of a group up to which vectors along rows beat oneDNN's products on large planes.
 constexpr int64_t kGroupPixels = 28 * 28, kGroupChannels = 8, kGroupChannelsStridedGradInput = 16;
@@ -178,14 +180,25 @@ const char* onednn_is_faster_nchw(const Question& q) {
   return nullptr;
 }
 
+// Of bfloat16, whose gradients by the input with a stride take oneDNN 30 to 120 times as long as they do here.
+bool much_is_multiplied(const Question& q) {
+  switch (q.map) {
+    case Map::forward:
+      return q.s.output_elements() > q.threads * (is_strided(q.s) ? kBfloat16OutputsStrided : kBfloat16Outputs);
+    case Map::grad_input: return !is_strided(q.s) && q.s.input_elements() > q.threads * kBfloat16Gradients;
+    case Map::grad_weight: return false;
+  }
+  return false;
+}
+
 const char* onednn_is_faster_channels_last(const Question& q) {
   const ConvShape& s = q.s;
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
   const bool forward = q.map == Map::forward;
   if (s.K != s.C) return q.map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
   if (s.C < kFewChannels || (s.C == kFewChannels && forward)) return "16 channels last or fewer: oneDNN is faster";
-  if (q.dtype == DType::bfloat16 && taps <= 3 * 3 && pixels > kMediumPlane) {
-    return "bfloat16 3x3 on large channels_last images: oneDNN multiplies without widening";
+  if (q.dtype == DType::bfloat16 && taps <= 3 * 3 && much_is_multiplied(q)) {
+    return "bfloat16 3x3 on many channels_last pixels: oneDNN multiplies without widening";
   }
   if (!forward) return nullptr;
   if (is_dilated(s)) return "dilated channels_last: oneDNN is faster";
@@ -332,7 +345,7 @@ bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape&
     case Kernel::small_planes:
     case Kernel::blocked:
     case Kernel::depthwise_nhwc: return is_dense_along(layout, image);
-    case Kernel::product: return is_dense_along(layout, image) || is_one_pixel(image);
+    case Kernel::product: return is_dense_along(layout, image) || (map != Map::grad_weight && is_one_pixel(image));
     case Kernel::pointwise:
       return image.rows * image.columns == 1 ? is_dense_along(Layout::nhwc, image) : is_dense(layout, image);
     case Kernel::matmul:  // in half types one product over all pixels, for which bindings.cpp copies what it has to
