@@ -36,7 +36,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"networks in inference, against other runtimes; of {', '.join(networks.NETWORKS)}, or NAME@SIZE",
     )
-    what.add_argument("--training", nargs="*", metavar="NAME", help="training steps of those networks, against torch")
+    what.add_argument(
+        "--training",
+        nargs="*",
+        metavar="NAME",
+        help="training steps of those networks, against torch; compiled, with --peers compile",
+    )
     what.add_argument("--separable", action="store_true", help="pairs of depthwise and 1x1 layers, and their memory")
     what.add_argument("--overhead", action="store_true", help="host time a call")
     what.add_argument("--views", action="store_true", help="tensors that are not dense: op x map x view")
@@ -121,7 +126,7 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.model_batch = options.batch or (64 if cuda else 2 if options.quick else 4)
     options.batch = options.batch or (64 if cuda else 8)
     options.threads = options.threads or machine.default_threads(options.device)
-    options.compiled_models = cuda and "compile" in (options.peers or ())  # minutes each: only when asked for
+    options.compiled_models = "compile" in (options.peers or ())  # minutes each: only when asked for
     of_layers = [name for name in options.peers or () if name in peers.PEERS]
     options.peers = of_layers or list(peers.DEFAULT_PEERS["cpu" if options.quick else options.device.type])
     options.budget = options.budget or (0.06 if options.quick else 0.1 if cuda else 0.2)

@@ -1,4 +1,6 @@
-"""Times whole networks on photographs: as torch runs them, and converted by sepconv_ext.convert_(fuse=True).
+"""Times whole networks on photographs: as torch runs them, and converted by sepconv_ext.convert_.
+
+With `compile`, training steps are those of torch.compile with this package's backend, and its own is a peer.
 
 No weights are downloaded: the networks start from seeded random weights, and their BatchNorm statistics are taken from
 the photographs, so that activations have the sizes that they have in a trained network.
@@ -168,8 +170,7 @@ def run(plan: Plan, advance: Callable[[str], None], skipped: list[str]) -> Itera
         torch_model, images = torch_model.to(plan.device), images.to(plan.device)
         calibrate(torch_model, images)
         our_model = copy.deepcopy(torch_model)
-        report = sepconv_ext.convert_(our_model, fuse=True)
-        pairs = sum(entry.family == "separable" for entry in report.fused)
+        report = sepconv_ext.convert_(our_model)
         groups = [list(LAYOUTS)] if plan.device.type == "cuda" else [[layout] for layout in LAYOUTS]
         for layouts in groups:
             variants = {
@@ -190,8 +191,6 @@ def run(plan: Plan, advance: Callable[[str], None], skipped: list[str]) -> Itera
                                 "dtype": str(dtype).removeprefix("torch."),
                                 "threads": thread_count,
                                 "converted": len(report),
-                                "fused_pairs": pairs,
-                                "folded_norms": len(report.folded),
                                 "pictures": pictures,
                             }
                             yield from _contest(plan, facts, variants, images, dtype)
@@ -207,9 +206,13 @@ def _contest(plan: Plan, facts: dict, variants: dict, images: Tensor, dtype: tor
     entrants, agreement = {}, {}
     for name, (model, layout) in variants.items():
         placed = images.contiguous(memory_format=LAYOUTS[layout])
+        if plan.compile and training and name.startswith(OURS):
+            compiled = copy.deepcopy(model)
+            sepconv_ext.revert_(compiled)  # the backend finds the convolutions by itself
+            model = torch.compile(compiled, backend="sepconv_ext")
         entrants[name] = make(model, placed, labels, dtype)
-        if plan.compile and name.startswith("torch") and not training:
-            entrants[f"compile {layout}"] = make(torch.compile(model), placed, labels, dtype)
+        if plan.compile and name.startswith("torch"):
+            entrants[f"compile {layout}"] = make(torch.compile(copy.deepcopy(model)), placed, labels, dtype)
     for layout in layouts:
         mine, theirs = variants[f"{OURS} {layout}"][0], variants[f"torch {layout}"][0]
         placed = images.contiguous(memory_format=LAYOUTS[layout])

@@ -220,8 +220,9 @@ def _models(rows: list[dict]) -> Table:
         taken = row.get("peak_bytes", {})  # records of before have none
         both = (taken.get(f"{who} {row['layout']}") for who in ("sepconv", "torch"))
         memory = " / ".join("-" if size is None else f"{size / 2**20:.1f}" for size in both)
-        converted = f"{row['converted']} ({row.get('fused_pairs', 0)}, {row.get('folded_norms', 0)})"
-        shown.append((*where, *times, memory, converted, f"{row['difference']:.1e}", top, _yes(row["agrees"])))
+        shown.append(
+            (*where, *times, memory, str(row["converted"]), f"{row['difference']:.1e}", top, _yes(row["agrees"]))
+        )
     columns = (
         "model",
         "mode",
@@ -236,7 +237,7 @@ def _models(rows: list[dict]) -> Table:
     )
     note = (
         "Memory: the most that a call takes at a time beyond parameters and images, ours / torch in this layout. "
-        "Converted: convolutions replaced (pairs fused, batch norms folded in inference)."
+        "Converted: convolutions replaced."
     )
     last = ("memory, MB", "converted", "difference", "same top 5", "agrees")
     return Table("Models", (*columns, *last), shown, note)

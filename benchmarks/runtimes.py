@@ -135,7 +135,7 @@ class Converted(Compiled):
     def make(self, model, images):
         import sepconv_ext
 
-        sepconv_ext.convert_(model, fuse=True)
+        sepconv_ext.convert_(model)
         return super().make(model, images)
 
 

@@ -9,19 +9,15 @@ is a single Conv2d) stay exactly what they were.
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import fuse as chains
-from .cost import Cost, cost
-from .fold import Chain
-from .nn import Conv1d, Conv2d, SeparableConv2d
+from .nn import Conv1d, Conv2d
 from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert_", "revert_"]
@@ -34,63 +30,33 @@ _ORIGINAL = "_sepconv_original_class"
 _DENSE = "dense: torch's own kernel is the one for it"
 
 
-def convert_(
-    model: nn.Module,
-    filter_fn: Callable[[str, nn.Module], bool] | None = None,
-    fuse: bool = False,
-    input_size: Sequence | None = None,
-) -> Report:
+def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> Report:
     """Moves a model's grouped, depthwise and pointwise convolutions to this package's kernels, in place.
 
     Args:
         model: any module. It may itself be an nn.Conv2d or nn.Conv1d: then it is converted in place like any other.
-        filter_fn: called with (name, module) for each convolution that could be replaced or fused; False keeps it as it
-            is. A module that is registered under several names is asked about once, under its first name. Default: all.
-        fuse: also let depthwise -> [batch norm] -> [activation] -> pointwise -> [batch norm] -> [activation] run as one
-            separable_conv2d, and any other convolution -> [batch norm] -> [activation] as one convolution. Default:
-            False.
-        input_size: of one input (N, C, H, W), as for sepconv_ext.cost: with it the report of a fused model has
-            multiply-accumulates and bytes besides parameters. Default: None.
+        filter_fn: called with (name, module) for each convolution that could be replaced; False keeps it as it is. A
+            module that is registered under several names is asked about once, under its first name. Default: all.
 
     Returns:
         A Report: which convolutions were replaced, and which were skipped and why. Skipped are dense convolutions
         (groups = 1 with a kernel of several taps, or with padding), subclasses of nn.Conv2d and nn.Conv1d, lazy,
         quantised and scripted modules, modules whose forward was replaced on the instance, and weights that are tensor
-        subclasses, integer or complex. With `fuse`, also what was fused and folded, and which depthwise convolution was
-        not and why.
+        subclasses, integer or complex.
 
     Modules are changed, not exchanged: parameters, buffers, hooks, flags and references to the modules stay as they
     are. Copies and pickles of a converted model work; reading a pickle needs sepconv_ext installed. A state_dict does
     not change.
 
-    A fused model: batch norms are folded in eval(), into weights that are held apart, made again whenever a parameter
-    or a statistic changes, and part of the graph where somebody differentiates by the parameters. In train() a chain
-    with a batch norm runs module by module, so that training is what it always was; back in eval() it is fused again.
-    So does a chain while one of its modules, or a block that holds some of them, has a hook; and from when on one of
-    these is exchanged, has a layer inserted, or does something else than before (another eps or stride, a forward of
-    its own). The modules of a chain work together: to call one of them alone, to put some of them into another
-    container (as what rewrites models by torch.fx does), to script the model or to export it to ONNX, revert_ it first.
-    Not fused is what is used in several places (a convolution, a norm, an activation, or the output between two of
-    them), has hooks or is parametrized. A value that is written through `.data`, by another process, by a collective of
-    torch.distributed or by the replay of a CUDA graph is seen after the next forward pass in train(). A forward that an
-    attribute of the model makes use the middle of a chain is not seen through.
+    Each layer works by itself, in training and in inference. `freeze` makes one network for inference of them.
     """
-    before = cost(model, input_size) if fuse and input_size is not None else None  # fails before anything is changed
     report = Report()
-    answers: dict[nn.Module, bool] = {}
-
-    def wanted(name: str, module: nn.Module) -> bool:
-        if module not in answers:
-            answers[module] = filter_fn is None or bool(filter_fn(name, module))
-        return answers[module]
-
-    reasons: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if not _is_convolution(module):
             continue
         family = _family(module)
         reason = _refusal(module, family)
-        if reason is None and not wanted(name, module):
+        if reason is None and filter_fn is not None and not filter_fn(name, module):
             reason = "filter_fn said no"
         if reason is None:
             module.__dict__[_ORIGINAL] = type(module)
@@ -98,22 +64,17 @@ def convert_(
             report.replaced.append(Entry(name, family, module.extra_repr()))
         else:
             report.skipped.append(Entry(name, family, module.extra_repr(), reason))
-            reasons[module] = reason
-    if fuse:
-        plain = {m for m in model.modules() if isinstance(m, Conv2d) or reasons.get(m) == _DENSE}
-        _fuse(model, report, lambda name, module: module in plain and wanted(name, module), before)
     return report
 
 
 def revert_(model: nn.Module) -> int:
-    """Undoes convert_: every module that convert_ replaced or fused is what it was, and nothing else changes.
+    """Undoes convert_: every module that convert_ replaced is what it was, and nothing else changes.
 
     Modules that were built as sepconv_ext.nn layers stay what they are.
 
     Returns:
         The number of convolutions that have their former class again.
     """
-    chains.unfuse_(model)
     converted = [module for module in model.modules() if _ORIGINAL in module.__dict__]
     for module in converted:
         original = module.__dict__.pop(_ORIGINAL)
@@ -121,77 +82,6 @@ def revert_(model: nn.Module) -> int:
         # Another one where parametrizations or fully_shard came to the class, or went, since.
         module.__class__ = original if _is_alike(original, reverted) else reverted
     return len(converted)
-
-
-def _fuse(
-    model: nn.Module,
-    report: Report,
-    may_use: Callable[[str, nn.Module], bool],
-    before: Cost | None,
-) -> None:
-    module = model.get_submodule
-    found = chains.find_chains(model)
-    fused: list[Chain] = []
-    lonely = {}  # depthwise convolutions without a pointwise one, and why
-    paired = {layer.depthwise for layer in model.modules() if isinstance(layer, SeparableConv2d)}
-    for name, conv in model.named_modules():
-        if isinstance(conv, Conv2d) and _family(conv) == "depthwise" and not (chains.chain_of(conv) or conv in paired):
-            lonely[name] = found.refused.get(name, found.problem)
-    for whole in found.chains:
-        for part in whole.only(lambda name: may_use(name, module(name))):
-            first = part.stages[0].conv
-            if len(part.stages) == 2:
-                lonely.pop(first, None)
-            elif first in lonely:
-                lonely[first] = part.end
-            if not part.is_trivial:
-                fused.append(part.bind(model))
-                _report_chain(report, part, fused[-1], module)
-    for name, reason in lonely.items():
-        report.unpaired.append(Entry(name, "depthwise", module(name).extra_repr(), reason))
-    for chain in fused:
-        chains.fuse_(chain)
-    report.costs = _costs(model, fused, before)
-
-
-def _report_chain(report: Report, found: chains.Found, chain: Chain, module: Callable[[str], nn.Module]) -> None:
-    waits = any(norm.training for norm in chain.norms)
-    reason = "from eval() on: in train() its batch norms take batch statistics" if waits else ""
-    parts = []
-    for stage in found.stages:
-        words = [_family(module(stage.conv))]
-        if stage.norm:
-            words.append("batch norm")
-            report.folded.append(Entry(stage.norm, "batch norm", module(stage.norm).extra_repr(), reason))
-        if stage.activation != "identity":
-            words.append(stage.activation)
-        parts.append(", ".join(words))
-    family = "separable" if len(parts) == 2 else _family(chain.stages[0].conv)
-    report.fused.append(Entry(" -> ".join(s.conv for s in found.stages), family, " -> ".join(parts), reason))
-
-
-def _costs(model: nn.Module, fused: Sequence[Chain], before: Cost | None) -> dict[str, tuple[int, int]]:
-    """Before and after: a chain reads its input once and writes its output once; a folded norm leaves a bias."""
-    names = {module: name for name, module in model.named_modules()}
-    layers = {layer.name: layer for layer in before.layers} if before else {}
-    parameters = bytes = 0  # what is saved
-    for chain in fused:
-        modules = [m for stage in chain.stages for m in (stage.conv, stage.norm) if m is not None]
-        held = sum(p.numel() for m in modules for p in m.parameters())
-        folded = sum(
-            stage.conv.weight.numel() + (stage.conv.out_channels if stage.norm or stage.conv.bias is not None else 0)
-            for stage in chain.stages
-        )
-        parameters += held - folded
-        if before:
-            rows = [layers[names[m]] for m in modules if names[m] in layers]  # a frozen norm is no layer
-            ends = math.prod(rows[0].input_size) + math.prod(rows[-1].output_size)
-            bytes += sum(row.bytes for row in rows) - (ends + folded) * before.dtype.itemsize
-    total = sum(p.numel() for p in model.parameters())
-    costs = {"parameters": (total, total - parameters)}
-    if before:
-        costs |= {"MACs": (before.macs, before.macs), "bytes": (before.bytes, before.bytes - bytes)}
-    return costs
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -227,8 +117,6 @@ def _refusal(module: nn.Module, family: str) -> str | None:
         return "converted before" if _ORIGINAL in module.__dict__ else "already a sepconv_ext layer"
     if _is_quantised(module):
         return "quantised"
-    if chains.chain_of(module) is not None:
-        return "fused before"
     if not _is_plain(type(module)):
         return f"a class of its own: {type(module).__module__}.{type(module).__qualname__}"
     if getattr(module, "qconfig", None) is not None:

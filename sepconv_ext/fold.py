@@ -1,9 +1,8 @@
-"""Chains: one or two convolutions with their batch norms and activations, run as one op.
+"""A separable layer's two stages as one op, with batch norms folded into their weights.
 
-A stage is convolution -> [batch norm] -> [activation]; a chain is one stage, or a depthwise stage and the pointwise one
-behind it. While its batch norms use their running statistics they are linear, and are folded into the convolution's
-weight and bias (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference", 2018, section 3.2):
+A stage is convolution -> [batch norm] -> [activation]. While its batch norm uses its running statistics it is linear,
+and is folded into the convolution's weight and bias (Jacob et al., "Quantization and Training of Neural Networks for
+Efficient Integer-Arithmetic-Only Inference", 2018, section 3.2):
 
     scale = gamma / sqrt(running_var + eps);  weight' = weight * scale;  bias' = beta + (bias - running_mean) * scale
 
@@ -12,7 +11,6 @@ The folded weights are held apart from the modules' own: no Parameter changes.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,20 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as _module
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import functional
 
-__all__ = ["Chain", "Place", "Stage", "fold", "has_hooks", "is_depthwise", "is_pointwise"]
+__all__ = ["Chain", "Stage", "fold", "is_depthwise", "is_pointwise"]
 
 Weights = tuple[Tensor, Tensor | None]
-Place = tuple[nn.Module, str, nn.Module]  # parent, name, and the module that is registered there
-# What a module computes besides its tensors, for the modules that chains are made of.
-_SETTINGS = (
-    *("stride", "padding", "dilation", "groups", "padding_mode", "activation"),
-    *("eps", "negative_slope", "approximate", "min_val", "max_val"),
-)
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")  # what modules compute besides tensors
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -80,7 +72,7 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
-    """A matrix product over the channels of each pixel: what a separable chain may end with."""
+    """A matrix product over the channels of each pixel: what the second stage may be."""
     unpadded = isinstance(conv.padding, str) or not any(conv.padding)
     return conv.groups == 1 and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and unpadded
 
@@ -164,101 +156,43 @@ def _layouts(weights: Sequence[Weights]) -> list[tuple]:
 
 
 class Chain:
-    """One or two stages run as one op.
+    """A depthwise and a pointwise stage, run as one op. It keeps nothing of a call but folded weights.
 
     Args:
-        stages: one stage with any nn.Conv2d, or a depthwise and a pointwise one.
-        members: the modules whose work the chain does. Default: the stages' own.
-        places: where the members, and the modules that hold some of them, are registered.
+        depthwise, pointwise: the stages.
         save_intermediate: separable_conv2d's. Default: False.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        members: Sequence[nn.Module] | None = None,
-        places: Sequence[Place] = (),
-        save_intermediate: bool = False,
-    ) -> None:
-        self.stages = tuple(stages)
+    def __init__(self, depthwise: Stage, pointwise: Stage, save_intermediate: bool = False) -> None:
+        self.stages = (depthwise, pointwise)
         self.save_intermediate = save_intermediate
-        if members is None:
-            members = [m for stage in stages for m in (stage.conv, stage.norm) if m is not None]
-        self.members = tuple(members)
-        self.norms = tuple(stage.norm for stage in stages if isinstance(stage.norm, _BatchNorm))
-        self._normed = tuple(stage for stage in stages if stage.norm is not None)
-        inner = dict.fromkeys(inner for member in self.members for inner in member.modules())
-        self._places = (*places, *((p, name, child) for p in inner for name, child in p._modules.items()))
-        self._watched = tuple(inner | dict.fromkeys(child for _, _, child in places))
+        self._normed = tuple(stage for stage in self.stages if stage.norm is not None)
+        modules = (module for stage in self.stages for module in (stage.conv, stage.norm) if module is not None)
+        self._known = tuple(map(_what_it_does, modules))
         self._kept = _Kept()
-        self.ended = False  # for good
-        # The present pass: how many members have yet to do their own work, or what the first has given to the others.
-        self.apart = 0
-        self.given: weakref.ref | None = None
-        self.settle()
-
-    def __getstate__(self) -> dict:
-        return vars(self) | {"apart": 0, "given": None}
-
-    def settle(self) -> None:
-        """What the modules are now is what the chain does."""
-        self._known = tuple(map(_what_it_does, self._watched))
 
     @property
     def is_fused(self) -> bool:
-        """Whether the chain may run as one op now: no norm takes batch statistics, nobody watches a member or what
-        holds some of them, and all of these are in their places and do what they did.
-
-        A function of the modules' own state, so that every member of a chain comes to the same answer.
-        """
-        if self.ended:
-            return False
-        for norm in self.norms:
-            if norm.training or norm.running_mean is None:
+        """Whether the stages may run as one op now: no norm takes batch statistics, nobody watches one of the modules,
+        and all of them do what they did."""
+        for stage in self._normed:
+            if stage.norm.training or stage.norm.running_mean is None:
                 return False
-        for parent, name, child in self._places:
-            if parent._modules.get(name) is not child:
-                return False
-        if _hooks_on_all():
-            return False
-        for module, kind, forward, parts, settings in self._known:
-            own = module.__dict__
-            if type(module) is not kind or own.get("forward") is not forward or len(module._modules) != parts:
-                return False
-            for name, value in settings:
-                if own.get(name) != value:
-                    return False
-            if _own_hooks(module):
-                return False
-        return True
+        return not _hooks_on_all() and not any(
+            _what_it_does(known[0]) != known or _own_hooks(known[0]) for known in self._known
+        )
 
     def __call__(self, input: Tensor) -> Tensor:
-        first, *rest = self.stages
+        first, second = self.stages
         conv = first.conv
-        (weight, bias), *pointwise = self.weights(input)
-        padding, mode = conv.padding, conv.padding_mode
-        if pointwise:
-            if mode != "zeros":
-                input, padding = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode), 0
-            return functional.separable_conv2d(
-                input,
-                weight,
-                pointwise[0][0],
-                bias,
-                pointwise[0][1],
-                conv.stride,
-                padding,
-                conv.dilation,
-                first.activation,
-                rest[0].activation,
-                self.save_intermediate,
-            )
-        arguments = (input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
-        if first.activation != "identity":
-            return functional._conv2d(*arguments, first.activation, mode)
-        if mode != "zeros":
-            return functional.padded_conv2d(*arguments, padding_mode=mode)
-        return (functional if conv.groups > 1 or conv.kernel_size == (1, 1) else F).conv2d(*arguments)
+        (weight, bias), (pointwise_weight, pointwise_bias) = self.weights(input)
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            input, padding = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+        return functional.separable_conv2d(
+            *(input, weight, pointwise_weight, bias, pointwise_bias, conv.stride, padding, conv.dilation),
+            *(first.activation, second.activation, self.save_intermediate),
+        )
 
     def weights(self, input: Tensor | None = None) -> list[Weights]:
         """The weight and bias of each stage, norms folded in: kept from the last call where nothing changed.
@@ -301,11 +235,6 @@ def _what_it_does(module: nn.Module) -> tuple:
     own = module.__dict__
     settings = tuple((name, own[name]) for name in _SETTINGS if name in own)
     return module, type(module), own.get("forward"), len(module._modules), settings
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of a module: of this one, or of all."""
-    return _own_hooks(module) or _hooks_on_all()
 
 
 def _own_hooks(module: nn.Module) -> bool:

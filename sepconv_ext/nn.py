@@ -331,7 +331,8 @@ class SeparableConv2d(_Unscriptable, nn.Module):
             return None
         if not (is_depthwise(self.depthwise) and is_pointwise(self.pointwise)):
             return None
-        return Chain([Stage(*parts) for parts in self._stages()], save_intermediate=self.save_intermediate)
+        depthwise, pointwise = (Stage(*parts) for parts in self._stages())
+        return Chain(depthwise, pointwise, self.save_intermediate)
 
     def extra_repr(self) -> str:
         named = dict(depthwise_activation=self.depthwise_activation, activation=self.activation)

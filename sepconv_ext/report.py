@@ -20,7 +20,7 @@ _COST_COLUMNS = ("cost", "before", "after")
 
 @dataclass(frozen=True)
 class Entry:
-    """One convolution, batch norm, chain or block that was looked at."""
+    """One convolution, linear layer, batch norm, chain or block that was looked at."""
 
     name: str  # as in model.named_modules(), a chain's as "first -> second"; "" is the model itself
     family: str  # depthwise, pointwise, grouped or dense; separable for a chain of the first two; batch norm
@@ -39,22 +39,19 @@ class Report:
     Iterates over the replaced entries and counts them, so it is false where nothing was replaced.
 
     Attributes:
-        replaced, skipped: the convolutions. With `fuse=True` also:
+        replaced, skipped: the convolutions. By freeze also:
         fused: the chains that run as one op.
         folded: the batch norms that are part of their convolution's weights.
-        unpaired: the depthwise convolutions with which no pointwise one was fused, and why.
-        blocks: what freeze recognised as a block of several convolutions.
+        blocks: what it recognised as a block of several convolutions.
         programs: the parts of a network that are one call, from the first layer to the last; with a count of steps.
-        left: the modules that freeze could not capture, and why.
-        costs: {"parameters": (before, after)} as the model runs, and "MACs" and "bytes" where the size of an input is
-            known.
+        left: the modules that it could not capture, and why.
+        costs: {"parameters": (before, after), "MACs": ..., "bytes": ...} of one run on the example.
     """
 
     replaced: list[Entry] = field(default_factory=list)
     skipped: list[Entry] = field(default_factory=list)
     fused: list[Entry] = field(default_factory=list)
     folded: list[Entry] = field(default_factory=list)
-    unpaired: list[Entry] = field(default_factory=list)
     blocks: list[Entry] = field(default_factory=list)
     programs: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
@@ -86,7 +83,6 @@ class Report:
             "replaced": self.replaced,
             "fused": self.fused,
             "folded": self.folded,
-            "not paired": self.unpaired,
             "block": self.blocks,
             "one call": self.programs,
             "skipped": self.skipped,
@@ -103,13 +99,13 @@ class Report:
         tables: list[tuple] = [(self.headline, _COLUMNS, self.rows(), ("count",))]
         if self.costs:
             rows = [(what, f"{before:,}", f"{after:,}") for what, (before, after) in self.costs.items()]
-            tables.append(("as it runs, in eval()", _COST_COLUMNS, rows, _COST_COLUMNS[1:]))
+            tables.append(("one run on the example", _COST_COLUMNS, rows, _COST_COLUMNS[1:]))
         return tables
 
     @property
     def note(self) -> str:
-        """What the replaced convolutions are not found by; empty where nothing was replaced or fused."""
-        return _NOTE if self.replaced or self.fused else ""
+        """What the replaced convolutions are not found by; empty where nothing was replaced."""
+        return _NOTE if self.replaced else ""
 
     def __rich__(self):
         from rich.console import Group

@@ -1,4 +1,4 @@
-"""Converted and fused models where models go: several processes, compilers, export, ONNX, mixed precision, CUDA graphs.
+"""Converted models where models go: several processes, compilers, export, ONNX, mixed precision, CUDA graphs.
 
 Run as a program, this file is one process of the distributed test.
 """
@@ -104,14 +104,13 @@ def distributed_worker(rank: int, folder: Path) -> None:
     mine = slice(rank * len(images) // WORLD, (rank + 1) * len(images) // WORLD)
     result = {}
     for layout, memory_format in LAYOUTS.items():
-        for fuse in (False, True):
-            model = network(norm=False).train()
-            convert_(model, fuse=fuse)
-            model.to(memory_format=memory_format)
-            replica = nn.parallel.DistributedDataParallel(model)
-            print(f"training {layout}", file=sys.stderr, flush=True)
-            train(replica, images[mine].contiguous(memory_format=memory_format), labels[mine])
-            result[layout, fuse] = model.state_dict()
+        model = network(norm=False).train()
+        convert_(model)
+        model.to(memory_format=memory_format)
+        replica = nn.parallel.DistributedDataParallel(model)
+        print(f"training {layout}", file=sys.stderr, flush=True)
+        train(replica, images[mine].contiguous(memory_format=memory_format), labels[mine])
+        result[layout] = model.state_dict()
     print("a careless layer", file=sys.stderr, flush=True)
     train(nn.parallel.DistributedDataParallel(Careless()), images[mine], labels[mine])
     torch.save(result, folder / f"rank{rank}.pt")
@@ -147,7 +146,7 @@ def test_distributed_training_is_training(tmp_path: Path) -> None:
     train(alone, images, labels)
     for rank in range(WORLD):
         results = torch.load(tmp_path / f"rank{rank}.pt")
-        assert len(results) == 4
+        assert len(results) == 2
         for state in results.values():
             torch.testing.assert_close(dict(state), dict(alone.state_dict()), rtol=1e-4, atol=1e-5)
 
@@ -163,11 +162,10 @@ def _fresh_dynamo():
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("fuse", [False, True], ids=["converted", "fused"])
-def test_compile_without_a_graph_break(fuse: bool, training: bool, x: Tensor, _fresh_dynamo) -> None:
+def test_compile_without_a_graph_break(training: bool, x: Tensor, _fresh_dynamo) -> None:
     original = network().train(training)
     model = copy.deepcopy(original)
-    convert_(model, fuse=fuse)
+    convert_(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with only_our_kernels(at_least=10):
         results = gradients(compiled, x, list(compiled.parameters()))
@@ -178,9 +176,9 @@ def test_compile_without_a_graph_break(fuse: bool, training: bool, x: Tensor, _f
 
 
 def test_a_compiled_model_follows_train_and_eval(x: Tensor, _fresh_dynamo) -> None:
-    """And a change of a weight: nothing folded is baked into the graph."""
+    """And a change of a weight: nothing that SeparableConv2d folds is baked into the graph."""
     original, model = network(), network()
-    convert_(model, fuse=True)
+    convert_(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), original(x), rtol=1e-4, atol=1e-4)
@@ -200,11 +198,11 @@ def targets(program: torch.export.ExportedProgram) -> list[str]:
 def test_export(strict: bool, x: Tensor, tmp_path: Path, _fresh_dynamo) -> None:
     model = network()
     expected = model(x)
-    convert_(model, fuse=True)
+    convert_(model)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
-    assert targets(program).count("sepconv_ext.separable_conv2d.default") == 2
-    assert not [target for target in targets(program) if "batch_norm" in target]
+    assert targets(program).count("sepconv_ext.separable_conv2d.default") == 1
+    assert targets(program).count("sepconv_ext.conv2d.default") == 4
     torch.export.save(program, tmp_path / "program.pt2")
     module = torch.export.load(tmp_path / "program.pt2").module()
     with only_our_kernels(at_least=4):
@@ -216,19 +214,18 @@ def test_export(strict: bool, x: Tensor, tmp_path: Path, _fresh_dynamo) -> None:
 def test_export_of_a_real_network(name: str) -> None:
     torchvision = pytest.importorskip("torchvision", reason="torchvision is an extra")
     model = getattr(torchvision.models, name)(weights=None).eval()
-    report = convert_(model, fuse=True)
+    report = convert_(model)
     x = random((1, 3, 32, 32), torch.float32, "cpu")
     with torch.no_grad():
         program = torch.export.export(model, (x,))
-        separable = sum(entry.family == "separable" for entry in report.fused)
-        assert targets(program).count("sepconv_ext.separable_conv2d.default") == separable > 10
+        assert targets(program).count("sepconv_ext.conv2d.default") == len(report) > 10
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_compile_of_a_real_network(_fresh_dynamo) -> None:
     torchvision = pytest.importorskip("torchvision", reason="torchvision is an extra")
     model = torchvision.models.mobilenet_v2(weights=None).eval()
-    convert_(model, fuse=True)
+    convert_(model)
     x = random((1, 3, 32, 32), torch.float32, "cpu")
     with torch.no_grad():
         y = torch.compile(model, backend="eager", fullgraph=True)(x)
@@ -240,7 +237,7 @@ def test_onnx_through_revert(x: Tensor, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")
     pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is an extra")
     model = nn.Sequential(*list(network().children())[:12], nn.AdaptiveAvgPool2d(1)).eval()
-    convert_(model, fuse=True)
+    convert_(model)
     with torch.no_grad():
         expected = model(x)
     plain = copy.deepcopy(model)
@@ -253,21 +250,20 @@ def test_onnx_through_revert(x: Tensor, tmp_path: Path) -> None:
     (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad(), only_our_kernels(at_least=3):
-        model(x)  # the model itself is still fused
+        model(x)  # the model itself is still converted
 
 
 # --- mixed precision ---
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["converted", "fused"])
 @pytest.mark.parametrize("norm", [False, True], ids=["no_norms", "norms"])
-def test_autocast_training_with_a_grad_scaler(norm: bool, fuse: bool, device: str) -> None:
+def test_autocast_training_with_a_grad_scaler(norm: bool, device: str) -> None:
     """float16 with a GradScaler, an overflowed first step included: losses stay with those of torch's layers."""
     traces = []
     for convert in (False, True):
         model = network(norm).train().to(device)
         if convert:
-            convert_(model, fuse=fuse)
+            convert_(model)
         scaler = torch.amp.GradScaler(device, init_scale=2.0**40, growth_interval=2)
         optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
         images = random((4, 3, 17, 16), torch.float32, device)
@@ -303,7 +299,7 @@ def test_autocast_inference(dtype: torch.dtype, device: str) -> None:
     x = random((4, 3, 17, 16), torch.float32, device)
     with torch.no_grad():
         expected = model(x)
-        convert_(model, fuse=True)
+        convert_(model)
         with torch.autocast(device, dtype=dtype):
             y = model(x)
         assert y.dtype == dtype
@@ -315,10 +311,10 @@ def test_autocast_inference(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.cuda
-def test_cuda_graph_of_a_fused_model() -> None:
+def test_cuda_graph_of_a_converted_model() -> None:
     """Replays on new images, and, once the weights that it was captured with are made anew, with new weights."""
     original, model = network().cuda(), network().cuda()
-    convert_(model, fuse=True)
+    convert_(model)
     x = random((4, 3, 17, 16), torch.float32, "cuda")
     with torch.no_grad():
         side = torch.cuda.Stream()
@@ -343,7 +339,7 @@ def test_cuda_graph_of_a_fused_model() -> None:
 def test_capture_without_a_warm_up() -> None:
     """What is folded while a graph is captured has no value yet and must not be kept."""
     original, model = network().cuda(), network().cuda()
-    convert_(model, fuse=True)
+    convert_(model)
     x = random((4, 3, 17, 16), torch.float32, "cuda")
     with torch.no_grad():
         original(x), network().cuda()(x)  # cuDNN and cuBLAS make their handles

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import sepconv_ext
 from harness import ACTIVATIONS, only_our_kernels, random
 from sepconv_ext import convert_, reference
+from sepconv_ext.fold import fold
 from sepconv_ext.nn import Conv2d, DepthwiseConv2d, PointwiseConv2d, SeparableConv2d
 
 
@@ -266,6 +268,48 @@ def test_hooks_on_parts_are_served() -> None:
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_that_another_thread_registers() -> None:
+    """Whoever looks at a part meanwhile changes no result: a layer decides once a call how it runs."""
+    layer = lived_in(SeparableConv2d(**LAYERS["mobilenet"])).eval()
+    x = random((1, 8, 6, 6), torch.float32, "cpu")
+    wrong, done = [], threading.Event()
+
+    def observe() -> None:
+        while not done.is_set():
+            layer.depthwise_norm.register_forward_hook(lambda *_: None).remove()
+
+    def serve() -> None:
+        for _ in range(200):
+            with torch.no_grad():
+                apart = (layer(x) - expected).abs().max().item()
+            if apart > 1e-4:
+                wrong.append(apart)
+
+    with torch.no_grad():
+        expected = ByHand(layer)(x)
+    observer, *serving = [threading.Thread(target=observe), *(threading.Thread(target=serve) for _ in range(3))]
+    for thread in (observer, *serving):
+        thread.start()
+    for thread in serving:
+        thread.join()
+    done.set()
+    observer.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_fold(dtype: torch.dtype, bias: bool, device: str) -> None:
+    conv, norm = nn.Conv2d(6, 8, 3, groups=2, bias=bias), lived_in(nn.BatchNorm2d(8, eps=1e-2))
+    norm.eval(), conv.to(device, dtype), norm.to(device, dtype)
+    x = random((2, 6, 7, 7), dtype, device)
+    weight, shift = fold(conv, norm)
+    assert weight.dtype == shift.dtype == dtype
+    tolerance = 1e-5 if dtype != torch.bfloat16 else 5e-2
+    exact = copy.deepcopy(norm).double()(copy.deepcopy(conv).double()(x.double()))
+    torch.testing.assert_close(F.conv2d(x, weight, shift, groups=2).double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_exchanged_and_parametrized_parts() -> None:
