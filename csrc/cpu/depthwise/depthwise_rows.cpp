@@ -78,6 +78,7 @@ struct RowsTask {
       rows.sums = call.sums + n * call.C + part.begin;
       std::fill_n(rows.sums, rows.channels, 0.0f);
     }
+    rows.far = s.H * s.W * call.C * int64_t{sizeof(float)} > kNearImage;
     const int64_t row = s.stride_h * s.W * rows.channels * int64_t{sizeof(float)};
     const int64_t band = std::max<int64_t>(2, kNearBytes / row);
     for (int64_t p = strip.begin; p < strip.end; p += band) depthwise_rows(rows, p, std::min(p + band, strip.end));

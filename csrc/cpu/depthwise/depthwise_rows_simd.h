@@ -30,7 +30,9 @@ struct DepthwiseRows {
   float* sums;  // [channels], to which each row's sum of activated outputs is added; or null
   int64_t channels;
   const DepthwiseShape* shape;
+  bool far = false;  // x is larger than a near cache: the rows that come next are fetched
 };
+inline constexpr int64_t kNearImage = 256 << 10;  // bytes of an image that is not far
 
 // Sums [0, count) of a block are stored, and those from `fresh` on are new to the row. Of the input columns, counted
 // from that of tap 0 of sum 0, only [from, to) exist.
@@ -220,6 +222,18 @@ SEPCONV_INLINE void row_block(const DepthwiseRows& d, int64_t c, int64_t row, in
   finish_row<kQ, kWhole>(d, sums, b, y, total);
 }
 
+// Fetches what output row p + 1 is the first to need of the columns from `column` on.
+inline void fetch_next_row(const DepthwiseRows& d, int64_t c, int64_t row, int64_t column, int64_t columns) {
+  const DepthwiseShape& s = *d.shape;
+  const int64_t first = row + (s.R - 1) * s.dilation_h + 1, last = std::min(first + s.stride_h, s.H);
+  for (int64_t next = std::max<int64_t>(first, 0); next < last; ++next) {
+    const float* line = d.x + (next < d.ring ? next : next % d.ring) * d.x_row + c;
+    for (int64_t j = std::max<int64_t>(column, 0); j < std::min(column + columns, s.W); ++j) {
+      __builtin_prefetch(line + j * d.x_pixel);
+    }
+  }
+}
+
 // Output rows [p0, p1) of the vector of channels from c on.
 template <int kTaps, int kStride, bool kWhole, int kGroup>
 void rows_of_vector(const DepthwiseRows& d, int64_t c, int lanes, int64_t p0, int64_t p1) {
@@ -240,6 +254,7 @@ void rows_of_vector(const DepthwiseRows& d, int64_t c, int lanes, int64_t p0, in
       const int64_t column = q * s.stride_w - s.pad_w;
       b.from = -column, b.to = s.W - column;
       float* const y = d.y + p * d.y_row + q * d.y_pixel + c;
+      if (d.far) fetch_next_row(d, c, row, column, b.count * s.stride_w);
       const bool inside = b.from <= 0 && b.to >= (kRowPixels - 1) * kStride + kTaps;
       if (!wide) {
         row_block<kTaps, kStride, kNarrowPixels, false, kWhole, kGroup>(d, c, row, column, b, y, total);

@@ -54,6 +54,28 @@ void interleave(const float* from, int64_t pixel, int64_t channel, int64_t pixel
   }
 }
 
+// Three planes by vectors: each vector that is written takes its numbers from all of them.
+template <int kVector, int... kI>
+SEPCONV_INLINE Vector<float> of_three(Vector<float> a, Vector<float> b, Vector<float> c,
+                                      std::integer_sequence<int, kI...>) {
+  constexpr int L = kLanes<float>;
+  const Vector<float> two =
+      __builtin_shufflevector(a, b, ((kVector * L + kI) / 3 + ((kVector * L + kI) % 3 == 1) * L)...);
+  return __builtin_shufflevector(two, c, ((kVector * L + kI) % 3 == 2 ? L + (kVector * L + kI) / 3 : kI)...);
+}
+inline void interleave_planes(const float* from, int64_t channel, int64_t pixels, float* to) {
+  constexpr int L = kLanes<float>;
+  const std::make_integer_sequence<int, L> lanes;
+  int64_t i = 0;
+  for (; i + L <= pixels; i += L, to += 3 * L) {
+    const Vector<float> a = load(from + i), b = load(from + channel + i), c = load(from + 2 * channel + i);
+    store(to, of_three<0>(a, b, c, lanes));
+    store(to + L, of_three<1>(a, b, c, lanes));
+    store(to + 2 * L, of_three<2>(a, b, c, lanes));
+  }
+  interleave<3>(from + i, 1, channel, pixels - i, to);
+}
+
 struct Windows {
   const WindowsCall& call;
   const ConvShape& s;
@@ -98,6 +120,8 @@ struct Windows {
       std::memcpy(to, from, pixels * s.C * sizeof(float));
     } else if (s.x.c == 1) {
       for (int64_t i = 0; i < pixels; ++i) std::memcpy(to + i * s.C, from + i * s.x.w, s.C * sizeof(float));
+    } else if (s.C == 3 && s.x.w == 1) {
+      interleave_planes(from, s.x.c, pixels, to);
     } else if (s.C == 3) {
       interleave<3>(from, s.x.w, s.x.c, pixels, to);
     } else {

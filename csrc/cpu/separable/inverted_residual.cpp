@@ -94,6 +94,7 @@ struct Block {
     } else {
       rows.ring = shape.H, rows.x_row = W * m.x_pixel, rows.x_pixel = m.x_pixel;
       rows.x = m.x + n * shape.H * rows.x_row + first;
+      rows.far = shape.H * W * s.C * int64_t{sizeof(float)} > kNearImage;
     }
     rows.y = d, rows.y_row = shape.Q * d_pitch, rows.y_pixel = d_pitch;
     rows.packed = m.depthwise + first * shape.R * shape.S * shape.group;
