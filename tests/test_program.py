@@ -264,29 +264,29 @@ def test_steps_read_and_write_some_channels(C: int, N: int, isa: str) -> None:
 def test_steps_that_take_dense_images_get_a_copy() -> None:
     x = random((2, 10, 5, 4), torch.float32, "cpu", "channels_last")
     lines = "%1 = slice %0 begin=3 K=5\n%2 = mean %1\n%3 = activate %1 act=relu\n%4 = concat %3 %1\n"
-    code = f"%0 = input image\n{lines}return %2 image %4 image"
-    mean, joined = run([x], torch.zeros(0), code)
+    lines += "%5 = add %0 %0\n%6 = mean %5\n%7 = concat %5 %5\n"  # a part that a mean reads lies by itself
+    code = f"%0 = input image\n{lines}return %2 image %4 image %6 image %7 image"
+    mean, joined, whole, twice = run([x], torch.zeros(0), code)
+    torch.testing.assert_close(whole, 2 * x.mean((2, 3), keepdim=True))
+    assert torch.equal(twice, torch.cat([2 * x, 2 * x], 1))
     torch.testing.assert_close(mean, x[:, 3:8].mean((2, 3), keepdim=True))
     assert torch.equal(joined, torch.cat([x[:, 3:8].relu(), x[:, 3:8]], 1))
     kinds = Counter(step for step, *_ in _C.program_times([x], torch.zeros(0), code, 1))
-    assert kinds == Counter(dense=1, mean=1, activate=1, concat=1)
+    assert kinds == Counter(dense=1, mean=2, activate=1, concat=2, add=1)
 
 
 def test_memory_of_a_whole_is_not_taken_over_while_a_part_is_read() -> None:
-    x = random((1, 8, 6, 6), torch.float32, "cpu")
-    lines = """
+    """A product that adds to an image of which it reads a part: its first outputs would lie where it still reads."""
+    x, w = random((1, 64, 6, 6), torch.float32, "cpu", "channels_last"), weights(64, 32, 1, 1)[0]
+    code = """%0 = input image
         %1 = activate %0 act=relu
-        %2 = slice %1 begin=4 K=4
-        %3 = activate %1 act=tanh
-        %4 = slice %3 begin=0 K=4
-        %5 = add %4 %2
-        %6 = concat %5 %2
-        %7 = add %6 %3
-        return %7 image"""
-    (y,) = program_of(lines, [x])
-    one, two = x.relu(), x.relu().tanh()
-    right = torch.cat([two[:, :4] + one[:, 4:], one[:, 4:]], 1) + two
-    torch.testing.assert_close(y, right)
+        %2 = slice %1 begin=0 K=32
+        %3 = product %2 residual=%1 weight=0 K=64
+        %4 = activate %3 act=relu
+        return %4 image"""
+    (y,) = run([x], packed(w).reshape(-1), "\n".join(line.strip() for line in code.splitlines()))
+    one = x.relu()
+    torch.testing.assert_close(y, F.relu(F.conv2d(one[:, :32], w) + one))
 
 
 GROUPS = ((2, 6), (4, 20), (8, 8), (8, 72), (16, 16), (16, 48), (32, 64), (48, 96))  # channels of a group, of all
