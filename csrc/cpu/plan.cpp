@@ -351,8 +351,9 @@ bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape&
     case Kernel::matmul:  // in half types one product over all pixels, for which bindings.cpp copies what it has to
       return (map == Map::grad_weight && is_half(dtype)) || is_dense(layout, image);
     case Kernel::aten:
-    case Kernel::aten_float32:  // torch copies, but takes an expanded channels_last batch for NCHW
-      return layout != Layout::nhwc || !is_expanded_batch(image) || image.strides.c != 1;
+    case Kernel::aten_float32:  // torch copies, slowly from another layout, as which it takes an expanded batch, too
+      return own_layout(image) == Layout::strided ||
+             (own_layout(image) == layout && (layout != Layout::nhwc || !is_expanded_batch(image)));
     default: return is_dense(layout, image);
   }
 }

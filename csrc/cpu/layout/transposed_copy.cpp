@@ -48,8 +48,35 @@ void transposed_copy(const ImageShape& source, DType dtype, const void* from, co
 
 #include "cpu/simd/transpose_simd.h"
 
-inline constexpr int64_t kStrip = 64;               // pixels
+inline constexpr int64_t kStrip = 256;              // pixels: runs that a core fetches ahead of itself
 inline constexpr int64_t kTaskNumbers = 16 * 1024;  // for which another thread is worth waking
+
+// The first `count` numbers at p, in any bits: half types are not converted.
+template <typename T>
+SEPCONV_INLINE Vector<accumulate_t<T>> load_raw(const T* p, int count) {
+  if constexpr (!kIsHalf<T>) {
+    return count == kLanes<T> ? load(p) : load_first(p, count);
+  } else if (count == kLanes<float>) {
+    return (Floats) __builtin_convertvector(*reinterpret_cast<const UnalignedHalves*>(p), Bits);
+  } else {
+    uint16_t lanes[kLanes<float>] = {};
+    for (int i = 0; i < count; ++i) lanes[i] = p[i].bits;
+    return (Floats) __builtin_convertvector(*reinterpret_cast<const UnalignedHalves*>(lanes), Bits);
+  }
+}
+
+template <typename T>
+SEPCONV_INLINE void store_raw(T* p, Vector<accumulate_t<T>> v, int count) {
+  if constexpr (!kIsHalf<T>) {
+    count == kLanes<T> ? store(p, v) : store_first(p, v, count);
+  } else if (count == kLanes<float>) {
+    *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector((Bits)v, Halves);
+  } else {
+    uint16_t lanes[kLanes<float>];
+    *reinterpret_cast<UnalignedHalves*>(lanes) = __builtin_convertvector((Bits)v, Halves);
+    for (int i = 0; i < count; ++i) p[i].bits = lanes[i];
+  }
+}
 
 // `rows` times `columns` numbers, each at most the lanes of a vector.
 template <typename T>
@@ -59,17 +86,17 @@ SEPCONV_INLINE void transpose_square(const T* from, int64_t from_step, int rows,
   Vector<A> square[L];
   if (rows == L && columns == L) {
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) square[i] = load(from + i * from_step);
+    for (int i = 0; i < L; ++i) square[i] = load_raw(from + i * from_step, L);
     transpose<A>(square);
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) store(to + i * to_step, square[i]);
+    for (int i = 0; i < L; ++i) store_raw(to + i * to_step, square[i], L);
   } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) square[i] = i < rows ? load_first(from + i * from_step, columns) : Vector<A>{};
+    for (int i = 0; i < L; ++i) square[i] = i < rows ? load_raw(from + i * from_step, columns) : Vector<A>{};
     transpose<A>(square);
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
-      if (i < columns) store_first(to + i * to_step, square[i], rows);
+      if (i < columns) store_raw(to + i * to_step, square[i], rows);
     }
   }
 }
