@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import collections
 import functools
+import json
+import os
 import re
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ptx_faults import FAULTS, kernel
 from test_emulated import NAMES, RUNS, emulate
+from test_golden_ptx import GOLDEN, emulated_output
 
 sys.path.insert(0, str(Path(__file__).parent / "ptx"))
+import layers as ptx_layers
+import plant
+
 import ptx
 
 pytestmark = [
@@ -28,9 +35,11 @@ pytestmark = [
     pytest.mark.skipif(ptx.why_not() is not None, reason=str(ptx.why_not())),
 ]
 
-# What is compiled and run by default: every way of copying and multiplying, in half a minute of nvcc.
+# What is compiled and run by default: every family, every way of copying and multiplying, in a minute of nvcc.
 DEFAULT = (
-    "depthwise_nhwc_mma", "depthwise_nhwc_tma", "depthwise_nchw_mma", "depthwise_grad_weight_nhwc_mma", "sum_partials",
+    "depthwise_nhwc_mma", "depthwise_nhwc_tma", "depthwise_nchw_mma", "depthwise_grad_weight_nhwc_mma",
+    "depthwise_grad_weight", "pointwise_mma", "grouped", "grouped_grad_weight", "separable_mma", "spatial_separable",
+    "borders", "sum_partials",
 )  # fmt: skip
 EACH = 2  # default cases of a kernel and map
 
@@ -212,12 +221,12 @@ def runs_on(index: int, arch: str) -> bool:
 
 def chosen() -> list[tuple[int, str]]:
     """A few of RUNS for each kernel in DEFAULT, on each architecture."""
-    taken: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    taken: collections.Counter[tuple[str, ...]] = collections.Counter()
     result = []
     for index, run in enumerate(RUNS):
         for arch in ptx.ARCHITECTURES:
             files = files_of(index, arch)
-            key = (planned(arch)[index], run.map, arch)
+            key = (planned(arch)[index], run.map, arch, *(["borders"] if "padding_mode" in run.extra else []))
             if runs_on(index, arch) and files and files <= set(DEFAULT) and taken[key] < EACH:
                 taken[key] += 1
                 result.append((index, arch))
@@ -234,24 +243,180 @@ def runner(all_kernels: bool) -> ptx.Runner:
     return ptx.runner([p for p in emulate.kernel_sources() if all_kernels or p.stem in DEFAULT])
 
 
-def check(index: int, arch: str, all_kernels: bool) -> str:
+def check(index: int, arch: str, all_kernels: bool) -> set[tuple[str, str]]:
+    """Runs a case; returns the kernels that were launched: file and name."""
     arguments = RUNS[index].arguments()
     done = runner(all_kernels).run(arguments, arch)
     if done.returncode != 0:
         pytest.fail(f"{done.stdout}\nrepeat with: {ptx.command(arch, arguments)}", pytrace=False)
-    return done.stdout
+    return ptx.launched(done.stdout)
+
+
+def doors_passed(index: int, files: set[str]) -> set[str]:
+    """Doors whose kernels were launched: of a file with several the one that is named as the case's map. (nvcc's host
+    code jumps from a door to its kernel's launch, so that the call stack does not have it.)"""
+    passed = set()
+    for file in files:
+        doors = [door for door in emulate.doors() if emulate.door_source(door).stem == file]
+        passed |= {door for door in doors if len(doors) == 1 or door.endswith(f"_{RUNS[index].map}")}
+    return passed
+
+
+LAUNCHED: dict[tuple[int, str], set[tuple[str, str]]] = {}  # what the tests of this process have run
 
 
 @pytest.mark.parametrize("index, arch", CHOSEN, ids=[f"{NAMES[i]}-{arch}" for i, arch in CHOSEN])
 def test_kernel(index: int, arch: str) -> None:
-    check(index, arch, all_kernels=False)
+    LAUNCHED[index, arch] = check(index, arch, all_kernels=False)
 
 
-def test_every_entry_is_understood() -> None:
+def doors_of(files: set[str]) -> set[str]:
+    return {door for door in emulate.doors() if emulate.door_source(door).stem in files}
+
+
+def test_every_door_is_run() -> None:
+    """launch.h has the doors: those of DEFAULT are run on every architecture that has them, others by slow tests."""
+    for arch in ptx.ARCHITECTURES:
+        passed = set()
+        for index in (i for i, a in CHOSEN if a == arch):
+            if (index, arch) not in LAUNCHED:
+                LAUNCHED[index, arch] = check(index, arch, all_kernels=False)
+            passed |= doors_passed(index, {file for file, _ in LAUNCHED[index, arch]})
+        missing = doors_of(set(DEFAULT)) - passed
+        if arch == "80":
+            missing -= doors_of({"depthwise_nhwc_tma"})  # has no body before 9.0
+        assert not missing, f"no case of test_kernel runs {sorted(missing)} for {arch}"
+
+
+@pytest.mark.slow
+def test_every_kernel_of_every_door_is_run() -> None:
+    """Two cases of each kernel and map, for 9.0: every door of launch.h, and every __global__ function."""
+    taken: collections.Counter[tuple[str, ...]] = collections.Counter()
+    ran, passed = set(), set()
+    for index, run in enumerate(RUNS):
+        key = (planned("90a")[index], run.map, run.dtype[:5], "padding_mode" * ("padding_mode" in run.extra))
+        if taken[key] < 2:
+            taken[key] += 1
+            launched = check(index, "90a", all_kernels=True)
+            ran |= launched
+            passed |= doors_passed(index, {file for file, _ in launched})
+    assert not set(emulate.doors()) - passed
+    assert not [f"{path.stem}: {name}" for path, name in emulate.kernels() if (path.stem, name) not in ran]
+
+
+@pytest.mark.parametrize("all_kernels", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_entry_is_understood(all_kernels: bool) -> None:
     """An opcode that the machine does not know fails by name, also in kernels that no case runs."""
-    files = [path for names in runner(False).ptx.values() for path in names.values()]
-    done = subprocess.run([text_program(), "parse", *files], text=True, capture_output=True, timeout=120)
+    files = [path for names in runner(all_kernels).ptx.values() for path in names.values()]
+    done = subprocess.run([text_program(), "parse", *files], text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_emulator_and_the_machine_agree() -> None:
+    """Every wrapper of ptx.cuh on golden.cu's inputs, bit for bit: two readings of the manual, of which a GPU is the
+    judge (test_golden_ptx.py)."""
+    compiled = ptx.compile_kernels(GOLDEN)
+    sources = [*ptx.MACHINE, ptx.HERE / "runtime.cpp"]
+    objects = [ptx.compile_machine(source) for source in sources]
+    objects += [emulate.compile_object(p, "race") for p in (ptx.TENSOR_MAP, emulate.HERE / "tensor.cpp")]
+    program = ptx.link([compiled.object, *objects], "golden")
+    done = emulate.run(program, [], variables={"PTX_FILES": str(compiled.ptx["90a"])})
+    assert done.returncode == 0, done.stdout
+    lines = [line for line in done.stdout.splitlines() if ": " in line and not line.startswith("entry: ")]
+    ours = dict(line.split(": ", 1) for line in lines)
+    assert ours == emulated_output("race")
+
+
+# Cases for planted faults, each of a kernel in DEFAULT.
+PLANTED = (
+    "depthwise_nhwc_mma-forward", "depthwise_nhwc_tma-forward", "depthwise_nchw_mma-forward",
+    "depthwise_grad_weight_nhwc_mma-grad_weight", "pointwise_mma-forward", "separable_mma-forward",
+)  # fmt: skip
+MUTANTS = int(os.environ.get("PTX_MUTANTS", "12"))  # of each
+CAUGHT = 0.85  # at least this share: 63 of 72 are, and of the others some change nothing
+
+
+def small_runs(name: str) -> list[int]:
+    """The runs of a kernel and map that have the fewest numbers, of different shapes."""
+
+    def size(index: int) -> int:
+        c = RUNS[index].case
+        return c.N * c.K * c.H * c.W * c.R * c.S
+
+    plain = [i for i, a in CHOSEN if a == "90a" and NAMES[i].startswith(name + "-")]
+    return sorted(plain, key=size)
+
+
+def survives(name: str, fault: plant.Planted, text: str, runs: list[int], folder: Path) -> str | None:
+    """The fault, where none of the runs shows it."""
+    stem = name.split("-")[0]
+    changed = folder / f"{stem}-{fault.line}-{abs(hash(fault))}.ptx"
+    changed.write_text(fault.apply(text.split("\n")))
+    for index in runs:
+        if runner(False).run(RUNS[index].arguments(), "90a", replaced={stem: changed}, timeout=300).returncode != 0:
+            changed.unlink()
+            return None
+    return f"{name}: {fault}"
+
+
+def test_planted_faults_are_caught(tmp_path: Path) -> None:
+    """In the PTX text, in lines that the cases execute; a fault is caught if any of the kernel's cases shows it."""
+    used, work = runner(False), []
+    for name in PLANTED:
+        runs, text = small_runs(name), used.ptx["90a"][name.split("-")[0]].read_text()
+        executed: set[int] = set()
+        for index in runs:
+            done = used.run(RUNS[index].arguments(), "90a", lines=True)
+            assert done.returncode == 0, done.stdout
+            for entry, lines in re.findall(r"^lines: (\S+)((?: \d+)+)$", done.stdout, re.MULTILINE):
+                if f".entry {entry}(" in text:
+                    executed |= set(map(int, lines.split()))
+        work += [(name, fault, text, runs, tmp_path) for fault in plant.sample(text, sorted(executed), MUTANTS, seed=1)]
+    with ThreadPoolExecutor(emulate.JOBS) as pool:
+        survivors = [told for told in pool.map(lambda job: survives(*job), work) if told]
+    share = 1 - len(survivors) / len(work)
+    print(f"{share:.1%} of {len(work)} planted faults are caught", *survivors, sep="\n  ")
+    assert len(work) == MUTANTS * len(PLANTED) and share >= CAUGHT, "\n".join(survivors)
+
+
+def counted(slow: bool) -> list[tuple[str, str, list[str]]]:
+    """Architecture, name in counts.json and arguments of the layers of DEFAULT, or (slow) of the others."""
+    found = []
+    for files, layers in ptx_layers.LAYERS.items():
+        if (set(files.split()) <= set(DEFAULT)) != slow:
+            arches = [a for a in ptx.ARCHITECTURES if a != "80" or files != "depthwise_nhwc_tma"]
+            found += [(a, f"{files.split()[0]} {name}", case) for a in arches for name, case in layers.items()]
+    return found
+
+
+def check_counts(arch: str, name: str, arguments: list[str], all_kernels: bool) -> None:
+    recorded = json.loads(ptx_layers.RECORD.read_text())[arch][name]
+    more = ptx_layers.is_more(ptx_layers.counts(runner(all_kernels), arguments, arch), recorded)
+    assert not more, "\n".join([*more, "meant? python tests/ptx/layers.py writes the record anew"])
+
+
+@pytest.mark.parametrize("arch, name, arguments", counted(slow=False), ids=lambda value: str(value)[:40])
+def test_counts(arch: str, name: str, arguments: list[str]) -> None:
+    """No kernel gets more instructions, and no access more wavefronts or sectors a request, than recorded."""
+    check_counts(arch, name, arguments, all_kernels=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, name, arguments", counted(slow=True), ids=lambda value: str(value)[:40])
+def test_counts_of_the_others(arch: str, name: str, arguments: list[str]) -> None:
+    check_counts(arch, name, arguments, all_kernels=True)
+
+
+def test_more_than_recorded_is_seen() -> None:
+    recorded = {"instructions": 10, "wavefronts": {"ld.shared.f32": [2.0, 1.0]}, "sectors": {"ld.global.f32": 4.0}}
+    worse = [
+        {**recorded, "instructions": 11},
+        {**recorded, "wavefronts": {"ld.shared.f32": [2.1, 1.0]}},
+        {**recorded, "wavefronts": {"ld.shared.u16": [1.0, 1.0]}},
+        {**recorded, "sectors": {"ld.global.f32": 4.1}},
+    ]
+    assert not ptx_layers.is_more(recorded, recorded)
+    assert all(len(ptx_layers.is_more(now, recorded)) == 1 for now in worse)
 
 
 @pytest.mark.slow

@@ -26,6 +26,12 @@ std::vector<const Operand*> moved(const Step& s, const Operand& o) {
   return parts;
 }
 
+// The sum of a 32-bit register and an offset wraps: a base may lie before the array.
+uint32_t shared_address(const Addresses& addresses, int lane) {
+  if (addresses.base(lane) >> 32) throw Fault("out of bounds: shared address of more than 32 bits");
+  return static_cast<uint32_t>(addresses[lane]);
+}
+
 enum class Space { parameter, global, shared };
 Space space_of(const Instruction& in) {
   return in.words[1] == "param" ? Space::parameter : in.words[1] == "global" ? Space::global : Space::shared;
@@ -33,9 +39,11 @@ Space space_of(const Instruction& in) {
 
 void count(Step& s, const Addresses& addresses, uint32_t bytes) {
   std::vector<Access> lanes;
-  for_lanes(s, [&](int lane) { lanes.push_back({addresses[lane], bytes}); });
+  const bool shared = space_of(s.in) == Space::shared;
+  for_lanes(
+      s, [&](int lane) { lanes.push_back({lane, shared ? shared_address(addresses, lane) : addresses[lane], bytes}); });
   if (space_of(s.in) == Space::global) s.machine.counts.global(s.in.opcode, lanes);
-  if (space_of(s.in) == Space::shared) s.machine.counts.shared(s.in.opcode, lanes);
+  if (shared) s.machine.counts.shared(s.in.opcode, lanes);
 }
 
 void ld(Step& s) {
@@ -55,8 +63,7 @@ void ld(Step& s) {
     } else if (space == Space::global) {
       from = s.machine.global.read(at, bytes, bytes, s.in.used_bytes, s.thread(lane));
     } else {
-      if (at >> 32) throw Fault("out of bounds: shared address of more than 32 bits");
-      from = s.block.shared.read(static_cast<uint32_t>(at), bytes, bytes, s.in.used_bytes, s.toucher(lane));
+      from = s.block.shared.read(shared_address(addresses, lane), bytes, bytes, s.in.used_bytes, s.toucher(lane));
     }
     for (size_t i = 0; i < to.size(); ++i) found[i][lane] = extended(from + i * element, s.in.type);
   });
@@ -81,8 +88,7 @@ void st(Step& s) {
     if (space == Space::global) {
       to = s.machine.global.write(at, bytes, bytes, s.thread(lane));
     } else {
-      if (at >> 32) throw Fault("out of bounds: shared address of more than 32 bits");
-      to = s.block.shared.write(static_cast<uint32_t>(at), bytes, bytes, s.toucher(lane));
+      to = s.block.shared.write(shared_address(addresses, lane), bytes, bytes, s.toucher(lane));
     }
     for (size_t i = 0; i < values.size(); ++i) {
       const uint64_t value = values[i][lane];

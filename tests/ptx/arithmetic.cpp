@@ -248,6 +248,10 @@ void not_(Step& s) {
   one<uint64_t>(s, [&](uint64_t a) { return cut(~a, s.in.type.bits); });
 }
 
+void popc(Step& s) {
+  one<uint64_t>(s, [&](uint64_t a) { return static_cast<uint64_t>(__builtin_popcountll(cut(a, s.in.type.bits))); });
+}
+
 // The count is a u32, and more than the width is as much as the width.
 void shift(Step& s) {
   const bool left = s.in.words[0] == "shl";
@@ -375,7 +379,17 @@ void cvt(Step& s) {
     });
     return;
   }
-  if (!to_float || !from_float) throw Fault("cvt between whole and floating numbers is not known here");
+  if (!from_float && to.bits >= 32) {  // rounded once, straight from the whole number
+    with_whole(from, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      for_lanes(s, [&](int lane) {
+        const T value = as<T>(a[lane]);
+        d[lane] = to.bits == 64 ? bits_of(static_cast<double>(value)) : bits_of(static_cast<float>(value));
+      });
+    });
+    return;
+  }
+  if (!to_float || !from_float) throw Fault("this conversion between whole and floating numbers is not known here");
   for (const std::string& w : s.in.words) {
     if (w == "rz" || w == "rm" || w == "rp" || w == "rzi" || w == "rmi" || w == "rpi" || w == "ftz") {
       throw Fault("this rounding of cvt is not known here");
@@ -401,7 +415,7 @@ Meaning arithmetic(const Instruction& in) {
       {"div", div},           {"rem", rem},           {"neg", neg},   {"abs", abs},   {"min", extreme<false>},
       {"max", extreme<true>}, {"copysign", copysign}, {"rcp", rcp},   {"and", and_},  {"or", or_},
       {"xor", xor_},          {"not", not_},          {"shl", shift}, {"shr", shift}, {"bfi", bfi},
-      {"setp", setp},         {"selp", selp},         {"mov", mov},   {"cvt", cvt}};
+      {"popc", popc},         {"setp", setp},         {"selp", selp}, {"mov", mov},   {"cvt", cvt}};
   if (in.opcode == "ex2.approx.ftz.f32") return ex2;
   const bool half = in.type.bits == 16 && (in.type.kind == Kind::floating || in.type.kind == Kind::bfloat);
   if (half && in.words[0] != "cvt" && !(in.words[0] == "fma" && in.type.packed)) return nullptr;

@@ -96,6 +96,16 @@ void shfl(Step& s) {
   }
 }
 
+// vote.sync.ballot.b32 d, p, membermask
+void ballot(Step& s) {
+  check_mask(s, s.in.operands.at(2));
+  const Values p(s, s.in.operands[1]);
+  uint64_t bits = 0;
+  for_lanes(s, [&](int lane) { bits |= (p[lane] & 1) << lane; });
+  uint64_t* d = result(s, s.in.operands[0]);
+  for_lanes(s, [&](int lane) { d[lane] = bits; });
+}
+
 // elect.sync d|p, membermask: p in one lane, always the same for one mask.
 void elect(Step& s) {
   check_mask(s, s.in.operands.at(1));
@@ -119,6 +129,7 @@ Meaning control(const Instruction& in) {
   if (in.opcode == "bar.sync") return bar_sync;
   if (in.opcode == "bar.warp.sync") return bar_warp_sync;
   if (base == "shfl" && in.words.size() == 4 && in.words[1] == "sync") return shfl;
+  if (in.opcode == "vote.sync.ballot.b32") return ballot;
   if (in.opcode == "elect.sync") return elect;
   return nullptr;
 }

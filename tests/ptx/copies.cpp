@@ -25,9 +25,9 @@ void cp_async(Step& s) {
     if (sources[lane] % bytes) throw Fault("misaligned: cp.async reads off its size");
     if (wanted) {
       s.machine.global.read(sources[lane], wanted, 1, ~0ull, s.thread(lane));
-      from.push_back({sources[lane], wanted});
+      from.push_back({lane, sources[lane], wanted});
     }
-    to.push_back({destination, bytes});
+    to.push_back({lane, destination, bytes});
     s.warp.copies[static_cast<size_t>(lane)].open.push_back({destination, bytes, wanted, sources[lane]});
   });
   if (!from.empty()) s.machine.counts.global(s.in.opcode, from);

@@ -19,21 +19,19 @@ void Counts::global(const std::string& opcode, const std::vector<Access>& lanes)
 
 void Counts::shared(const std::string& opcode, const std::vector<Access>& lanes) {
   Count& count = memory[opcode];
-  const uint32_t bytes = lanes[0].bytes;
-  const size_t group = bytes >= 16 ? 8 : bytes >= 8 ? 16 : 32;
+  const int group = lanes[0].bytes >= 16 ? 8 : lanes[0].bytes >= 8 ? 16 : 32;
   ++count.requests;
-  for (size_t begin = 0; begin < lanes.size(); begin += group) {
+  for (int begin = 0; begin < 32; begin += group) {
     std::set<uint64_t> banks[32];
-    for (size_t i = begin; i < std::min(begin + group, lanes.size()); ++i) {
-      for (uint64_t word = lanes[i].address / 4; word <= (lanes[i].address + lanes[i].bytes - 1) / 4; ++word) {
-        banks[word % 32].insert(word);
-      }
-      count.bytes += lanes[i].bytes;
+    for (const Access& a : lanes) {
+      if (a.lane < begin || a.lane >= begin + group) continue;
+      for (uint64_t word = a.address / 4; word <= (a.address + a.bytes - 1) / 4; ++word) banks[word % 32].insert(word);
+      count.bytes += a.bytes;
     }
     size_t most = 0;
     for (const auto& bank : banks) most = std::max(most, bank.size());
     count.wavefronts += most;
-    ++count.ideal;
+    count.ideal += most > 0;
   }
 }
 

@@ -17,6 +17,7 @@ struct Count {
 };
 
 struct Access {
+  int lane;
   uint64_t address;
   uint32_t bytes;
 };

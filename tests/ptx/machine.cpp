@@ -5,8 +5,15 @@
 
 namespace ptx {
 
+constexpr uint32_t kMostTicks = 1 << 25;  // of a block: some seconds
+
 Machine::Machine(const Program& p, const Launch& l, GlobalMemory& g, uint64_t seed)
-    : program(p), launch(l), global(g), random(seed), elected(static_cast<uint32_t>(random() % 32)) {
+    : program(p),
+      launch(l),
+      global(g),
+      random(seed),
+      executed(p.code.size()),
+      elected(static_cast<uint32_t>(random() % 32)) {
   const uint32_t threads = l.block[0] * l.block[1] * l.block[2];
   if (threads == 0 || threads > 1024) throw Fault("a block of " + std::to_string(threads) + " threads");
   if (threads > static_cast<uint32_t>(p.most_threads)) {
@@ -21,6 +28,9 @@ void Machine::run() {
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);
   for (const uint32_t number : order) run_block(number);
+  for (size_t i = 0; i < executed.size(); ++i) {
+    if (executed[i]) counts.executed[program.code[i].opcode] += executed[i];
+  }
 }
 
 void Machine::start(Block& block, Warp& warp) {
@@ -133,8 +143,8 @@ void Machine::run_warp(Block& block, Warp& warp) {
       warp.waits = Wait::phase;
       return;
     }
-    ++counts.executed[in.opcode];
-    ++block.clock;
+    ++executed[static_cast<size_t>(pc)];
+    if (++block.clock > kMostTicks) throw Fault(program.name + ": a block runs for ever");
     if (!step.diverged) warp.frames.back().pc = step.next;
   }
 }

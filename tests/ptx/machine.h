@@ -97,7 +97,8 @@ class Machine {
   GlobalMemory& global;
   Counts counts;
   std::mt19937_64 random;
-  uint32_t elected;  // the lane that elect.sync takes, in this launch
+  std::vector<uint64_t> executed;  // by instruction, how many warps
+  uint32_t elected;                // the lane that elect.sync takes, in this launch
 
  private:
   void run_block(uint32_t number);
@@ -155,6 +156,7 @@ class Addresses {
     if (o.form != Operand::Form::address) throw Fault("an address expected");
   }
   uint64_t operator[](int lane) const { return base_[lane] + offset_; }
+  uint64_t base(int lane) const { return base_[lane]; }
 
  private:
   Values base_;

@@ -37,6 +37,11 @@ void GlobalMemory::watch(const void* begin, size_t bytes) {
   b.writer.assign(bytes, 0);
 }
 
+void GlobalMemory::fill(const void* begin) {
+  GlobalBuffer& b = buffers_.at(reinterpret_cast<uint64_t>(begin));
+  b.known.assign(b.bytes, 1);
+}
+
 GlobalBuffer& GlobalMemory::find(uint64_t address, uint32_t bytes, uint32_t alignment, const char* what) {
   if (address % alignment) throw Fault(text("misaligned: %s of %u bytes at %#lx", what, alignment, address));
   if (last_ && address >= last_->begin && address + bytes <= last_->begin + last_->bytes) return *last_;

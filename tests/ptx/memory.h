@@ -26,6 +26,7 @@ class GlobalMemory {
   void add(const void* begin, size_t bytes);
   void remove(const void* begin);
   void watch(const void* begin, size_t bytes);  // an output or a workspace, of which nothing is known yet
+  void fill(const void* begin);                 // of a watched buffer all is known
   void begin_launch() { ++launch_; }
 
   // Faults, or returns the memory. `used`: the bytes that matter, as bits. `thread` is unique within a launch.

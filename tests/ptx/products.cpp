@@ -34,7 +34,7 @@ void ldmatrix(Step& s) {
       const auto at = static_cast<uint32_t>(rows[lane]);
       const uint8_t* row = s.block.shared.read(at, 16, 16, ~0ull, s.toucher(lane));
       for (size_t i = 0; i < 8; ++i) element[m][r][i] = static_cast<uint16_t>(row[2 * i] | row[2 * i + 1] << 8);
-      lanes.push_back({at, 16});
+      lanes.push_back({lane, at, 16});
     }
   }
   s.machine.counts.shared(s.in.opcode, lanes);

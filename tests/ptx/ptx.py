@@ -31,7 +31,8 @@ ARCHITECTURES = ("80", "90a")
 CACHE = emulate.CACHE / "ptx"
 MACHINE = sorted(path for path in HERE.glob("*.cpp") if path.stem not in ("runtime", "text"))
 # Host code of the emulator and of the package, which the race build has as it is wanted here.
-SHARED = (*emulate.PLAN, emulate.KERNELS / "run.cpp", emulate.KERNELS / "device" / "tensor_map.cpp")
+TENSOR_MAP = emulate.KERNELS / "device" / "tensor_map.cpp"
+SHARED = (*emulate.PLAN, emulate.KERNELS / "run.cpp", TENSOR_MAP)
 SHARED += tuple(emulate.HERE / f"{name}.cpp" for name in ("tensor", "reference", "case", "runner"))
 
 
@@ -152,12 +153,15 @@ class Runner:
         arguments: Sequence[str],
         arch: str,
         counts: bool = False,
+        lines: bool = False,
         replaced: Mapping[str, Path] | None = None,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
-        """One case. `replaced`: other PTX for some of the files (planted faults)."""
+        """One case. `replaced`: other PTX for some of the files (planted faults); `lines`: print which lines ran."""
         files = {**self.ptx[arch], **(replaced or {})}
-        variables = {"PTX_FILES": ":".join(map(str, files.values())), **({"PTX_COUNTS": "1"} if counts else {})}
+        variables = {"PTX_FILES": ":".join(map(str, files.values()))}
+        variables |= {"PTX_COUNTS": "1"} if counts else {}
+        variables |= {"PTX_LINES": "1"} if lines else {}
         return emulate.run(self.program, for_arch(arguments, arch), timeout=timeout, variables=variables)
 
 
@@ -170,6 +174,16 @@ def runner(sources: Sequence[Path]) -> Runner:
         objects = [*shared, *machine, *(c.object for c in compiled.values())]
     ptx = {arch: {s.stem: c.ptx[arch] for s, c in compiled.items()} for arch in ARCHITECTURES}
     return Runner(link(objects, "runner"), ptx)
+
+
+def launched(output: str) -> set[tuple[str, str]]:
+    """The kernels that a run has launched: .cu file, without the ending, and __global__ function."""
+    found = set()
+    for entry in re.findall(r"^entry: (\S+)$", output, re.MULTILINE):
+        # namespace {anonymous} in the file of that name, the length of the kernel's name, the name
+        file, length = (parts := re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", entry)).groups()
+        found.add((file, entry[parts.end() : parts.end() + int(length)]))
+    return found
 
 
 def opcodes(text: str) -> collections.Counter[str]:

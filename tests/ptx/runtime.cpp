@@ -3,10 +3,9 @@
 // (PTX_FILES, separated by colons). runner.cpp of the emulator runs the cases; what it asks of the emulator (which
 // memory is written, seeds, traces) is answered here.
 //
-// With PTX_COUNTS=1 every launch prints what it counted.
+// With PTX_COUNTS=1 every launch prints what it counted, with PTX_LINES=1 which lines ran.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
-#include <execinfo.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -83,18 +82,13 @@ uint32_t shared_limit(int architecture) {
   }
 }
 
-std::set<emulator::Trace> all_traces;
-extern "C" const char __executable_start;  // from the linker
-
-void remember(const void* kernel) {
-  const auto relative = [](const void* p) {
-    return static_cast<uintptr_t>(static_cast<const char*>(p) - &__executable_start);
-  };
-  void* frames[16];
-  const int count = backtrace(frames, 16);
-  emulator::Trace trace{relative(kernel)};
-  for (int i = 0; i < count; ++i) trace.push_back(relative(frames[i]));
-  all_traces.insert(trace);
+// The lines of the PTX file that ran, for who plants faults in them.
+void print_lines(const ptx::Machine& machine) {
+  printf("lines: %s", machine.program.name.c_str());
+  for (const ptx::Instruction& in : machine.program.code) {
+    if (machine.executed[static_cast<size_t>(&in - machine.program.code.data())]) printf(" %d", in.line);
+  }
+  printf("\n");
 }
 
 void print_counts(const ptx::Machine& machine) {
@@ -134,7 +128,7 @@ void run(const void* function, const cudaLaunchConfig_t& config, void** argument
     const ptx::Parameter& p = program.parameters[i];
     memcpy(&launch.parameters[p.offset], arguments[i], p.bytes);
   }
-  remember(function);
+  printf("entry: %s\n", program.name.c_str());
   ptx::Machine machine(program, launch, memory(), seed);
   machine.run();
   auto& counters = emulator::counters();
@@ -143,6 +137,7 @@ void run(const void* function, const cudaLaunchConfig_t& config, void** argument
   counters.threads +=
       uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2] * launch.block[0] * launch.block[1] * launch.block[2];
   if (getenv("PTX_COUNTS")) print_counts(machine);
+  if (getenv("PTX_LINES")) print_lines(machine);
 }
 
 // The rules of the driver's manual, for what tensor_map.cpp asks of it.
@@ -223,6 +218,17 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   attributes->ptxVersion = ptx::architecture_of(program_of(function).target);
   return cudaSuccess;
 }
+// Memory that a kernel may read and write (golden.cu).
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  if (posix_memalign(data, 256, bytes)) return cudaErrorMemoryAllocation;
+  memory().watch(*data, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  memcpy(to, from, bytes);
+  if (kind == cudaMemcpyHostToDevice) memory().fill(to);
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -246,7 +252,10 @@ Counters& counters() {
   static Counters values;
   return values;
 }
-const std::set<Trace>& traces() { return all_traces; }
+const std::set<Trace>& traces() {  // run() prints the entries instead
+  static const std::set<Trace> none;
+  return none;
+}
 void set_seed(uint64_t s) { seed = s; }
 
 namespace race {

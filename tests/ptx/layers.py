@@ -1,0 +1,131 @@
+"""The layers whose counts are kept, one or two for each kernel: real shapes with few channels and images.
+
+python tests/ptx/layers.py            runs all of them and writes counts.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import ptx
+
+RECORD = ptx.HERE / "counts.json"
+
+
+def _layer(
+    map: str, dtype: str, layout: str, N: int, C: int, size: int, kernel: int, stride: int = 1, **rest: object
+) -> list[str]:
+    pad = kernel // 2
+    values = {
+        "map": map, "dtype": dtype, "layout": layout, "N": N, "C": C, "H": size, "W": size, "K": C, "R": kernel,
+        "S": kernel, "groups": C, "stride": f"{stride},{stride}", "padding": f"{pad},{pad},{pad},{pad}",
+        "multiprocessors": 1,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in (values | rest).items()]
+
+
+LAST, PLANES = "channels_last", "contiguous"
+# By the .cu files that a layer needs.
+LAYERS: dict[str, dict[str, list[str]]] = {
+    "depthwise_nhwc_mma": {
+        "k7 7x7": _layer("forward", "float16", LAST, 8, 8, 7, 7),
+        "k7 14x14": _layer("forward", "float16", LAST, 4, 8, 14, 7),
+        "k7 56x56": _layer("forward", "float16", LAST, 1, 8, 56, 7),
+        "k5 28x28": _layer("forward", "float16", LAST, 1, 8, 28, 5),
+    },
+    "depthwise_nhwc_tma": {"k7 5x14": _layer("forward", "float32", LAST, 5, 64, 14, 7, H=5)},
+    "depthwise_nhwc": {
+        "k3 14x14": _layer("forward", "float32", LAST, 1, 64, 14, 3),
+        "k3 stride 2 28x28": _layer("forward", "float16", LAST, 1, 64, 28, 3, 2),
+    },
+    "depthwise_nchw_mma": {
+        "k5 28x28": _layer("forward", "float16", PLANES, 4, 2, 28, 5),
+        "k7 14x14": _layer("forward", "float16", PLANES, 8, 2, 14, 7),
+        "k5 112x112": _layer("forward", "float16", PLANES, 1, 1, 112, 5),
+    },
+    "depthwise_nchw_mma_grad_weight sum_partials": {"k5 28x28": _layer("grad_weight", "float16", PLANES, 4, 2, 28, 5)},
+    "depthwise_nchw depthwise_nchw_stride2": {
+        "k3 28x28": _layer("forward", "float32", PLANES, 1, 8, 28, 3),
+        "k3 7x7": _layer("forward", "float16", PLANES, 2, 16, 7, 3),
+        "k3 stride 2 28x28": _layer("grad_input", "float32", PLANES, 1, 8, 28, 3, 2),
+    },
+    "depthwise_grad_weight_nhwc_mma sum_partials": {
+        "k7 7x7": _layer("grad_weight", "float16", LAST, 8, 8, 7, 7),
+        "k7 14x14": _layer("grad_weight", "float16", LAST, 2, 8, 14, 7),
+    },
+    "depthwise_grad_weight_nhwc sum_partials": {"k7 14x14": _layer("grad_weight", "float32", LAST, 1, 32, 14, 7)},
+    "depthwise_grad_weight_nchw sum_partials": {
+        "k3 7x7": _layer("grad_weight", "float16", PLANES, 8, 8, 7, 3),
+        "k3 stride 2 14x14": _layer("grad_weight", "float16", PLANES, 8, 8, 14, 3, 2),
+    },
+    "depthwise_toeplitz": {"k31 28x28": _layer("forward", "float16", PLANES, 1, 2, 28, 31)},
+    "depthwise_toeplitz_grad_weight sum_partials": {
+        "k31 28x28": _layer("grad_weight", "float16", PLANES, 1, 2, 28, 31)
+    },
+    "depthwise_large": {"k13 28x28": _layer("forward", "float32", PLANES, 1, 2, 28, 13)},
+    "depthwise_large_grad_weight sum_partials": {"k13 28x28": _layer("grad_weight", "float32", PLANES, 1, 2, 28, 13)},
+    "depthwise_direct": {"k9 14x14": _layer("forward", "float64", LAST, 1, 16, 14, 9)},
+    "pointwise_mma": {
+        "64 to 64 14x14": _layer("forward", "float16", LAST, 1, 64, 14, 1, groups=1),
+        "64 to 64 14x14 planes": _layer("forward", "float16", PLANES, 1, 64, 14, 1, groups=1),
+    },
+    "pointwise": {"64 to 64 14x14": _layer("forward", "float32", LAST, 1, 64, 14, 1, groups=1)},
+    "grouped": {"k3 7x7": _layer("forward", "float16", LAST, 1, 32, 7, 3, groups=4)},
+    "grouped_grad_weight sum_partials": {"k3 7x7": _layer("grad_weight", "float16", LAST, 1, 32, 7, 3, groups=4)},
+    "separable_mma": {"k3 14x14": _layer("forward", "float16", LAST, 1, 32, 14, 3, op="separable", outputs=64)},
+    "separable": {"k3 14x14": _layer("forward", "float32", LAST, 1, 32, 14, 3, op="separable", outputs=64)},
+}
+
+
+def counts(used: ptx.Runner, arguments: list[str], arch: str) -> dict[str, object]:
+    """Warp instructions of all launches, and of each kind of access wavefronts (ideal ones) or sectors a request."""
+    done = used.run(arguments, arch, counts=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"{done.stdout}\n{ptx.command(arch, arguments)}")
+    instructions = sum(map(int, re.findall(r"^counts: .* instructions=(\d+)", done.stdout, re.MULTILINE)))
+    sums: dict[str, list[int]] = {}
+    for line in re.findall(r"^memory: (.*)", done.stdout, re.MULTILINE):
+        *numbers, what = line.split(" ", 5)
+        values = [int(number.split("=")[1]) for number in numbers]
+        sums[what] = [a + b for a, b in zip(sums.get(what, [0] * 5), values, strict=True)]
+    shared = {w: [round(v[1] / v[0], 3), round(v[2] / v[0], 3)] for w, v in sums.items() if v[1]}
+    sectors = {w: round(v[3] / v[0], 3) for w, v in sums.items() if v[3]}
+    plan = re.search(r"^plan: (?:cuda_)?(.*)", done.stdout, re.MULTILINE)[1]
+    return {"plan": plan, "instructions": instructions, "wavefronts": shared, "sectors": sectors}
+
+
+def is_more(now: dict[str, object], recorded: dict[str, object]) -> list[str]:
+    """What a kernel does more of than is recorded."""
+    more = []
+    if now["instructions"] > recorded["instructions"]:
+        more.append(f"instructions: {now['instructions']}, recorded {recorded['instructions']}")
+    for what, (wavefronts, _) in now["wavefronts"].items():
+        most = recorded["wavefronts"].get(what, [0, 0])[0]
+        if wavefronts > most:
+            more.append(f"{what}: {wavefronts} wavefronts a request, recorded {most}")
+    for what, sectors in now["sectors"].items():
+        if sectors > recorded["sectors"].get(what, 0):
+            more.append(f"{what}: {sectors} sectors a request, recorded {recorded['sectors'].get(what, 0)}")
+    return more
+
+
+def main() -> int:
+    used = ptx.runner(ptx.kernel_sources())
+    record: dict[str, dict[str, dict[str, object]]] = {}
+    for arch in ptx.ARCHITECTURES:
+        for files, layers in LAYERS.items():
+            for name, arguments in layers.items():
+                if arch == "80" and files == "depthwise_nhwc_tma":
+                    continue
+                print(arch, files, name, flush=True)
+                record.setdefault(arch, {})[f"{files.split()[0]} {name}"] = counts(used, arguments, arch)
+    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
