@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import sepconv_ext
 from benchmarks import __main__ as benchmark
 from benchmarks import (
     console,
@@ -212,6 +214,30 @@ def test_every_losing_and_every_wrong_row_is_shown():
 def test_plain_tables_line_up():
     lines = console.plain(("layer", "us"), [("a", "1.5"), ("longer", "10.25")]).splitlines()
     assert lines == ["layer      us", "------  -----", "a         1.5", "longer  10.25"]
+
+
+def test_training_steps_compiled(monkeypatch):
+    """Both compiled: torch's network by its own backend, and the same network by this package's."""
+    asked = []
+
+    def compiled(model, backend="inductor"):
+        asked.append((backend, {type(module) for module in model.modules()} & {nn.Conv2d, sepconv_ext.nn.Conv2d}))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(models, "build", lambda name: _network())
+    monkeypatch.setattr(models, "image_size", lambda name: 32)
+    plan = models.Plan(
+        *(("mobilenet_v2",), torch.device("cpu"), 2, [torch.float32], timing.CpuClock(), [1]),
+        modes=("training",),
+        compile=True,
+        budget=0.01,
+        rounds=1,
+    )
+    rows = list(models.run(plan, lambda _: None, []))
+    assert {name.rpartition(" ")[0] for row in rows for name in row["samples_ms"]} == {"sepconv", "torch", "compile"}
+    assert all(row["agrees"] and row["speedup"] for row in rows)
+    assert sorted(asked, key=str) == 2 * [("inductor", {nn.Conv2d})] + 2 * [("sepconv_ext", {nn.Conv2d})]
 
 
 @pytest.mark.parametrize("arguments", (["--dtype", "int8"], ["--models", "vgg"], ["--maps", "backward"]))
