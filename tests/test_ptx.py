@@ -347,6 +347,29 @@ def small_runs(name: str) -> list[int]:
     return sorted(plain, key=size)
 
 
+# Of boxes and their mbarriers: an instruction is removed wherever it stands.
+BOX_FAULTS = {
+    "wait": (r"wait: mbarrier\.try_wait[^}]*done:", "read before the wait"),
+    "fence_of_reads": (r"fence\.proxy\.async[^;]*;", "no fence"),
+    "fence_of_mbarriers": (r"fence\.mbarrier_init[^;]*;", "has not been told of this mbarrier"),
+    "arrival": (r"mbarrier\.arrive[^;]*;", "waits for ever"),
+    "initialisation": (r"mbarrier\.init[^;]*;", "unwritten shared"),
+    "copy": (r"cp\.async\.bulk[^;]*;", "waits for ever"),
+}
+
+
+@pytest.mark.parametrize("name", BOX_FAULTS)
+def test_fault_of_boxes_is_seen(name: str, tmp_path: Path) -> None:
+    pattern, told = BOX_FAULTS[name]
+    text, count = re.subn(pattern, "", runner(False).ptx["90a"]["depthwise_nhwc_tma"].read_text())
+    assert count
+    (tmp_path / "kernel.ptx").write_text(text)
+    index = next(i for i, a in CHOSEN if a == "90a" and NAMES[i].startswith("depthwise_nhwc_tma-forward-boxes_k5"))
+    replaced = {"depthwise_nhwc_tma": tmp_path / "kernel.ptx"}
+    done = runner(False).run(RUNS[index].arguments(), "90a", replaced=replaced)
+    assert done.returncode == 1 and told in done.stdout, done.stdout
+
+
 def survives(name: str, fault: plant.Planted, text: str, runs: list[int], folder: Path) -> str | None:
     """The fault, where none of the runs shows it."""
     stem = name.split("-")[0]

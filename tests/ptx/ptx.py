@@ -160,6 +160,7 @@ class Runner:
         """One case. `replaced`: other PTX for some of the files (planted faults); `lines`: print which lines ran."""
         files = {**self.ptx[arch], **(replaced or {})}
         variables = {"PTX_FILES": ":".join(map(str, files.values()))}
+        variables |= {"PTX_REWRITES": "1"} if "infinite=1" in arguments else {}  # memory.cpp
         variables |= {"PTX_COUNTS": "1"} if counts else {}
         variables |= {"PTX_LINES": "1"} if lines else {}
         return emulate.run(self.program, for_arch(arguments, arch), timeout=timeout, variables=variables)
