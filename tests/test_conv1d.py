@@ -142,7 +142,7 @@ def test_nothing_is_copied(order: str, padding: int | str, device: str) -> None:
 
 def test_channels_next_to_each_other_take_the_channels_last_kernels() -> None:
     case = Case("", 2, 64, 130, 64, 4, 64, padding="causal")
-    for order, kernels in (("NLC", {"cpu_depthwise_nhwc": 3}), ("NCL", {"cpu_blocked": 3})):
+    for order, kernels in (("NLC", {"cpu_depthwise_nhwc": 3}), ("NCL", {"cpu_depthwise_nchw_blocked": 3})):
         x, w, b = tensors(case, torch.float32, "cpu", order, grad=True)
         with only_our_kernels():
             y = functional.conv1d(x, w, b, *case.geometry)

@@ -225,8 +225,8 @@ def test_kernels_on_contiguous_planes(case: Case, dtype: torch.dtype, dense: boo
         )
         counts = sepconv_ext.kernel_counts()
     if case.name not in REACH_FAR:
-        assert counts.get("cpu_blocked", 0) == BLOCKED.get(case, 0)
-        assert counts.get("cpu_small_planes", 0) == SMALL_PLANES.get(case, 0)
+        assert counts.get("cpu_depthwise_nchw_blocked", 0) == BLOCKED.get(case, 0)
+        assert counts.get("cpu_depthwise_nchw_3x3", 0) == SMALL_PLANES.get(case, 0)
     assert actual.grad_weight.stride() == w.stride()
     for which in MAPS:
         what = f"{which} of {case} with {isa}"

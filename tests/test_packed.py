@@ -42,7 +42,7 @@ def run(x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None, stride: int = 
     packed = ops.pack_pointwise(w)
     sepconv_ext.reset_kernel_counts()
     y = ops.packed_pointwise(x, packed, b, r, w.shape[0], (stride, stride), act)
-    assert sepconv_ext.kernel_counts() == ({"cpu_product": 1} if y.numel() else {})
+    assert sepconv_ext.kernel_counts() == ({"cpu_pointwise_product": 1} if y.numel() else {})
     return y
 
 

@@ -65,7 +65,7 @@ def test_every_map_against_float64(size: tuple[int, ...], stride: tuple[int, int
         counts = sepconv_ext.kernel_counts()
     products = 2 if stride != (1, 1) else 3  # with a stride the gradient by the input is no product
     few = H * W == 1 or x.numel() * K <= 16 * 1024  # for cpu_pointwise, where the weight's channels are dense
-    assert few or counts.get("cpu_product", 0) >= products, counts
+    assert few or counts.get("cpu_pointwise_product", 0) >= products, counts
     exact, peer = torchs(x, w, b, g, stride, torch.float64), torchs(x, w, b, g, stride, torch.float32)
     for map in MAPS:
         assert_as_accurate(actual[map], peer[map], exact[map], f"{map} with {counts}")
@@ -111,7 +111,7 @@ def test_a_gradient_of_one_pixel_is_read_where_it_lies(layout: str, behind: str)
     with strictness(True):
         for map in ("grad_input", "grad_weight"):
             said = sepconv_ext.explain(x, w, map=map, grad_output=g)
-            assert said.kernel == "cpu_product", said
+            assert said.kernel == "cpu_pointwise_product", said
             assert map == "grad_weight" or "copied" not in said.reason, said  # it wants dense pixels, of one plane
         actual = maps_of(x, w, None, g, (1, 1))
     exact = torchs(x, w, None, g, (1, 1), torch.float64)
@@ -157,13 +157,13 @@ def test_what_the_plan_gives_to_the_products(call: tuple, taken: bool) -> None:
     x = torch.empty(N, C, size, size).contiguous(memory_format=getattr(torch, f"{layout}_format", torch.channels_last))
     with strictness(False):
         said = sepconv_ext.explain(x, torch.empty(K, C, 1, 1), None, stride, map=map)
-    assert said.kernel == ("cpu_product" if taken else "aten"), said
+    assert said.kernel == ("cpu_pointwise_product" if taken else "aten"), said
 
 
 def test_other_dtypes_and_asymmetric_padding_are_not_the_products() -> None:
     x, w = torch.randn(1, 24, 9, 9), torch.randn(40, 24, 1, 1)
-    assert sepconv_ext.explain(x.double(), w.double()).kernel != "cpu_product"
-    assert sepconv_ext.explain(x.bfloat16(), w.bfloat16()).kernel != "cpu_product"
+    assert sepconv_ext.explain(x.double(), w.double()).kernel != "cpu_pointwise_product"
+    assert sepconv_ext.explain(x.bfloat16(), w.bfloat16()).kernel != "cpu_pointwise_product"
     geometry = ((2, 2), (0, 1, 0, 2), (1, 1), 1)  # zeros below and to the right: outputs that read no pixel
     actual = ops.conv2d(x, w, None, *geometry, "identity")
     torch.testing.assert_close(actual, F.conv2d(F.pad(x, (0, 2, 0, 1)), w, None, 2), rtol=1e-4, atol=1e-4)
@@ -180,6 +180,6 @@ def test_second_derivatives(layout: str, stride: int) -> None:
 
     sepconv_ext.reset_kernel_counts()
     ours, exact = second(functional.conv2d, torch.float32), second(F.conv2d, torch.float64)
-    assert sepconv_ext.kernel_counts()["cpu_product"] >= 4
+    assert sepconv_ext.kernel_counts()["cpu_pointwise_product"] >= 4
     for actual, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-3 * expected.abs().max().item())

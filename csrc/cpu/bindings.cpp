@@ -152,7 +152,7 @@ struct Cpu {
   }
 
   static void run(const Plan& plan, const Call& c, const Tensor& out) {
-    if (plan.kernel == Kernel::matmul) return matmul::run(c, out);
+    if (plan.kernel == Kernel::pointwise_matmul) return matmul::run(c, out);
     cpu::run(plan, c.map, c.shape, c.dtype(), c.first_data(), c.second_data(), c.epilogue(), out.mutable_data_ptr());
   }
 

@@ -15,10 +15,10 @@
 
 namespace sepconv::cpu {
 
-// planes.cpp: any groups, any strides, any dtype. Works on zero-padded planes of one channel at a time.
-void planes_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
-void planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
-void planes_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
+// grouped_planes*.cpp: any groups, any strides, any dtype. Works on zero-padded planes of one channel at a time.
+void grouped_planes_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
+void grouped_planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
+void grouped_planes_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
 // depthwise_nhwc*.cpp: depthwise of multiplier 1 on images whose channels are dense; images, rows and pixels lie apart
 // in any way, and the weight has any strides.
@@ -26,15 +26,16 @@ void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* 
 void depthwise_nhwc_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void depthwise_nhwc_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// blocked*.cpp: depthwise of multiplier 1, dense columns, any other strides: for what blocked_can() of plan.cpp names.
-void blocked_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
-void blocked_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
-void blocked_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
+// depthwise_nchw_blocked*.cpp: depthwise of multiplier 1, dense columns, any other strides: for what
+// nchw_blocked_can_run() of plan.cpp names.
+void depthwise_nchw_blocked_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
+void depthwise_nchw_blocked_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
+void depthwise_nchw_blocked_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
-// small_planes.cpp: 3x3 depthwise of multiplier 1 on small planes, dense columns, any other strides: for what
-// small_planes_take() of plan.cpp names.
-void small_planes_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
-void small_planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
+// depthwise_nchw_3x3.cpp: 3x3 depthwise of multiplier 1 on small planes, dense columns, any other strides: for what
+// nchw_3x3_can_run() of plan.cpp names.
+void depthwise_nchw_3x3_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);
+void depthwise_nchw_3x3_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 
 // pointwise.cpp: 1x1, one group, stride 1, for few pixels: x and y both Layout::nhwc or both nchw, or images of one
 // pixel whose channels are dense; w dense along its input channels.

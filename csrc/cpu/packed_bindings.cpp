@@ -48,7 +48,7 @@ void run(const ConvShape& shape, const Tensor& output, const Tensor& input, cons
   if (added.defined() && added.strides() != output.strides()) added = at::empty_like(output).copy_(added);
   cpu::Residual beside;
   if (added.defined()) beside = {added.const_data_ptr<float>(), shape.y};
-  count_kernel("cpu_product");
+  count_kernel("cpu_pointwise_product");
   cpu::product_forward_packed(shape, input.const_data_ptr<float>(), packed.const_data_ptr<float>(),
                               {dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr, activation}, beside,
                               output.mutable_data_ptr<float>());

@@ -119,7 +119,7 @@ const char* matmul_is_best(const Question&) { return "1x1, one group, stride 1: 
 // Blocks of channels. They turn 16 channels (with AVX-512, less else) into tiles: of few channels, or of just more than
 // a block, most lanes would be empty.
 
-bool blocked_can_run(const Question& q) {
+bool nchw_blocked_can_run(const Question& q) {
   const ConvShape& s = q.s;
   if (q.layout != Layout::nchw || !s.is_depthwise() || s.K != s.C || q.dtype == DType::float64) return false;
   if (ceil_div(s.C, kLanes) * kLanes * 3 > s.C * 4) return false;
@@ -145,13 +145,13 @@ int64_t most_pixels_of_blocks(const Question& q) {
   return taps <= 7 * 7 ? kBlockedUnstrided : kBlockedUnstridedWide;
 }
 
-const char* blocked_is_best(const Question& q) {
+const char* nchw_blocked_is_best(const Question& q) {
   const bool any_size = q.map == Map::grad_weight && is_strided(q.s);
   const bool best = any_size || std::max(q.s.H * q.s.W, q.s.P * q.s.Q) <= most_pixels_of_blocks(q);
   return best ? "depthwise: planes turned into blocks of channels, in cache" : nullptr;
 }
 
-bool takes_blocks(const Question& q) { return blocked_can_run(q) && blocked_is_best(q) != nullptr; }
+bool takes_blocks(const Question& q) { return nchw_blocked_can_run(q) && nchw_blocked_is_best(q) != nullptr; }
 
 // torch's own call, by oneDNN.
 
@@ -262,7 +262,7 @@ const char* float32_is_best(const Question& q) {
 bool nhwc_can_run(const Question& q) { return q.s.is_depthwise() && q.s.K == q.s.C && q.layout == Layout::nhwc; }
 const char* nhwc_is_best(const Question&) { return "depthwise on channels_last images: vectors of channels"; }
 
-bool small_planes_can_run(const Question& q) {
+bool nchw_3x3_can_run(const Question& q) {
   const ConvShape& s = q.s;
   if (q.layout != Layout::nchw || q.map == Map::grad_weight) return false;
   if (!s.is_depthwise() || s.K != s.C || q.dtype == DType::float64) return false;
@@ -271,7 +271,7 @@ bool small_planes_can_run(const Question& q) {
   return s.stride_h == 1 && s.pad_h <= 2 && s.pad_w <= 2;
 }
 
-const char* small_planes_is_best(const Question& q) {
+const char* nchw_3x3_is_best(const Question& q) {
   const ConvShape& s = q.s;
   const bool small = std::max({s.H, s.W, s.P, s.Q, s.pad_h, s.pad_w}) <= kSmallPlane;
   return small ? "3x3 depthwise on small planes: copied, padded, into cache" : nullptr;
@@ -291,16 +291,16 @@ struct Rule {
 
 constexpr Rule kRules[] = {
     {Kernel::pointwise, "cpu_pointwise", pointwise_can_run, pointwise_is_best},
-    {Kernel::product, "cpu_product", product_can_run, product_is_best},
-    {Kernel::product, "cpu_product", product_can_run, torch_may_not},
+    {Kernel::pointwise_product, "cpu_pointwise_product", product_can_run, product_is_best},
+    {Kernel::pointwise_product, "cpu_pointwise_product", product_can_run, torch_may_not},
     {Kernel::aten, "aten", is_product_torch_may, torchs_product_is_best},
-    {Kernel::matmul, "cpu_matmul", is_product, matmul_is_best},
+    {Kernel::pointwise_matmul, "cpu_pointwise_matmul", is_product, matmul_is_best},
     {Kernel::aten, "aten", torch_may, torch_is_faster},
     {Kernel::aten_float32, "aten", float32_can_run, float32_is_best},
     {Kernel::depthwise_nhwc, "cpu_depthwise_nhwc", nhwc_can_run, nhwc_is_best},
-    {Kernel::blocked, "cpu_blocked", blocked_can_run, blocked_is_best},
-    {Kernel::small_planes, "cpu_small_planes", small_planes_can_run, small_planes_is_best},
-    {Kernel::planes, "cpu_planes", always, grouped_is_left},
+    {Kernel::depthwise_nchw_blocked, "cpu_depthwise_nchw_blocked", nchw_blocked_can_run, nchw_blocked_is_best},
+    {Kernel::depthwise_nchw_3x3, "cpu_depthwise_nchw_3x3", nchw_3x3_can_run, nchw_3x3_is_best},
+    {Kernel::grouped_planes, "cpu_grouped_planes", always, grouped_is_left},
 };
 
 Plan plan_dense(const Question& q) {
@@ -341,15 +341,16 @@ bool is_one_pixel(const ImageShape& image) {
 // The kernel reads or writes this image where it is.
 bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape& image) {
   switch (kernel) {
-    case Kernel::planes:
-    case Kernel::small_planes:
-    case Kernel::blocked:
+    case Kernel::grouped_planes:
+    case Kernel::depthwise_nchw_3x3:
+    case Kernel::depthwise_nchw_blocked:
     case Kernel::depthwise_nhwc: return is_dense_along(layout, image);
-    case Kernel::product: return is_dense_along(layout, image) || (map != Map::grad_weight && is_one_pixel(image));
+    case Kernel::pointwise_product:
+      return is_dense_along(layout, image) || (map != Map::grad_weight && is_one_pixel(image));
     case Kernel::pointwise:
       return image.rows * image.columns == 1 ? is_dense_along(Layout::nhwc, image) : is_dense(layout, image);
-    case Kernel::matmul:  // in half types one product over all pixels, for which bindings.cpp copies what it has to
-      return (map == Map::grad_weight && is_half(dtype)) || is_dense(layout, image);
+    // In half types one product over all pixels, for which bindings.cpp copies what it has to.
+    case Kernel::pointwise_matmul: return (map == Map::grad_weight && is_half(dtype)) || is_dense(layout, image);
     case Kernel::aten:
     case Kernel::aten_float32:  // torch copies, slowly from another layout, as which it takes an expanded batch, too
       return own_layout(image) == Layout::strided ||
@@ -368,8 +369,9 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
   chosen.copies.x = !takes(chosen.kernel, map, dtype, layout, input_image(s));
   chosen.copies.y = !takes(chosen.kernel, map, dtype, layout, output_image(s));
   chosen.copies.all_images =
-      chosen.is_torchs() || chosen.kernel == Kernel::pointwise || chosen.kernel == Kernel::matmul;
-  if (chosen.kernel == Kernel::product) {  // what it writes is not any view: a gradient takes its operand's strides
+      chosen.is_torchs() || chosen.kernel == Kernel::pointwise || chosen.kernel == Kernel::pointwise_matmul;
+  // What the product writes is not any view: a gradient takes its operand's strides.
+  if (chosen.kernel == Kernel::pointwise_product) {
     if (map == Map::grad_input) chosen.copies.x = !is_dense(layout, input_image(s));
     if (map == Map::forward) chosen.copies.y = !is_dense(layout, output_image(s));
     chosen.copies.weight = map == Map::grad_weight && s.C > 1 && s.w.c != 1;

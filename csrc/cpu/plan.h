@@ -9,17 +9,17 @@
 
 namespace sepconv::cpu {
 
-// aten is torch's own choice of a convolution; aten_float32 the same on tensors of half types made float32. matmul
-// is ATen's matrix product on views, which bindings.cpp makes; pointwise and product are products here, of few pixels
-// and of float32.
+// <family>_<layout>_<method>, as the files of the kernels. pointwise_product is a matrix product here, of float32;
+// pointwise_matmul is ATen's on views, which bindings.cpp makes. aten is torch's own choice of a convolution, and
+// aten_float32 the same on tensors of half types made float32.
 enum class Kernel : int {
-  planes,
-  small_planes,
-  blocked,
+  depthwise_nchw_3x3,
+  depthwise_nchw_blocked,
   depthwise_nhwc,
   pointwise,
-  product,
-  matmul,
+  pointwise_product,
+  pointwise_matmul,
+  grouped_planes,
   aten,
   aten_float32,
   separable,

@@ -21,12 +21,12 @@ float* floats(void* p) { return static_cast<float*>(p); }
 void run_forward(const Plan& p, const ConvShape& shape, DType dtype, const void* x, const void* w,
                  const Epilogue& epilogue, void* y) {
   switch (p.kernel) {
-    case Kernel::planes: return planes_forward(shape, dtype, x, w, epilogue, y);
-    case Kernel::small_planes: return small_planes_forward(shape, dtype, x, w, epilogue, y);
-    case Kernel::blocked: return blocked_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::grouped_planes: return grouped_planes_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::depthwise_nchw_3x3: return depthwise_nchw_3x3_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::depthwise_nchw_blocked: return depthwise_nchw_blocked_forward(shape, dtype, x, w, epilogue, y);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y);
     case Kernel::pointwise: return pointwise_forward(shape, dtype, x, w, epilogue, y);
-    case Kernel::product: return product_forward(shape, floats(x), floats(w), epilogue, floats(y));
+    case Kernel::pointwise_product: return product_forward(shape, floats(x), floats(w), epilogue, floats(y));
     default: no_door(p, "forward");
   }
 }
@@ -34,12 +34,12 @@ void run_forward(const Plan& p, const ConvShape& shape, DType dtype, const void*
 void run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, const void* grad_y, const void* w,
                     void* grad_x) {
   switch (p.kernel) {
-    case Kernel::planes: return planes_grad_input(shape, dtype, grad_y, w, grad_x);
-    case Kernel::small_planes: return small_planes_grad_input(shape, dtype, grad_y, w, grad_x);
-    case Kernel::blocked: return blocked_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::grouped_planes: return grouped_planes_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::depthwise_nchw_3x3: return depthwise_nchw_3x3_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::depthwise_nchw_blocked: return depthwise_nchw_blocked_grad_input(shape, dtype, grad_y, w, grad_x);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_grad_input(shape, dtype, grad_y, w, grad_x);
     case Kernel::pointwise: return pointwise_grad_input(shape, dtype, grad_y, w, grad_x);
-    case Kernel::product: return product_grad_input(shape, floats(grad_y), floats(w), floats(grad_x));
+    case Kernel::pointwise_product: return product_grad_input(shape, floats(grad_y), floats(w), floats(grad_x));
     default: no_door(p, "grad_input");
   }
 }
@@ -47,11 +47,11 @@ void run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, const vo
 void run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, const void* grad_y, const void* x,
                      void* grad_w) {
   switch (p.kernel) {
-    case Kernel::planes: return planes_grad_weight(shape, dtype, grad_y, x, grad_w);
-    case Kernel::blocked: return blocked_grad_weight(shape, dtype, grad_y, x, grad_w);
+    case Kernel::grouped_planes: return grouped_planes_grad_weight(shape, dtype, grad_y, x, grad_w);
+    case Kernel::depthwise_nchw_blocked: return depthwise_nchw_blocked_grad_weight(shape, dtype, grad_y, x, grad_w);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_grad_weight(shape, dtype, grad_y, x, grad_w);
     case Kernel::pointwise: return pointwise_grad_weight(shape, dtype, grad_y, x, grad_w);
-    case Kernel::product: return product_grad_weight(shape, floats(grad_y), floats(x), floats(grad_w));
+    case Kernel::pointwise_product: return product_grad_weight(shape, floats(grad_y), floats(x), floats(grad_w));
     default: no_door(p, "grad_weight");
   }
 }

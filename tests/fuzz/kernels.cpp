@@ -389,9 +389,9 @@ std::optional<Failure> run_case(const Case& c) {
     return c.number % 8 == 0 ? run_separable(c) : run_spatial(c);
   }
   if (c.number % 16 == 1) return run_copy(c);
-  const cpu::Plan general{cpu::Kernel::planes, "cpu_planes", "takes everything"};
+  const cpu::Plan general{cpu::Kernel::grouped_planes, "cpu_grouped_planes", "takes everything"};
   cpu::Plan plan = cpu::plan(c.map, s, c.dtype, /*strict=*/true, c.threads);
-  if (c.number % 5 == 0 || plan.kernel == cpu::Kernel::matmul) plan = general;  // matmul is at::mm
+  if (c.number % 5 == 0 || plan.kernel == cpu::Kernel::pointwise_matmul) plan = general;  // matmul is at::mm
   Case taken = c;
   taken.shape = with_copies(s, plan.copies);  // what the kernel does not take as it lies
   auto failure = run_map(taken, plan);

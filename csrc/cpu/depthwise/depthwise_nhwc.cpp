@@ -46,7 +46,7 @@ inline int64_t strips_per_image(int64_t images, int64_t rows) {
 template <typename T>
 struct ForwardTask {
   Correlation<T> image0;
-  const Kernel<T>& kernel;
+  const NhwcKernel<T>& kernel;
   const ConvShape& shape;
   int64_t strips;
   void operator()(int64_t task) const {
@@ -61,7 +61,7 @@ struct ForwardTask {
 template <typename T>
 void forward_typed(const ConvShape& shape, const T* x, const T* w, const Epilogue& epilogue, T* y) {
   using A = accumulate_t<T>;
-  const Kernel<T> kernel(shape.C, shape.S, shape.stride_w, shape.dilation_w);
+  const NhwcKernel<T> kernel(shape.C, shape.S, shape.stride_w, shape.dilation_w);
   std::vector<A> packed;
   const Correlation<T> k = forward_correlation(shape, x, w, epilogue, kernel.groups, packed, y);
   const int64_t strips = strips_per_image(shape.N, shape.P);
@@ -90,7 +90,7 @@ struct Phase {
 template <typename T>
 struct GradInputTask {
   const std::vector<Correlation<T>>& phases;  // [rows][columns], of image 0
-  const std::vector<Kernel<T>>& kernels;
+  const std::vector<NhwcKernel<T>>& kernels;
   const ConvShape& shape;
   int64_t columns, strips;
   void operator()(int64_t task) const {
@@ -120,7 +120,7 @@ void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* gr
   std::vector<A> packed(padded * shape.R * shape.S), zeros(padded);
   A* next = packed.data();
   std::vector<Correlation<T>> phases;
-  std::vector<Kernel<T>> kernels;
+  std::vector<NhwcKernel<T>> kernels;
   const int64_t phase_rows = std::min(shape.stride_h, shape.H), phase_columns = std::min(shape.stride_w, shape.W);
   for (int64_t fh = 0; fh < phase_rows; ++fh) {
     const Phase h(fh, shape.H, shape.R, shape.stride_h, shape.pad_h, shape.dilation_h);
@@ -134,7 +134,7 @@ void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* gr
       k.y_row = shape.stride_h * shape.x.h, k.y_pixel = shape.stride_w * shape.x.w;
       k.pad_h = h.pad, k.pad_w = v.pad, k.dilation_h = h.dilation, k.dilation_w = v.dilation;
       phases.push_back(k);
-      const Kernel<T>& kernel = kernels.emplace_back(C, k.R == 0 ? 0 : k.S, 1, k.dilation_w);
+      const NhwcKernel<T>& kernel = kernels.emplace_back(C, k.R == 0 ? 0 : k.S, 1, k.dilation_w);
       pack(shape, w, kernel.groups, h.last, -h.step, k.R, v.last, -v.step, k.S, next);
       next += k.R * k.S * kernel.groups.padded();
     }

@@ -41,7 +41,7 @@ struct ChannelGroups {
 // made for. Where the kernel row is longer than that, `partial` [p1 - p0, v1 - v0, columns, width] carries the sums
 // from call to call.
 template <typename A>
-struct Block {
+struct NhwcBlock {
   int64_t p0, p1, q, v0, v1;
   int count;
   int64_t s0 = 0;
@@ -114,7 +114,7 @@ SEPCONV_INLINE void prefetch(const T* pixel, int64_t step) {
 
 // Needs C >= kV * kLanes and dilation_w 1. Without kGuarded: every input column exists, and every output column.
 template <typename T, int kTaps, int kStride, int kV, int kQ, bool kGuarded>
-void block(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
+void block(const Correlation<T>& k, const NhwcBlock<accumulate_t<T>>& b) {
   using A = accumulate_t<T>;
   constexpr int L = kLanes<A>, kWidth = kV * L;
   const int64_t C = k.C, R = k.R, S = k.S;
@@ -200,7 +200,7 @@ void block(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
 
 // Any stride, dilation and number of channels.
 template <typename T>
-void block_generic(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
+void block_generic(const Correlation<T>& k, const NhwcBlock<accumulate_t<T>>& b) {
   using A = accumulate_t<T>;
   constexpr int L = kLanes<A>, kQ = kNarrow;
   const int lanes = static_cast<int>(std::min<int64_t>(k.C, L));
@@ -236,8 +236,8 @@ void block_generic(const Correlation<T>& k, const Block<accumulate_t<T>>& b) {
 // The block functions for a correlation. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps -
 // 1 taps.
 template <typename T>
-struct Kernel {
-  using Function = void (*)(const Correlation<T>&, const Block<accumulate_t<T>>&);
+struct NhwcKernel {
+  using Function = void (*)(const Correlation<T>&, const NhwcBlock<accumulate_t<T>>&);
   struct Functions {
     Function wide = nullptr, wide_guarded = nullptr, narrow = nullptr;
   };
@@ -246,7 +246,7 @@ struct Kernel {
   int64_t passes = 1, taps = 0;
   ChannelGroups groups;
 
-  Kernel(int64_t C, int64_t S, int64_t stride, int64_t dilation)
+  NhwcKernel(int64_t C, int64_t S, int64_t stride, int64_t dilation)
       : groups{C, C >= kWidth ? kWidth : kLanes<accumulate_t<T>>} {
     if (C >= groups.width && (dilation == 1 || S == 1) && S > 0 && stride <= 2) {
       passes = (S + kMaxTaps - 1) / kMaxTaps;
@@ -287,13 +287,13 @@ struct Kernel {
 
 // Output rows [p0, p1).
 template <typename T>
-void correlate(const Correlation<T>& k, const Kernel<T>& kernel, int64_t p0, int64_t p1) {
+void correlate(const Correlation<T>& k, const NhwcKernel<T>& kernel, int64_t p0, int64_t p1) {
   using A = accumulate_t<T>;
   const int64_t groups = kernel.groups.count(), width = kernel.groups.width;
   const int64_t bytes = k.R * ((kWide - 1) * k.stride_w + kernel.taps) * sizeof(T) + k.R * kernel.taps * sizeof(A);
   const int64_t chunk = std::clamp<int64_t>(kL1Bytes / (bytes * width + 1), 1, groups);
   std::vector<A> partial(kernel.passes > 1 ? kRowGroup * chunk * kWide * width : 0);
-  Block<A> b;
+  NhwcBlock<A> b;
   b.partial = partial.data();
   for (b.p0 = p0; b.p0 < p1; b.p0 = b.p1) {
     b.p1 = std::min(b.p0 + kRowGroup, p1);

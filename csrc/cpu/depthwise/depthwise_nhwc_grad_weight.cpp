@@ -45,8 +45,8 @@ inline int64_t short_sum(const ConvShape& k) { return k.N * k.P * k.Q <= 4096 ? 
 
 // The functions for a kernel width. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps - 1 taps.
 template <typename T>
-struct Kernel {
-  using Function = void (*)(const ConvShape&, const Block<T>&);
+struct NhwcGradWeightKernel {
+  using Function = void (*)(const ConvShape&, const NhwcGradWeightBlock<T>&);
   struct Functions {
     Function by_rows[4] = {};  // for 1, 2 and 3 kernel rows
     int max_rows = 0;
@@ -57,7 +57,7 @@ struct Kernel {
   bool ahead = false;                                                 // fetch what comes next meanwhile
   void (*stream)(const ConvShape&, const StreamedRow<T>&) = nullptr;  // rather than tiles
 
-  explicit Kernel(const ConvShape& k) {
+  explicit NhwcGradWeightKernel(const ConvShape& k) {
     if (k.C < kLanes<accumulate_t<T>> || (k.dilation_w != 1 && k.S > 1) || k.stride_w > 2) return;
     const int64_t bytes = k.N * k.C * (k.H * k.W + k.P * k.Q) * static_cast<int64_t>(sizeof(T));
     const bool far = bytes > kNearBytes;  // x and grad_y come from memory
@@ -206,7 +206,7 @@ template <typename T>
 struct SumTask {
   using A = accumulate_t<T>;
   const ConvShape& k;
-  const Kernel<T>& kernel;
+  const NhwcGradWeightKernel<T>& kernel;
   const Partition& cut;
   const T* grad_y;
   const T* x;
@@ -283,7 +283,7 @@ struct SumTask {
     for (int64_t q = 0; q < k.Q; q += kColumns) {
       for (int64_t v = v0; v < v1; ++v) {
         const int64_t c = first_channel<A>(k, v);
-        Block<T> b{x + n * k.x.n + c, grad_y + n * k.y.n + c, sums + v * k.R * k.S * kLanes<A>};
+        NhwcGradWeightBlock<T> b{x + n * k.x.n + c, grad_y + n * k.y.n + c, sums + v * k.R * k.S * kLanes<A>};
         b.p0 = p, b.p1 = end, b.q = q;
         b.count = static_cast<int>(std::min<int64_t>(kColumns, k.Q - q));
         // Next come the next vector of the same pixels, or the first vector of the next ones.
@@ -313,7 +313,7 @@ struct SumTask {
   }
 
   // All passes for `rows` kernel rows from b.r0 on.
-  void add_passes(Block<T>& b, int64_t rows) const {
+  void add_passes(NhwcGradWeightBlock<T>& b, int64_t rows) const {
     b.s0 = 0;
     for (int64_t pass = 0; pass < kernel.passes; ++pass) {
       const int64_t s1 = k.S * (pass + 1) / kernel.passes;
@@ -325,7 +325,7 @@ struct SumTask {
   }
 
   // A tile by block_once.
-  void add_once(Block<T>& b) const {
+  void add_once(NhwcGradWeightBlock<T>& b) const {
     const int64_t p0 = b.p0, p1 = b.p1, max_rows = kernel.longer.max_rows;
     b.calls = (k.R + max_rows - 1) / max_rows * kernel.passes;
     for (int64_t rows; b.r0 < k.R; b.r0 += rows) {
@@ -338,7 +338,7 @@ struct SumTask {
   }
 
   // A tile by block or block_generic, in runs of output rows that see the same kernel rows.
-  void add_runs(Block<T>& b) const {
+  void add_runs(NhwcGradWeightBlock<T>& b) const {
     const int64_t end = b.p1, x_ahead = b.x_ahead, newest = (k.R - 1) * k.dilation_h * k.x.h;
     for (int64_t p = b.p0; p < end; p = b.p1) {
       const int64_t first = first_row(p), last = end_row(p);
@@ -365,7 +365,7 @@ struct SumTask {
 template <typename T>
 void grad_weight_typed(const ConvShape& shape, const T* grad_y, const T* x, T* grad_w) {
   using A = accumulate_t<T>;
-  const Kernel<T> kernel(shape);
+  const NhwcGradWeightKernel<T> kernel(shape);
   const Partition cut(shape, kLanes<A>, sizeof(A));
   const std::unique_ptr<A[]> sums(new A[cut.parts * cut.vectors * shape.R * shape.S * kLanes<A>]);
   parallel(cut.parts * cut.chunks, SumTask<T>{shape, kernel, cut, grad_y, x, sums.get(), grad_w});

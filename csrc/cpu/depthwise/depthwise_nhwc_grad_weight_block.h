@@ -16,7 +16,7 @@ int64_t first_channel(const ConvShape& k, int64_t v) {
 // What one call of a block function sees: one channel vector, output rows [p0, p1), columns from q (`count` of them),
 // kernel rows from r0 on and taps from s0 on, as many as the function is made for.
 template <typename T>
-struct Block {
+struct NhwcGradWeightBlock {
   const T* x;             // the image, at the vector's first channel; rows and pixels apart as the shape's strides say
   const T* grad_y;        // likewise
   accumulate_t<T>* sums;  // [R, S, kLanes]
@@ -56,7 +56,7 @@ SEPCONV_INLINE void add_sums(A* to, int64_t row_step, const Vector<A> (&sums)[kR
 // Every output row loads the input rows of its kernel rows, all of which must exist. Needs C >= kLanes and
 // dilation_w 1.
 template <typename T, int kTaps, int kStride, int kRows>
-void block(const ConvShape& k, const Block<T>& b) {
+void block(const ConvShape& k, const NhwcGradWeightBlock<T>& b) {
   using A = accumulate_t<T>;
   constexpr int kWidth = (kColumns - 1) * kStride + kTaps;
   const int64_t x_pixel = k.x.w, x_row = k.dilation_h * k.x.h, x_step = k.stride_h * k.x.h;
@@ -104,7 +104,7 @@ struct Once {
   using A = accumulate_t<T>;
   static constexpr int kWidth = kColumns - 1 + kTaps;
   const ConvShape& k;
-  const Block<T>& b;
+  const NhwcGradWeightBlock<T>& b;
   const int64_t x_pixel = k.x.w, rows = b.p1 - b.p0, column = b.q - k.pad_w + b.s0;
   const int64_t from = -column, to = std::min<int64_t>(k.W - column, b.count - 1 + kTaps);
   int64_t row = b.p0 - k.pad_h + b.r0, step = 0;  // the input row, and its number
@@ -162,13 +162,13 @@ struct Once {
 };
 
 template <typename T, int kTaps, int kStride, int kRows>
-void block_once(const ConvShape& k, const Block<T>& b) {
+void block_once(const ConvShape& k, const NhwcGradWeightBlock<T>& b) {
   Once<T, kTaps, kRows>{k, b}.run();
 }
 
 // Any stride, dilation and number of channels.
 template <typename T>
-void block_generic(const ConvShape& k, const Block<T>& b) {
+void block_generic(const ConvShape& k, const NhwcGradWeightBlock<T>& b) {
   using A = accumulate_t<T>;
   constexpr int L = kLanes<A>;
   const int lanes = static_cast<int>(std::min<int64_t>(k.C, L));

@@ -66,9 +66,9 @@ struct Tiling {
   int64_t pixels() const { return images * rows * columns; }
 };
 
-struct Tile {
+struct SeparableTile {
   int64_t n, images, p, rows, q, columns;
-  Tile(const ConvShape& s, const Tiling& t, int64_t index) {
+  SeparableTile(const ConvShape& s, const Tiling& t, int64_t index) {
     q = index % t.pieces * t.columns, index /= t.pieces;
     p = index % t.strips * t.rows, index /= t.strips;
     n = index * t.images;
@@ -90,7 +90,7 @@ struct Separable {
   bool lanes_are_outputs;  // else pixels
   bool activate_late;      // the intermediate is kept as it is before its activation
   int64_t pitch;           // of the tile's rows, in elements
-  Kernel<T> kernel;
+  NhwcKernel<T> kernel;
   Correlation<T> correlation{};
   PlaneStage<T> planes;
   std::vector<A> packed_d;          // depthwise weight and bias
@@ -179,7 +179,7 @@ struct Separable {
 
   // ---- the depthwise stage ----
 
-  void correlate_tile(const Tile& tile, T* narrow, A* wide) const {
+  void correlate_tile(const SeparableTile& tile, T* narrow, A* wide) const {
     T* to;
     if constexpr (kIsHalf<T>) {
       to = narrow;
@@ -199,7 +199,7 @@ struct Separable {
     }
   }
 
-  void planes_tile(const Tile& tile, A* strip, A* wide) const {
+  void planes_tile(const SeparableTile& tile, A* strip, A* wide) const {
     const int64_t multiplier = d.K / d.C, taps = d.R * d.S;
     const T* x = static_cast<const T*>(memory.x) + tile.n * d.x.n;
     for (int64_t c = 0; c < d.C; ++c) {
@@ -216,7 +216,7 @@ struct Separable {
   }
 
   // Writes the tile into the tensor that the backward pass will read.
-  void keep(const Tile& tile, const A* wide) const {
+  void keep(const SeparableTile& tile, const A* wide) const {
     T* h = static_cast<T*>(memory.intermediate);
     for (int64_t i = 0; i < tile.images; ++i) {
       for (int64_t row = 0; row < tile.rows; ++row) {
@@ -245,7 +245,8 @@ struct Separable {
   // ---- the pointwise stage ----
 
   // Pixels [i, i + rows), output channels [k, k + columns): from sums [kRows, kColumns] to y.
-  void store_outputs(const Tile& tile, const A* sums, int64_t i, int64_t rows, int64_t k, int64_t columns) const {
+  void store_outputs(const SeparableTile& tile, const A* sums, int64_t i, int64_t rows, int64_t k,
+                     int64_t columns) const {
     const Activation activation = memory.pointwise.activation;
     T* to = static_cast<T*>(memory.y) + ((tile.n * p.P + tile.p) * p.Q + tile.q + i) * p.K + k;
     for (int64_t row = 0; row < rows; ++row, to += p.K, sums += kColumns<A>) {
@@ -262,7 +263,7 @@ struct Separable {
   }
 
   // Output channels [k, k + rows), pixels [j, j + columns): the same, where the pixels of an image are neighbours.
-  void store_planes(const Tile& tile, A* sums, int64_t k, int64_t rows, int64_t j, int64_t columns) const {
+  void store_planes(const SeparableTile& tile, A* sums, int64_t k, int64_t rows, int64_t j, int64_t columns) const {
     const Activation activation = memory.pointwise.activation;
     const int64_t per_image = tile.pixels_per_image();
     for (int64_t row = 0; row < rows; ++row, ++k, sums += kColumns<A>) {
@@ -281,7 +282,7 @@ struct Separable {
     }
   }
 
-  void multiply_tile(const Tile& tile, const A* wide) const {
+  void multiply_tile(const SeparableTile& tile, const A* wide) const {
     A sums[kRows * (kColumns<A> + L)];  // a vector more than is written: copies read whole ones
     const int64_t pixels = tile.pixels();
     if (lanes_are_outputs) {
@@ -317,7 +318,7 @@ struct Separable {
     std::vector<T> narrow(by_pixel && kIsHalf<T> ? tile_rows * pitch : 0);
     const int64_t count = tiling.count();
     for (int64_t index = task * count / tasks; index < (task + 1) * count / tasks; ++index) {
-      const Tile tile(d, tiling, index);
+      const SeparableTile tile(d, tiling, index);
       if (by_pixel) {
         correlate_tile(tile, narrow.data(), wide.data());
       } else {

@@ -37,7 +37,7 @@ struct Frame {
   }
 };
 
-struct GatherArgs {
+struct BorderGatherArgs {
   PaddedAxes axes;
   Frame frame;
   int64_t images, ins, outs, channels;  // ins and outs: channels of one group; channels: written
@@ -47,8 +47,8 @@ struct GatherArgs {
 
 // Adds the products of one pixel read with one tap, over the channels of the group.
 template <typename T>
-__device__ __forceinline__ void add_tap(acc_t<T>& sum, const GatherArgs& a, const T* in, const T* weight, int64_t row,
-                                        int64_t column, int64_t r, int64_t s) {
+__device__ __forceinline__ void add_tap(acc_t<T>& sum, const BorderGatherArgs& a, const T* in, const T* weight,
+                                        int64_t row, int64_t column, int64_t r, int64_t s) {
   const T* from = in + row * a.in.h + column * a.in.w;
   const T* tap = weight + r * a.w_row + s * a.w_column;
   for (int64_t m = 0; m < a.ins; ++m) sum += to_acc(from[m * a.in.c]) * to_acc(tap[m * a.w_in]);
@@ -69,7 +69,7 @@ __device__ __forceinline__ Range positions(const PaddedAxis& axis, int64_t pixel
 
 template <typename T, bool kTransposed, bool kChannelsFastest>
 __global__ void __launch_bounds__(kThreads, 2)
-    border_kernel(const GatherArgs a, const T* __restrict__ in, const T* __restrict__ weight,
+    border_kernel(const BorderGatherArgs a, const T* __restrict__ in, const T* __restrict__ weight,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ out) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t pixels = a.frame.pixels();
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   out[n * a.out.n + channel * a.out.c + row * a.out.h + column * a.out.w] = from_acc<T>(activate(activation, sum));
 }
 
-struct ProductArgs {
+struct BorderProductArgs {
   PaddedAxes axes;
   int64_t images, outputs_per_group, channels_per_group, weights;
   int64_t K;
@@ -123,7 +123,7 @@ struct ProductArgs {
 
 template <typename T, bool kChannelLanes>
 __global__ void __launch_bounds__(kThreads, 2)
-    border_grad_weight_kernel(const ProductArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
+    border_grad_weight_kernel(const BorderProductArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                               T* __restrict__ grad_w) {
   constexpr int kWorkers = kChannelLanes ? kWarps : kThreads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -184,19 +184,19 @@ cudaError_t start(const Launch& call, PaddingMode mode) {
   const PaddedAxes axes(s, mode);
   const Frame frame = kTransposed ? Frame{s.H, s.W, axes.h.pixels_with_images(), axes.w.pixels_with_images()}
                                   : Frame{s.P, s.Q, axes.h.outputs_outside(), axes.w.outputs_outside()};
-  const GatherArgs a{axes,
-                     frame,
-                     s.N,
-                     kTransposed ? s.outputs_per_group() : s.channels_per_group(),
-                     kTransposed ? s.channels_per_group() : s.outputs_per_group(),
-                     kTransposed ? s.C : s.K,
-                     kTransposed ? s.y : s.x,
-                     kTransposed ? s.x : s.y,
-                     s.w.n * s.outputs_per_group(),
-                     kTransposed ? s.w.c : s.w.n,
-                     kTransposed ? s.w.n : s.w.c,
-                     s.w.h,
-                     s.w.w};
+  const BorderGatherArgs a{axes,
+                           frame,
+                           s.N,
+                           kTransposed ? s.outputs_per_group() : s.channels_per_group(),
+                           kTransposed ? s.channels_per_group() : s.outputs_per_group(),
+                           kTransposed ? s.C : s.K,
+                           kTransposed ? s.y : s.x,
+                           kTransposed ? s.x : s.y,
+                           s.w.n * s.outputs_per_group(),
+                           kTransposed ? s.w.c : s.w.n,
+                           kTransposed ? s.w.n : s.w.c,
+                           s.w.h,
+                           s.w.w};
   const LaunchConfig config{dim3(blocks_for(a.images * a.channels * frame.pixels(), kThreads)), dim3(kThreads), 0,
                             call.stream};
   const auto go = [&](auto kernel) {
@@ -210,7 +210,7 @@ cudaError_t start(const Launch& call, PaddingMode mode) {
 template <typename T>
 cudaError_t start_grad_weight(const Launch& call, PaddingMode mode) {
   const ConvShape& s = call.shape;
-  const ProductArgs a{
+  const BorderProductArgs a{
       PaddedAxes(s, mode), s.N, s.outputs_per_group(), s.channels_per_group(), s.weight_elements(), s.K, s.x, s.w, s.y};
   const bool lanes = s.y.c == 1 && s.K > 1;
   const LaunchConfig config{dim3(blocks_for(a.weights, lanes ? 32 : 1)), dim3(kThreads), 0, call.stream};

@@ -29,7 +29,7 @@ struct Numbers {
 };
 
 template <typename Index>
-struct Axis {
+struct DirectAxis {
   Index in_size, out_size;
   Index phases;  // outputs of the same phase lie this far apart
   Index taps, tap_step;
@@ -40,10 +40,10 @@ struct Axis {
 };
 
 template <bool kWide>
-struct Args {
+struct DirectArgs {
   using Index = typename Numbers<kWide>::Index;
   using Count = typename Numbers<kWide>::Count;
-  Axis<Index> h, w;
+  DirectAxis<Index> h, w;
   int64_t in_n, in_c, out_n, out_c, out_h, out_w, weight_n, weight_h, weight_w;
   Index multiplier;
   int64_t threads;
@@ -54,7 +54,7 @@ struct Args {
 
 // The first tap that output o meets (taps, if it meets none) and the position that it reads there.
 template <bool kTransposed, typename Index>
-__device__ __forceinline__ void find_first(const Axis<Index>& axis, Index o, Index& tap, Index& position) {
+__device__ __forceinline__ void find_first(const DirectAxis<Index>& axis, Index o, Index& tap, Index& position) {
   tap = 0;
   if constexpr (!kTransposed) {
     position = o * axis.in_per_out - axis.pad;
@@ -70,11 +70,11 @@ template <typename T, int kVec, bool kWide, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2
                                             : kVec == 8    ? 3
                                                            : 4)
-    gather_kernel(const Args<kWide> a, const T* __restrict__ in, const T* __restrict__ weight,
+    gather_kernel(const DirectArgs<kWide> a, const T* __restrict__ in, const T* __restrict__ weight,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ out) {
   using A = acc_t<T>;
-  using Index = typename Args<kWide>::Index;
-  using Count = typename Args<kWide>::Count;
+  using Index = typename DirectArgs<kWide>::Index;
+  using Count = typename DirectArgs<kWide>::Count;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= a.threads) return;
   Count fastest = static_cast<Count>(thread);
@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2
 }
 
 template <typename Index>
-Axis<Index> make_axis(bool transposed, int64_t in_size, int64_t out_size, int64_t taps, int64_t pad, int64_t stride,
-                      int64_t dilation, int64_t in_stride) {
+DirectAxis<Index> make_axis(bool transposed, int64_t in_size, int64_t out_size, int64_t taps, int64_t pad,
+                            int64_t stride, int64_t dilation, int64_t in_stride) {
   const int64_t common = std::gcd(stride, dilation);
-  Axis<Index> axis{};
+  DirectAxis<Index> axis{};
   axis.in_size = static_cast<Index>(in_size), axis.out_size = static_cast<Index>(out_size);
   axis.phases = static_cast<Index>(transposed ? stride : 1);
   axis.taps = static_cast<Index>(taps), axis.tap_step = static_cast<Index>(transposed ? stride / common : 1);
@@ -158,11 +158,11 @@ Axis<Index> make_axis(bool transposed, int64_t in_size, int64_t out_size, int64_
 template <typename T, int kVec, bool kWide, bool kTransposed>
 cudaError_t start(const Launch& call) {
   const ConvShape& s = call.shape;
-  using Index = typename Args<kWide>::Index;
-  using Count = typename Args<kWide>::Count;
+  using Index = typename DirectArgs<kWide>::Index;
+  using Count = typename DirectArgs<kWide>::Count;
   const Strides &from = kTransposed ? s.y : s.x, &to = kTransposed ? s.x : s.y;
   const int64_t columns = kTransposed ? s.W : s.Q, vectors = (kTransposed ? s.C : s.K) / kVec;
-  Args<kWide> a{};
+  DirectArgs<kWide> a{};
   a.h = make_axis<Index>(kTransposed, kTransposed ? s.P : s.H, kTransposed ? s.H : s.P, s.R, s.pad_h, s.stride_h,
                          s.dilation_h, from.h);
   a.w = make_axis<Index>(kTransposed, kTransposed ? s.Q : s.W, columns, s.S, s.pad_w, s.stride_w, s.dilation_w, from.w);

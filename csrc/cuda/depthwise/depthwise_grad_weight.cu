@@ -18,7 +18,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPiece = 8;  // taps of a kernel row
 
-struct Args {
+struct GradWeightArgs {
   int64_t x_n, x_c, y_n, y_c;  // strides, in elements
   int x_h, x_w, y_h, y_w;
   int H, W, P, Q, R, S;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void sum_slots(A (&sums)[kCount], A* buffer, int lane
 
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    grad_weight_kernel(const Args a, const T* __restrict__ grad_y, const T* __restrict__ x,
+    grad_weight_kernel(const GradWeightArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                        acc_t<T>* __restrict__ partials) {
   using A = acc_t<T>;
   SMEM_ARRAY(A, buffer, [kPiece * kVec * kThreads]);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 template <typename T, int kVec>
 cudaError_t start(const Launch& call, const GradWeightCut& cut) {
   const ConvShape& s = call.shape;
-  Args a{};
+  GradWeightArgs a{};
   a.x_n = s.x.n, a.x_c = s.x.c, a.x_h = static_cast<int>(s.x.h), a.x_w = static_cast<int>(s.x.w);
   a.y_n = s.y.n, a.y_c = s.y.c, a.y_h = static_cast<int>(s.y.h), a.y_w = static_cast<int>(s.y.w);
   a.H = static_cast<int>(s.H), a.W = static_cast<int>(s.W), a.P = static_cast<int>(s.P), a.Q = static_cast<int>(s.Q);

@@ -33,15 +33,15 @@ constexpr int kLeastBlocks = sizeof(Index) == 4 && sizeof(acc_t<T>) == 4 ? 4 : 2
 
 // One spatial dimension. read, written: sizes of the tensor that is read and of the one that is written.
 template <typename I>
-struct Axis {
+struct GroupedAxis {
   I read, written, taps, stride, pad, dilation;
   I tap_step, read_step;  // along the taps of one pixel
 };
 
 template <typename Index>
-struct GatherArgs {
+struct GroupedGatherArgs {
   using I = std::make_signed_t<Index>;
-  Axis<I> rows, columns;
+  GroupedAxis<I> rows, columns;
   I column_tiles, phases;  // written column = phase + phases * (column tile + i * column_tiles); one phase in forward
   I channels_read, channels_written, channel_tiles;  // of one group
   I packed_channels;                                 // of all groups: whole tiles
@@ -57,7 +57,7 @@ struct FirstTap {
 };
 
 template <bool kGradInput, typename I>
-__device__ __forceinline__ FirstTap<I> first_tap(const Axis<I>& a, I written) {
+__device__ __forceinline__ FirstTap<I> first_tap(const GroupedAxis<I>& a, I written) {
   if constexpr (!kGradInput) return {0, written * a.stride - a.pad};
   const I at = written + a.pad;
   if (a.stride == 1) return {0, at};
@@ -70,7 +70,7 @@ __device__ __forceinline__ FirstTap<I> first_tap(const Axis<I>& a, I written) {
 
 template <typename T, typename Index, int kChannels, bool kGradInput>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks<T, Index>)
-    gather_kernel(const GatherArgs<Index> a, const T* __restrict__ from, const acc_t<T>* __restrict__ packed,
+    gather_kernel(const GroupedGatherArgs<Index> a, const T* __restrict__ from, const acc_t<T>* __restrict__ packed,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ to) {
   using I = std::make_signed_t<Index>;
   using A = acc_t<T>;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<T, Index>)
 }
 
 template <typename Index>
-struct PackArgs {
+struct GroupedPackArgs {
   Index elements, channels_read, channels_written, channel_tiles;
   Divider<Index> by_lane, by_tile, by_group, by_read, by_s;
   Offsets<Index> w;
@@ -175,7 +175,7 @@ struct PackArgs {
 // tile + lane * channel_tiles, or zero where the tiles reach beyond the group.
 template <typename T, typename Index, bool kGradInput>
 __global__ void __launch_bounds__(kThreads)
-    pack_weight_kernel(const PackArgs<Index> a, const T* __restrict__ w, acc_t<T>* __restrict__ packed) {
+    pack_weight_kernel(const GroupedPackArgs<Index> a, const T* __restrict__ w, acc_t<T>* __restrict__ packed) {
   const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.elements) return;
   Index lane = i;
@@ -210,22 +210,22 @@ cudaError_t start(const Launch& call) {
   const auto axis = [](int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
     const int64_t gcd = std::gcd(stride, dilation);
     const auto i = [](int64_t v) { return static_cast<I>(v); };
-    return kGradInput
-               ? Axis<I>{i(out), i(in), i(taps), i(stride), i(pad), i(dilation), i(stride / gcd), i(-dilation / gcd)}
-               : Axis<I>{i(in), i(out), i(taps), i(stride), i(pad), i(dilation), 1, i(dilation)};
+    return kGradInput ? GroupedAxis<I>{i(out), i(in),       i(taps),         i(stride),
+                                       i(pad), i(dilation), i(stride / gcd), i(-dilation / gcd)}
+                      : GroupedAxis<I>{i(in), i(out), i(taps), i(stride), i(pad), i(dilation), 1, i(dilation)};
   };
 
   const int64_t packed_elements = grouped_packed_elements(s, kGradInput);
-  const PackArgs<Index> pack{static_cast<Index>(packed_elements),
-                             static_cast<Index>(read),
-                             static_cast<Index>(written),
-                             static_cast<Index>(tiles),
-                             Divider<Index>(kChannels),
-                             Divider<Index>(tiles),
-                             Divider<Index>(s.groups),
-                             Divider<Index>(read),
-                             Divider<Index>(s.S),
-                             Offsets<Index>(s.w)};
+  const GroupedPackArgs<Index> pack{static_cast<Index>(packed_elements),
+                                    static_cast<Index>(read),
+                                    static_cast<Index>(written),
+                                    static_cast<Index>(tiles),
+                                    Divider<Index>(kChannels),
+                                    Divider<Index>(tiles),
+                                    Divider<Index>(s.groups),
+                                    Divider<Index>(read),
+                                    Divider<Index>(s.S),
+                                    Offsets<Index>(s.w)};
   const cudaError_t error =
       launch(pack_weight_kernel<T, Index, kGradInput>, one_thread_each(packed_elements, call.stream), pack,
              call.second_as<T>(), call.workspace_as<A>());
@@ -235,23 +235,23 @@ cudaError_t start(const Launch& call) {
   const int64_t phases = kGradInput ? std::min(s.stride_w, s.W) : 1;
   const int64_t column_tiles = ceil_div<int64_t>(ceil_div(columns, phases), kColumns);
   const int64_t items = s.N * s.groups * tiles * rows * phases * column_tiles;
-  const GatherArgs<Index> args{axis(s.H, s.P, s.R, s.stride_h, s.pad_h, s.dilation_h),
-                               axis(s.W, s.Q, s.S, s.stride_w, s.pad_w, s.dilation_w),
-                               static_cast<I>(column_tiles),
-                               static_cast<I>(phases),
-                               static_cast<I>(read),
-                               static_cast<I>(written),
-                               static_cast<I>(tiles),
-                               static_cast<I>(s.groups * tiles * kChannels),
-                               static_cast<Index>(items),
-                               (kGradInput ? input_layout(s) : output_layout(s)) == Layout::nhwc,
-                               Divider<Index>(phases * column_tiles),
-                               Divider<Index>(rows),
-                               Divider<Index>(s.groups * tiles),
-                               Divider<Index>(tiles),
-                               Divider<Index>(column_tiles),
-                               Offsets<Index>(kGradInput ? s.y : s.x),
-                               Offsets<Index>(kGradInput ? s.x : s.y)};
+  const GroupedGatherArgs<Index> args{axis(s.H, s.P, s.R, s.stride_h, s.pad_h, s.dilation_h),
+                                      axis(s.W, s.Q, s.S, s.stride_w, s.pad_w, s.dilation_w),
+                                      static_cast<I>(column_tiles),
+                                      static_cast<I>(phases),
+                                      static_cast<I>(read),
+                                      static_cast<I>(written),
+                                      static_cast<I>(tiles),
+                                      static_cast<I>(s.groups * tiles * kChannels),
+                                      static_cast<Index>(items),
+                                      (kGradInput ? input_layout(s) : output_layout(s)) == Layout::nhwc,
+                                      Divider<Index>(phases * column_tiles),
+                                      Divider<Index>(rows),
+                                      Divider<Index>(s.groups * tiles),
+                                      Divider<Index>(tiles),
+                                      Divider<Index>(column_tiles),
+                                      Offsets<Index>(kGradInput ? s.y : s.x),
+                                      Offsets<Index>(kGradInput ? s.x : s.y)};
   return launch(gather_kernel<T, Index, kChannels, kGradInput>, one_thread_each(items, call.stream), args,
                 call.first_as<T>(), call.workspace_as<const A>(), call.bias_as<T>(), call.epilogue.activation,
                 call.out_as<T>());

@@ -22,7 +22,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 template <typename Index>
-struct GradWeightArgs {
+struct GroupedGradWeightArgs {
   using I = std::make_signed_t<Index>;
   I H, W, P, Q, R, S;
   I stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -37,7 +37,7 @@ struct GradWeightArgs {
 
 template <typename T, typename Index, int kTile, bool kChannelLanes>
 __global__ void __launch_bounds__(kThreads)
-    grad_weight_kernel(const GradWeightArgs<Index> a, const T* __restrict__ grad_y, const T* __restrict__ x,
+    grad_weight_kernel(const GroupedGradWeightArgs<Index> a, const T* __restrict__ grad_y, const T* __restrict__ x,
                        acc_t<T>* __restrict__ partials) {
   using I = std::make_signed_t<Index>;
   using A = acc_t<T>;
@@ -149,37 +149,37 @@ cudaError_t start(const Launch& call, int splits) {
   const int64_t pixels = s.N * s.P * s.Q, tiles = grouped_grad_weight_tiles(s);
   const int64_t k_tiles = ceil_div<int64_t>(s.outputs_per_group(), kTile);
   const int64_t c_tiles = ceil_div<int64_t>(s.channels_per_group(), kTile);
-  const GradWeightArgs<Index> args{i(s.H),
-                                   i(s.W),
-                                   i(s.P),
-                                   i(s.Q),
-                                   i(s.R),
-                                   i(s.S),
-                                   i(s.stride_h),
-                                   i(s.stride_w),
-                                   i(s.pad_h),
-                                   i(s.pad_w),
-                                   i(s.dilation_h),
-                                   i(s.dilation_w),
-                                   i(s.outputs_per_group()),
-                                   i(s.channels_per_group()),
-                                   i(k_tiles),
-                                   i(c_tiles),
-                                   static_cast<Index>(tiles),
-                                   static_cast<Index>(pixels),
-                                   static_cast<Index>(ceil_div<int64_t>(pixels, splits)),
-                                   i(workers / s.Q / s.P),
-                                   i(workers / s.Q % s.P),
-                                   i(workers % s.Q),
-                                   s.weight_elements(),
-                                   Divider<Index>(s.Q),
-                                   Divider<Index>(s.P),
-                                   Divider<Index>(k_tiles),
-                                   Divider<Index>(s.groups),
-                                   Divider<Index>(c_tiles),
-                                   Divider<Index>(s.S),
-                                   Offsets<Index>(s.x),
-                                   Offsets<Index>(s.y)};
+  const GroupedGradWeightArgs<Index> args{i(s.H),
+                                          i(s.W),
+                                          i(s.P),
+                                          i(s.Q),
+                                          i(s.R),
+                                          i(s.S),
+                                          i(s.stride_h),
+                                          i(s.stride_w),
+                                          i(s.pad_h),
+                                          i(s.pad_w),
+                                          i(s.dilation_h),
+                                          i(s.dilation_w),
+                                          i(s.outputs_per_group()),
+                                          i(s.channels_per_group()),
+                                          i(k_tiles),
+                                          i(c_tiles),
+                                          static_cast<Index>(tiles),
+                                          static_cast<Index>(pixels),
+                                          static_cast<Index>(ceil_div<int64_t>(pixels, splits)),
+                                          i(workers / s.Q / s.P),
+                                          i(workers / s.Q % s.P),
+                                          i(workers % s.Q),
+                                          s.weight_elements(),
+                                          Divider<Index>(s.Q),
+                                          Divider<Index>(s.P),
+                                          Divider<Index>(k_tiles),
+                                          Divider<Index>(s.groups),
+                                          Divider<Index>(c_tiles),
+                                          Divider<Index>(s.S),
+                                          Offsets<Index>(s.x),
+                                          Offsets<Index>(s.y)};
   const int64_t blocks = kChannelLanes ? ceil_div<int64_t>(tiles, 32) : tiles;
   const LaunchConfig config{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), dim3(kThreads), 0,
                             call.stream};

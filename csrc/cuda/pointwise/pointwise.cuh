@@ -23,7 +23,7 @@ namespace sepconv::cuda::pointwise {
 
 // From an index of the product to an offset in a tensor. An index is a channel or a pixel; a pixel is (image, row,
 // column), with as many of the three melted together as the strides allow.
-struct Axis {
+struct PointwiseAxis {
   uint32_t size = 0;
   int64_t image = 0, row = 0, step = 0;  // strides
   FastDiv by_image{kNarrowLimit - 1}, by_row{kNarrowLimit - 1};
@@ -36,8 +36,8 @@ struct Axis {
   }
 };
 
-inline Axis channel_axis(int64_t channels, int64_t stride) {
-  Axis axis;
+inline PointwiseAxis channel_axis(int64_t channels, int64_t stride) {
+  PointwiseAxis axis;
   axis.size = static_cast<uint32_t>(channels);
   axis.step = stride;
   axis.run = channels;
@@ -45,7 +45,7 @@ inline Axis channel_axis(int64_t channels, int64_t stride) {
 }
 
 // The pixels of N images of rows x columns.
-inline Axis pixel_axis(int64_t N, int64_t rows, int64_t columns, int64_t image, int64_t row, int64_t column) {
+inline PointwiseAxis pixel_axis(int64_t N, int64_t rows, int64_t columns, int64_t image, int64_t row, int64_t column) {
   struct Dimension {
     int64_t size, stride;
   };
@@ -61,7 +61,7 @@ inline Axis pixel_axis(int64_t N, int64_t rows, int64_t columns, int64_t image, 
       d[--first] = d[i];
     }
   }
-  Axis axis;
+  PointwiseAxis axis;
   axis.size = static_cast<uint32_t>(N * rows * columns);
   axis.step = d[2].stride;
   axis.run = d[2].size;
@@ -78,7 +78,7 @@ inline Axis pixel_axis(int64_t N, int64_t rows, int64_t columns, int64_t image, 
 
 // True where kVec neighbours along `dense` always are one aligned vector.
 template <typename T>
-bool whole_vectors(int vec, const void* data, const Axis& dense, const Axis& other) {
+bool whole_vectors(int vec, const void* data, const PointwiseAxis& dense, const PointwiseAxis& other) {
   const auto multiple = [vec](int64_t v) { return v % vec == 0; };
   return dense.step == 1 && multiple(dense.run) && multiple(dense.row) && multiple(dense.image) &&
          multiple(other.step) && multiple(other.row) && multiple(other.image) &&
@@ -86,7 +86,7 @@ bool whole_vectors(int vec, const void* data, const Axis& dense, const Axis& oth
 }
 
 // Which way to read: the dense one; where both or none are, the one that goes on for longer.
-inline bool dense_along(const Axis& axis, const Axis& other) {
+inline bool dense_along(const PointwiseAxis& axis, const PointwiseAxis& other) {
   if ((axis.step == 1) != (other.step == 1)) return axis.step == 1;
   return axis.run >= other.run;
 }
@@ -94,12 +94,12 @@ inline bool dense_along(const Axis& axis, const Axis& other) {
 template <typename T>
 struct Operand {
   const T* data = nullptr;
-  Axis outer;  // m or n
-  Axis k;
+  PointwiseAxis outer;  // m or n
+  PointwiseAxis k;
   bool along_k = false;  // read vectors along k, else along outer
   bool vectors = false;  // they are aligned and whole
 
-  Operand(const void* p, const Axis& outer_axis, const Axis& k_axis)
+  Operand(const void* p, const PointwiseAxis& outer_axis, const PointwiseAxis& k_axis)
       : data(static_cast<const T*>(p)), outer(outer_axis), k(k_axis) {
     along_k = dense_along(k, outer);
     vectors = along_k ? whole_vectors<T>(kVec16<T>, data, k, outer) : whole_vectors<T>(kVec16<T>, data, outer, k);
@@ -112,7 +112,7 @@ struct Product {
   // Result, or with `partials` the workspace [splits, m, n] of the accumulation type.
   T* out = nullptr;
   acc_t<T>* partials = nullptr;
-  Axis out_m, out_n;
+  PointwiseAxis out_m, out_n;
   bool out_vectors = false;  // 16 bytes along n
   const T* bias = nullptr;
   bool bias_along_n = false;
@@ -127,8 +127,9 @@ struct Product {
 // forward and grad_input: pixels x channels. `from` is the image that is read, `to` the one that is written; the weight
 // has channels that are summed over and channels that are written.
 template <typename T>
-Product<T> image_product(const Launch& call, const Axis& from_pixels, const Axis& from_channels, const Axis& w_read,
-                         const Axis& w_written, const Axis& to_pixels, const Axis& to_channels) {
+Product<T> image_product(const Launch& call, const PointwiseAxis& from_pixels, const PointwiseAxis& from_channels,
+                         const PointwiseAxis& w_read, const PointwiseAxis& w_written, const PointwiseAxis& to_pixels,
+                         const PointwiseAxis& to_channels) {
   const Operand<T> pixels(call.first, from_pixels, from_channels), weight(call.second, w_written, w_read);
   const bool channels_dense = dense_along(to_channels, to_pixels);
   Product<T> p = channels_dense ? Product<T>(pixels, weight) : Product<T>(weight, pixels);
@@ -144,10 +145,10 @@ Product<T> image_product(const Launch& call, const Axis& from_pixels, const Axis
   return p;
 }
 
-inline Axis x_pixels(const ConvShape& s) {
+inline PointwiseAxis x_pixels(const ConvShape& s) {
   return pixel_axis(s.N, s.P, s.Q, s.x.n, s.x.h * s.stride_h, s.x.w * s.stride_w);
 }
-inline Axis y_pixels(const ConvShape& s) { return pixel_axis(s.N, s.P, s.Q, s.y.n, s.y.h, s.y.w); }
+inline PointwiseAxis y_pixels(const ConvShape& s) { return pixel_axis(s.N, s.P, s.Q, s.y.n, s.y.h, s.y.w); }
 
 template <typename T>
 Product<T> forward_product(const Launch& call) {

@@ -26,7 +26,7 @@ constexpr int kVec = 8;                     // elements of 16 bits in 16 bytes
 
 // A tile of one operand in shared memory, and the thread's share of filling it.
 template <typename T, bool kAlongK, int kOuter>
-struct Tile : TileShare<T, kAlongK, kOuter, kDepth, kThreads> {
+struct OperandTile : TileShare<T, kAlongK, kOuter, kDepth, kThreads> {
   using Share = TileShare<T, kAlongK, kOuter, kDepth, kThreads>;
   using Share::Share, Share::kVectors;
   static constexpr int kPitch = (kAlongK ? kDepth : kOuter) + kPad;
@@ -75,8 +75,8 @@ struct Tile : TileShare<T, kAlongK, kOuter, kDepth, kThreads> {
 
 template <typename T, bool kAAlongK, bool kBAlongK>
 __global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<T> p, const TileGrid grid) {
-  using ATile = Tile<T, kAAlongK, kRows>;
-  using BTile = Tile<T, kBAlongK, kColumns>;
+  using ATile = OperandTile<T, kAAlongK, kRows>;
+  using BTile = OperandTile<T, kBAlongK, kColumns>;
   DYN_SMEM(smem);
   T* const a_tiles = reinterpret_cast<T*>(smem);
   T* const b_tiles = a_tiles + kStages * ATile::kTileElements;
@@ -220,7 +220,7 @@ cudaError_t start(const Product<T>& p, int splits, cudaStream_t stream) {
   const auto go = [&](auto a_along_k, auto b_along_k) {
     constexpr bool kA = decltype(a_along_k)::value, kB = decltype(b_along_k)::value;
     constexpr size_t kTiles =
-        kStages * (Tile<T, kA, kRows>::kTileElements + Tile<T, kB, kColumns>::kTileElements) * sizeof(T);
+        kStages * (OperandTile<T, kA, kRows>::kTileElements + OperandTile<T, kB, kColumns>::kTileElements) * sizeof(T);
     constexpr size_t kSmem = std::max(kTiles, kRows * kResultPitch * sizeof(float));
     const LaunchConfig config{dim3(static_cast<unsigned>(m_tiles * n_tiles), static_cast<unsigned>(splits)),
                               dim3(kThreads), kSmem, stream};

@@ -11,7 +11,7 @@ namespace {
 using namespace separable;
 
 template <typename T, int kColumns, Deal kDeal>
-__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 1 : 2) separable_kernel(const Args<T> a) {
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 1 : 2) separable_kernel(const SeparableArgs<T> a) {
   using A = acc_t<T>;
   constexpr int kPart = 16 / static_cast<int>(sizeof(A));  // sums in a vector of 16 bytes
   constexpr int kGroups = kColumns / 64;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 1 : 2) separ
 
 template <typename T, int kColumns>
 cudaError_t start(const SeparableShape& shape, const SeparableMemory& memory, cudaStream_t stream) {
-  const Args<T> a = make_args<T>(shape, memory, kColumns);
+  const SeparableArgs<T> a = make_args<T>(shape, memory, kColumns);
   constexpr size_t kTiles = kDepth * (kPixels + 4 + kColumns + 4) * sizeof(acc_t<T>);
   const LaunchConfig config{dim3(ceil_div<uint32_t>(a.pixels, kPixels) * a.by_columns.divisor), dim3(kThreads),
                             head_bytes<T>(a.taps) + kTiles, stream};

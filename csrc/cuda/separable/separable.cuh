@@ -24,7 +24,7 @@ constexpr int kPixels = 64;
 constexpr int kDepth = 32;
 
 template <typename T>
-struct Args {
+struct SeparableArgs {
   const T *x, *w, *w_bias, *v, *v_bias;
   T* y;
   Activation h_activation, y_activation;
@@ -52,7 +52,7 @@ struct PixelTable {
   int row[kPixels], column[kPixels];
 
   template <typename T>
-  __device__ __forceinline__ void fill(const Args<T>& a, uint32_t first) {
+  __device__ __forceinline__ void fill(const SeparableArgs<T>& a, uint32_t first) {
     for (int i = static_cast<int>(threadIdx.x); i < kPixels; i += kThreads) {
       uint32_t pixel = first + i;
       if (pixel >= a.pixels) {
@@ -71,7 +71,7 @@ struct PixelTable {
 
 // The chunk's filters, [taps, kDepth], in the accumulation type; channels beyond the last are zeros.
 template <typename T>
-__device__ __forceinline__ void stage_filters(const Args<T>& a, acc_t<T>* filters, int first_channel) {
+__device__ __forceinline__ void stage_filters(const SeparableArgs<T>& a, acc_t<T>* filters, int first_channel) {
   for (int i = static_cast<int>(threadIdx.x); i < a.taps * kDepth; i += kThreads) {
     const int tap = i / kDepth, c = first_channel + i % kDepth, r = tap / a.S, s = tap - r * a.S;
     const bool exists = c < a.channels;
@@ -82,8 +82,8 @@ __device__ __forceinline__ void stage_filters(const Args<T>& a, acc_t<T>* filter
 // Computes h for the block's pixels and the chunk's channels. put(pixel, channel of the chunk, values) gets kVec values
 // of neighbouring channels, behind bias and activation; zeros where there is no pixel or channel.
 template <typename T, Deal kDeal, typename Put>
-__device__ __forceinline__ void depthwise_stage(const Args<T>& a, const PixelTable& table, const acc_t<T>* filters,
-                                                int first_channel, const Put& put) {
+__device__ __forceinline__ void depthwise_stage(const SeparableArgs<T>& a, const PixelTable& table,
+                                                const acc_t<T>* filters, int first_channel, const Put& put) {
   using A = acc_t<T>;
   constexpr int kVec = kDeal == Deal::vectors ? kVec16<T> : 1;
   constexpr int kItems = kPixels * kDepth / kVec;
@@ -130,9 +130,9 @@ __host__ __device__ constexpr size_t head_bytes(int taps) {
 }
 
 template <typename T>
-Args<T> make_args(const SeparableShape& shape, const SeparableMemory& m, int columns) {
+SeparableArgs<T> make_args(const SeparableShape& shape, const SeparableMemory& m, int columns) {
   const ConvShape &d = shape.depthwise, &p = shape.pointwise;
-  Args<T> a{};
+  SeparableArgs<T> a{};
   a.x = static_cast<const T*>(m.x), a.w = static_cast<const T*>(m.depthwise_weight);
   a.v = static_cast<const T*>(m.pointwise_weight), a.y = static_cast<T*>(m.y);
   a.w_bias = static_cast<const T*>(m.depthwise.bias), a.v_bias = static_cast<const T*>(m.pointwise.bias);

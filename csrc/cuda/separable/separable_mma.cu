@@ -19,7 +19,7 @@ constexpr int kPitch = kDepth + 8;  // elements of a row of a tile
 constexpr int kVec = 8;             // elements of 16 bits in 16 bytes
 
 template <typename T, int kColumns>
-__device__ __forceinline__ void stage_outputs(const Args<T>& a, T* tile, int first_output, int first_channel) {
+__device__ __forceinline__ void stage_outputs(const SeparableArgs<T>& a, T* tile, int first_output, int first_channel) {
   constexpr int kRowVectors = kDepth / kVec;
   if (a.v_vectors) {
     for (int i = static_cast<int>(threadIdx.x); i < kColumns * kRowVectors; i += kThreads) {
@@ -47,7 +47,8 @@ __device__ __forceinline__ void stage_outputs(const Args<T>& a, T* tile, int fir
 constexpr int blocks_a_multiprocessor(int columns) { return columns == 256 && kArch >= 1000 ? 1 : 2; }
 
 template <typename T, int kColumns, Deal kDeal>
-__global__ void __launch_bounds__(kThreads, blocks_a_multiprocessor(kColumns)) separable_mma_kernel(const Args<T> a) {
+__global__ void __launch_bounds__(kThreads, blocks_a_multiprocessor(kColumns))
+    separable_mma_kernel(const SeparableArgs<T> a) {
   constexpr int kWarpColumns = kColumns / 4, kFragments = kWarpColumns / 8;
   DYN_SMEM(smem);
   PixelTable& table = *reinterpret_cast<PixelTable*>(smem);
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, blocks_a_multiprocessor(kColumns)) s
 
 template <typename T, int kColumns>
 cudaError_t start(const SeparableShape& shape, const SeparableMemory& memory, cudaStream_t stream) {
-  const Args<T> a = make_args<T>(shape, memory, kColumns);
+  const SeparableArgs<T> a = make_args<T>(shape, memory, kColumns);
   constexpr size_t kTiles = (kPixels + kColumns) * kPitch,
                    kResult = std::max(kPixels * (kColumns + 8), kColumns * (kPixels + 8));
   const LaunchConfig config{dim3(ceil_div<uint32_t>(a.pixels, kPixels) * a.by_columns.divisor), dim3(kThreads),

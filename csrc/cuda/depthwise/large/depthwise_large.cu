@@ -10,8 +10,8 @@
 namespace sepconv::cuda {
 namespace {
 
-using large::Args;
 using large::Lane;
+using large::LargeArgs;
 
 struct Weights {
   int64_t n, h, w;
@@ -24,7 +24,7 @@ struct Results {
 
 // The filters of the block's channels, [channels][R][filter_columns]. A warp takes a row.
 template <typename T>
-__device__ __forceinline__ void stage_filters(const Args& a, const Weights& from, int first_channel,
+__device__ __forceinline__ void stage_filters(const LargeArgs& a, const Weights& from, int first_channel,
                                               const T* __restrict__ w, acc_t<T>* filters) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < a.block.channels * a.filter_h; i += warps) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ void stage_filters(const Args& a, const Weights& from
 // and 12.0.
 template <typename T, int kKeep>
 __global__ void __launch_bounds__(kLargeThreads, sizeof(T) == 8 || kKeep == 7 ? 1 : 2)
-    large_kernel(const Args a, const Weights weights, const Results results, const T* __restrict__ image,
+    large_kernel(const LargeArgs a, const Weights weights, const Results results, const T* __restrict__ image,
                  const T* __restrict__ w, const T* __restrict__ bias, const Activation activation,
                  T* __restrict__ out) {
   using A = acc_t<T>;
@@ -112,7 +112,7 @@ cudaError_t run(Map map, const Launch& call, const LargeCut& cut) {
   return large::dispatch(call.dtype, cut.keep, [&](auto tag, auto keep) {
     using T = typename decltype(tag)::type;
     constexpr int kKeep = decltype(keep)::value;
-    Args a = large::make_args(s, c, large_block(c, cut, sizeof(acc_t<T>)));
+    LargeArgs a = large::make_args(s, c, large_block(c, cut, sizeof(acc_t<T>)));
     a.image = large::make_planes(c.image, c.image_h, c.image_w, c.N, map == Map::forward ? s.C : s.K);
     a.image.quads = a.image.quads && c.pad_w % 4 == 0 && large::aligned16(call.first);
     const bool quads = large::make_planes(c.result, c.result_h, c.result_w, c.N, c.channels).quads && sizeof(T) < 8 &&

@@ -25,7 +25,7 @@ struct Planes {
   bool quads;  // four neighbouring columns, from one that is a multiple of four, can be read as one
 };
 
-struct Args {
+struct LargeArgs {
   Planes image, filter;  // filter: grad_weight only
   int N, channels, result_h, result_w, pad_h, pad_w, filter_h, filter_w;
   LargeBlock block;
@@ -35,9 +35,9 @@ struct Args {
   uint32_t places;
 };
 
-inline Args make_args(const ConvShape& s, const Correlation& c, const LargeBlock& block) {
+inline LargeArgs make_args(const ConvShape& s, const Correlation& c, const LargeBlock& block) {
   const LargePlaces places = large_places(c, block);
-  Args a{};
+  LargeArgs a{};
   a.N = static_cast<int>(c.N), a.channels = static_cast<int>(c.channels), a.block = block;
   a.result_h = static_cast<int>(c.result_h), a.result_w = static_cast<int>(c.result_w);
   a.filter_h = static_cast<int>(c.filter_h), a.filter_w = static_cast<int>(c.filter_w);
@@ -90,7 +90,7 @@ struct Window {
 // zeros where there is no pixel and no plane. A warp takes a row of a plane, or of all channels of an image
 // where channels are dense. by_rows.divisor is at least `rows`.
 template <typename T>
-__device__ __forceinline__ void stage(const Args& a, const Planes& from, const FastDiv& by_rows,
+__device__ __forceinline__ void stage(const LargeArgs& a, const Planes& from, const FastDiv& by_rows,
                                       const FastDiv& by_multiplier, const Window& window, int pitch, int plane,
                                       const T* __restrict__ data, acc_t<T>* tile) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
@@ -148,7 +148,7 @@ __device__ __forceinline__ void finish_stage() {
 // A thread's place among the results of its block. Threads too many repeat the last one.
 struct Lane {
   int part, column, plane, row;
-  __device__ __forceinline__ explicit Lane(const Args& a) {
+  __device__ __forceinline__ explicit Lane(const LargeArgs& a) {
     uint32_t own = min(threadIdx.x, a.block.used - 1u);
     uint32_t above = a.by_columns.split(own), over = a.by_planes.split(above);
     column = static_cast<int>(own), plane = static_cast<int>(above);
@@ -214,7 +214,7 @@ __device__ __forceinline__ void walk_row(A (&sums)[kKeep * kLargeColumns], const
 // Adds what a thread's results meet of `filter_rows` rows and `columns` columns of a filter. Its first row of results
 // meets the first of these rows at row `top` of the tile, of which rows [0, rows) exist.
 template <int kKeep, typename A>
-__device__ __forceinline__ void correlate(const Args& a, A (&sums)[kKeep * kLargeColumns], const A* tile, int top,
+__device__ __forceinline__ void correlate(const LargeArgs& a, A (&sums)[kKeep * kLargeColumns], const A* tile, int top,
                                           int rows, const A* zeros, const A* filter, int columns, int filter_rows) {
   int lowest = top, highest = top;
 #pragma unroll

@@ -14,13 +14,13 @@
 namespace sepconv::cuda {
 namespace {
 
-using large::Args;
 using large::Lane;
+using large::LargeArgs;
 
 template <typename T, int kKeep>
 __global__ void __launch_bounds__(kLargeThreads, sizeof(T) == 8 ? 1 : 2)
-    large_grad_weight_kernel(const Args a, const uint32_t splits, const FastDiv keep_one, const T* __restrict__ grad_y,
-                             const T* __restrict__ x, acc_t<T>* __restrict__ partials) {
+    large_grad_weight_kernel(const LargeArgs a, const uint32_t splits, const FastDiv keep_one,
+                             const T* __restrict__ grad_y, const T* __restrict__ x, acc_t<T>* __restrict__ partials) {
   using A = acc_t<T>;
   constexpr int kSums = kKeep * kLargeColumns;
   DYN_SMEM(smem);
@@ -90,7 +90,7 @@ cudaError_t launch_depthwise_large_grad_weight(const Launch& call, const LargeCu
   const Correlation c = correlation(Map::grad_weight, s);
   const cudaError_t error = large::dispatch(call.dtype, cut.keep, [&](auto tag, auto keep) {
     using T = typename decltype(tag)::type;
-    Args a = large::make_args(s, c, large_block(c, cut, sizeof(acc_t<T>)));
+    LargeArgs a = large::make_args(s, c, large_block(c, cut, sizeof(acc_t<T>)));
     a.image = large::make_planes(s.x, s.H, s.W, s.N, s.C);
     a.image.quads = a.image.quads && c.pad_w % 4 == 0 && large::aligned16(call.second);
     a.filter = large::make_planes(s.y, s.P, s.Q, s.N, s.K);

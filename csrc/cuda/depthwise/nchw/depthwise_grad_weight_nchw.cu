@@ -25,7 +25,7 @@ constexpr int kThreads = kGradWeightThreads;
 
 // One of the two images: how to copy it, and where a plane's run lies in a stage.
 template <typename T>
-struct Image {
+struct NchwGradWeightImage {
   const T* data;
   int64_t n, c;  // strides, in elements
   int h, w;
@@ -35,10 +35,10 @@ struct Image {
 };
 
 template <typename T>
-struct Args {
+struct NchwGradWeightArgs {
   Rows rows;
   Result<T> result;
-  Image<T> x, y;
+  NchwGradWeightImage<T> x, y;
   int pad_w;
   int channels, slots, stage_rows;
   bool pieces;                  // copies of 16 bytes
@@ -48,7 +48,8 @@ struct Args {
 
 // Bytes between the 16-byte boundary and row `first` of a plane.
 template <typename T>
-__device__ __forceinline__ int skew(const Args<T>& a, const Image<T>& image, int n, int first, int channel) {
+__device__ __forceinline__ int skew(const NchwGradWeightArgs<T>& a, const NchwGradWeightImage<T>& image, int n,
+                                    int first, int channel) {
   const uint32_t element = static_cast<uint32_t>(image.n) * n + static_cast<uint32_t>(image.c) * channel +
                            static_cast<uint32_t>(image.h) * first;
   return a.pieces ? static_cast<int>(element * sizeof(T) & 15) : 0;
@@ -56,8 +57,9 @@ __device__ __forceinline__ int skew(const Args<T>& a, const Image<T>& image, int
 
 // Rows [first, last) of image n of all planes of the block.
 template <typename T>
-__device__ __forceinline__ void copy_rows(const Args<T>& a, const Image<T>& image, unsigned char* to, int n, int first,
-                                          int last, int first_channel, int channels) {
+__device__ __forceinline__ void copy_rows(const NchwGradWeightArgs<T>& a, const NchwGradWeightImage<T>& image,
+                                          unsigned char* to, int n, int first, int last, int first_channel,
+                                          int channels) {
   if (first >= last) return;
   const int elements = (last - first) * image.columns;
   const T* const rows = image.data + n * image.n + static_cast<int64_t>(first) * image.h;
@@ -96,7 +98,8 @@ __device__ __forceinline__ void copy_rows(const Args<T>& a, const Image<T>& imag
 }
 
 template <typename T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kThreads, kKernel == 7 ? 3 : 4) grad_weight_nchw_kernel(const Args<T> a) {
+__global__ void __launch_bounds__(kThreads, kKernel == 7 ? 3 : 4)
+    grad_weight_nchw_kernel(const NchwGradWeightArgs<T> a) {
   using Path = Walk<kKernel, kStride>;
   DYN_SMEM(smem);
   const int y_at = a.channels * a.x.pitch, stage_bytes = y_at + a.channels * a.y.pitch;
@@ -181,7 +184,8 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 3 : 4) grad_weight_nc
 }
 
 template <typename T>
-Image<T> make_image(const void* data, const Strides& s, int64_t columns, int64_t rows, int64_t multiplier) {
+NchwGradWeightImage<T> make_image(const void* data, const Strides& s, int64_t columns, int64_t rows,
+                                  int64_t multiplier) {
   const int64_t pitch = grad_weight_run_bytes(rows * columns, sizeof(T));
   return {static_cast<const T*>(data),
           s.n,
@@ -197,7 +201,7 @@ Image<T> make_image(const void* data, const Strides& s, int64_t columns, int64_t
 // Deals pieces and planes to threads, as cheaply as it can be had: a piece's address costs about as much as its copies
 // from one plane more. plane_step is a multiple of what 16 bytes hold.
 template <typename T>
-void share_pieces(Args<T>& a, int threads) {
+void share_pieces(NchwGradWeightArgs<T>& a, int threads) {
   int least = 0;
   for (int shift = 0; threads >> shift >= kVec16<T>; ++shift) {
     const int step = (threads >> shift) / kVec16<T> * kVec16<T>;
@@ -216,7 +220,7 @@ cudaError_t launch_depthwise_grad_weight_nchw(const Launch& call, const GradWeig
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
     const GradWeightNchw block = grad_weight_nchw_block(s, call.dtype);
     const int threads = ceil_div(block.channels * block.slots, 32) * 32;
-    Args<T> a{};
+    NchwGradWeightArgs<T> a{};
     a.rows = make_rows(s, s.N, cut);
     a.result = make_result<T>(call, cut.splits);
     a.x = make_image<T>(call.second, s.x, s.W, std::min<int64_t>(block.rows * kStride, s.H), s.K / s.C);

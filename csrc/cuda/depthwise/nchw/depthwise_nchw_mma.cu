@@ -31,7 +31,7 @@ constexpr int kThreads = kNchwMmaThreads, kPhases = kNchwMmaPhases;
 
 // x is grad_y and y is grad_x in grad_input. Results stand in shared memory in whole groups, group_pitch elements
 // apart.
-struct Args {
+struct NchwMmaArgs {
   MmaPlaces places;
   MmaImage x;
   SingleOutput single;    // the filter, too
@@ -62,7 +62,7 @@ __device__ __forceinline__ void look_at(Pair<T>& seen, uint32_t word) {
 
 // The results of a place, kVec at a time. Returns true where one of the thread's is not finite.
 template <int kVec, typename T>
-__device__ __forceinline__ bool write_results(const Args& a, const T* results, T* __restrict__ y,
+__device__ __forceinline__ bool write_results(const NchwMmaArgs& a, const T* results, T* __restrict__ y,
                                               const MmaPlace& place) {
   using Words = std::conditional_t<kVec == 8, uint4, std::conditional_t<kVec == 4, uint2, uint32_t>>;
   const uint32_t vectors = a.by_vectors.divisor, image_stride = static_cast<uint32_t>(a.y_n) / kVec;
@@ -96,7 +96,7 @@ constexpr int forward_blocks(int kernel) {
 
 template <typename T, int kKernel>
 __global__ void __launch_bounds__(kThreads, forward_blocks(kKernel))
-    forward_kernel(const Args a, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
+    forward_kernel(const NchwMmaArgs a, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                    const Activation activation, T* __restrict__ y) {
   DYN_SMEM(smem);
   T* const tiles = reinterpret_cast<T*>(smem);    // [2, kPhases, slots, pitch]
@@ -206,7 +206,7 @@ cudaError_t run(Map map, const Launch& call, const NchwMmaCut& cut) {
   const ConvShape& s = call.shape;
   const Correlation c = correlation(map, s);
   const NchwMmaBlock block = nchw_mma_block(map, s, cut);
-  Args a{};
+  NchwMmaArgs a{};
   a.P = static_cast<int>(c.result_h), a.Q = static_cast<int>(c.result_w);
   a.places = make_mma_places(s, cut, block, a.P);
   a.x = make_mma_image(c.image, c.image_h, c.pad_h, block.in, block, block.slots, cut.images);

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kThreads = kNchwMmaThreads, kPhases = kNchwMmaPhases, kWarps = kThreads / 32;
 
-struct Args {
+struct NchwMmaGradWeightArgs {
   MmaPlaces places;
   MmaImage x, y;
   int64_t w_n, w_h, w_w;  // strides of grad_w, in elements
@@ -31,7 +31,7 @@ struct Args {
 
 template <typename T, int kKernel>
 __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 4 : 5)
-    grad_weight_kernel(const Args a, const T* __restrict__ grad_y, const T* __restrict__ x,
+    grad_weight_kernel(const NchwMmaGradWeightArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                        float* __restrict__ partials, T* __restrict__ grad_w) {
   DYN_SMEM(smem);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 4 : 5)
 cudaError_t launch_depthwise_nchw_mma_grad_weight(const Launch& call, const NchwMmaCut& cut) {
   const ConvShape& s = call.shape;
   const NchwMmaBlock block = nchw_mma_block(Map::grad_weight, s, cut);
-  Args a{};
+  NchwMmaGradWeightArgs a{};
   a.places = make_mma_places(s, cut, block, s.P);
   a.x = make_mma_image(s.x, s.H, s.pad_h, block.in, block, block.slots, cut.images);
   a.y = make_mma_image(s.y, s.P, 0, block.other, block, block.groups, cut.images, 1);

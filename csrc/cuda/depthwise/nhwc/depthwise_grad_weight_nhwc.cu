@@ -36,7 +36,7 @@ constexpr int kRounds = ceil_div((kLanes / kVec16<T>)*((kColumns - 1) * kStride 
 
 // One of the two images, and what a place takes of each of its rows.
 template <typename T>
-struct Image {
+struct NhwcGradWeightImage {
   const T* data;
   int64_t n, c;  // strides, in elements
   int h, w;
@@ -49,10 +49,10 @@ struct Image {
 };
 
 template <typename T>
-struct Args {
+struct NhwcGradWeightArgs {
   Rows rows;
   Result<T> result;
-  Image<T> x, y;
+  NhwcGradWeightImage<T> x, y;
   int N, pad_w;
   int channels;  // of a chunk
   int lanes;     // of an image: 32, or where that leaves room for the channels 16 or 8, beside those of other images
@@ -75,8 +75,8 @@ struct Source {
     int image, column, channel;
     bool exists;
   };
-  __device__ __forceinline__ Cell cell(const Args<T>& a, const Image<T>& image, int pixel, int lane,
-                                       int first_channel) const {
+  __device__ __forceinline__ Cell cell(const NhwcGradWeightArgs<T>& a, const NhwcGradWeightImage<T>& image, int pixel,
+                                       int lane, int first_channel) const {
     uint32_t column = static_cast<uint32_t>(pixel);
     const int side = lane / a.lanes, c = lane - side * a.lanes, k = first_channel + c;
     const int n = static_cast<int>(image.by_tile.split(column)) + side * a.images;
@@ -86,8 +86,8 @@ struct Source {
     return {n, static_cast<int>(column), k, exists};
   }
 
-  __device__ __forceinline__ void open(const Args<T>& a, const Image<T>& image, int n, int h, int column,
-                                       int first_channel) {
+  __device__ __forceinline__ void open(const NhwcGradWeightArgs<T>& a, const NhwcGradWeightImage<T>& image, int n,
+                                       int h, int column, int first_channel) {
     first_image = n, first_column = column;
     row = image.data + n * image.n + static_cast<int64_t>(h) * image.h + static_cast<int64_t>(column) * image.w;
     valid = 0;
@@ -101,7 +101,8 @@ struct Source {
   }
 
   // Copies the row to a stage.
-  __device__ __forceinline__ void copy(const Args<T>& a, const Image<T>& image, T* to, int first_channel) const {
+  __device__ __forceinline__ void copy(const NhwcGradWeightArgs<T>& a, const NhwcGradWeightImage<T>& image, T* to,
+                                       int first_channel) const {
     if (image.pieces == 0) return copy_elements(a, image, to, first_channel);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -110,8 +111,8 @@ struct Source {
       cp_async16(to + piece * kVec, row + offsets[i], valid >> i & 1);
     }
   }
-  __device__ __forceinline__ void copy_elements(const Args<T>& a, const Image<T>& image, T* to,
-                                                int first_channel) const {
+  __device__ __forceinline__ void copy_elements(const NhwcGradWeightArgs<T>& a, const NhwcGradWeightImage<T>& image,
+                                                T* to, int first_channel) const {
     for (int i = static_cast<int>(threadIdx.x); i < a.images * image.tile * kLanes; i += static_cast<int>(blockDim.x)) {
       const Cell at = cell(a, image, i / kLanes, i % kLanes, first_channel);
       T value = from_acc<T>(0.f);
@@ -126,7 +127,7 @@ struct Source {
 
 template <typename T, int kKernel, int kStride>
 __global__ void __launch_bounds__(kLanes* grad_weight_slots(kKernel), kKernel == 7 ? 3 : 2)
-    grad_weight_nhwc_kernel(const Args<T> a) {
+    grad_weight_nhwc_kernel(const NhwcGradWeightArgs<T> a) {
   constexpr int kAhead = kStages<T> - 1, kRows = kStageRows<kStride>;
   DYN_SMEM(smem);
   T* const first_stage = reinterpret_cast<T*>(smem);
@@ -212,8 +213,8 @@ __global__ void __launch_bounds__(kLanes* grad_weight_slots(kKernel), kKernel ==
 }
 
 template <typename T>
-Image<T> make_image(const void* data, const Strides& s, int64_t N, int64_t columns, int tile, int64_t multiplier,
-                    const GradWeightNhwc& block, bool copies_pieces) {
+NhwcGradWeightImage<T> make_image(const void* data, const Strides& s, int64_t N, int64_t columns, int tile,
+                                  int64_t multiplier, const GradWeightNhwc& block, bool copies_pieces) {
   constexpr int kVec = kVec16<T>;
   const int pieces = block.images * tile * (kLanes / kVec), threads = kLanes * block.images * block.slots;
   // The stride of a single column or image may be anything, but copies need addresses on 16 bytes for those that do not
@@ -241,7 +242,7 @@ cudaError_t launch_depthwise_grad_weight_nhwc(const Launch& call, const GradWeig
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
     const GradWeightNhwc block = grad_weight_nhwc_block(s);
     const int threads = kLanes * block.images * block.slots, y_tile = block.slots * kColumns;
-    Args<T> a{};
+    NhwcGradWeightArgs<T> a{};
     a.rows = make_rows(s, block.places, cut);
     a.result = make_result<T>(call, cut.splits);
     a.x = make_image<T>(call.second, s.x, s.N, s.W, (y_tile - 1) * kStride + kKernel, s.K / s.C, block, cut.vec > 1);

@@ -36,7 +36,7 @@ constexpr int kMostTaps = 8;          // of a kernel row, and of one more
 constexpr int kMostThreads = 32 * kGradWeightMmaGroups;
 
 // One of the two images.
-struct Image {
+struct NhwcGradWeightMmaImage {
   int64_t n, h, w;  // strides, in elements
   int rows, columns;
   int width;  // columns that a place reads of each image
@@ -45,8 +45,8 @@ struct Image {
   FastDiv by_width;
 };
 
-struct Args {
-  Image x, y;
+struct NhwcGradWeightMmaArgs {
+  NhwcGradWeightMmaImage x, y;
   int64_t w_n, w_h, w_w;
   int N, C, R, S, pad_h, pad_w;
   int between;           // rows of zeros after the last row of an image
@@ -66,12 +66,12 @@ struct Walk {
   int count = 0, left = 0;    // of the segment: rows of grad_y, and all rows, with it
   int image = 0, column = 0;  // the place's first ones
 
-  __device__ __forceinline__ void begin(const Args& a, uint32_t split) {
+  __device__ __forceinline__ void begin(const NhwcGradWeightMmaArgs& a, uint32_t split) {
     next = split * a.part, last = min(next + a.part, a.total);
   }
   __device__ __forceinline__ bool more() const { return left > 0 || next < last; }
   // To be called where none is left.
-  __device__ __forceinline__ void open(const Args& a) {
+  __device__ __forceinline__ void open(const NhwcGradWeightMmaArgs& a) {
     uint32_t first = next;
     uint32_t tile = a.by_rows.split(first);
     image = static_cast<int>(a.by_column_tiles.split(tile)) * a.images;
@@ -90,8 +90,8 @@ struct Source {
   const T* from[kPieces];
   int to[kPieces];  // in a row; below 0: no piece
 
-  __device__ __forceinline__ void open(const Args& a, const Image& image, const T* data, const Walk& walk, int row,
-                                       int column) {
+  __device__ __forceinline__ void open(const NhwcGradWeightMmaArgs& a, const NhwcGradWeightMmaImage& image,
+                                       const T* data, const Walk& walk, int row, int column) {
     uint32_t g = opaque(threadIdx.x), slice = opaque(blockIdx.x);  // or what follows would be kept in registers
     const uint32_t first = a.by_groups.split(g);
     a.by_slices.split(slice);
@@ -110,7 +110,7 @@ struct Source {
       to[k] = at < image.place ? static_cast<int>(g) * image.plane + at * kChannels : -1;
     }
   }
-  __device__ __forceinline__ void copy(const Image& image, T* to_row, bool inside) {
+  __device__ __forceinline__ void copy(const NhwcGradWeightMmaImage& image, T* to_row, bool inside) {
     const uint32_t exist = inside ? valid : 0;
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
@@ -126,7 +126,7 @@ constexpr int kGroupSums = 2 * kChannels * kRows * kMostTaps;
 
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kMostThreads, 2)
-    grad_weight_nhwc_mma_kernel(const Args a, const T* __restrict__ grad_y, const T* __restrict__ x,
+    grad_weight_nhwc_mma_kernel(const NhwcGradWeightMmaArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                                 float* __restrict__ partials, T* __restrict__ grad_w) {
   DYN_SMEM(smem);
   T* batch = reinterpret_cast<T*>(smem);  // [kRows, rows of x of all groups, rows of grad_y]
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
 }
 
-Image make_image(const Strides& s, int64_t N, int64_t rows, int64_t columns, int width, int place) {
+NhwcGradWeightMmaImage make_image(const Strides& s, int64_t N, int64_t rows, int64_t columns, int width, int place) {
   // A dimension of size 1 may have any stride, but copies need addresses on 8 bytes for what does not exist too.
   return {N > 1 ? s.n : 0,
           rows > 1 ? s.h : 0,
@@ -230,7 +230,7 @@ Image make_image(const Strides& s, int64_t N, int64_t rows, int64_t columns, int
 }
 
 template <typename T, int kRows>
-cudaError_t start(const Launch& call, const Args& a, uint32_t blocks) {
+cudaError_t start(const Launch& call, const NhwcGradWeightMmaArgs& a, uint32_t blocks) {
   const size_t bytes = std::max(2 * kRows * a.row * sizeof(T), a.groups * kGroupSums<kRows> * sizeof(float));
   const LaunchConfig config{dim3(blocks), dim3(32 * a.groups), bytes, call.stream};
   return launch(grad_weight_nhwc_mma_kernel<T, kRows>, config, a, call.first_as<T>(), call.second_as<T>(),
@@ -242,7 +242,7 @@ cudaError_t start(const Launch& call, const Args& a, uint32_t blocks) {
 cudaError_t launch_depthwise_grad_weight_nhwc_mma(const Launch& call, const GradWeightRowsCut& cut) {
   const ConvShape& s = call.shape;
   const MmaBlock block = grad_weight_mma_block(s);
-  Args a{};
+  NhwcGradWeightMmaArgs a{};
   a.x = make_image(s.x, s.N, s.H, s.W, block.width(), block.images * block.width());
   a.y = make_image(s.y, s.N, s.P, s.Q, 2 * block.pairs, kMmaColumns);
   a.w_n = s.w.n, a.w_h = s.w.h, a.w_w = s.w.w;

@@ -20,14 +20,14 @@ namespace sepconv::cuda {
 namespace {
 
 // "in" is the image that is read and "out" the image that is written: grad_y and grad_x for grad_input.
-struct Axis {
+struct NhwcAxis {
   int in_size, out_size;
   int pad, dilation;
   int phases;  // dilation, but no more than there are outputs
 };
 
-struct Args {
-  Axis h, w;
+struct NhwcArgs {
+  NhwcAxis h, w;
   int64_t in_n, in_h, in_w, out_n, out_h, out_w;  // strides, in bytes
   int64_t in_row_step, out_row_step;              // and from one row or column of a phase to the next
   int in_column_step, out_column_step;
@@ -50,7 +50,7 @@ struct Place {
 };
 
 template <typename W>
-__device__ __forceinline__ Place find_place(const Args& a, uint32_t channel_block, uint32_t place_block) {
+__device__ __forceinline__ Place find_place(const NhwcArgs& a, uint32_t channel_block, uint32_t place_block) {
   Place p{};
   uint32_t lane = threadIdx.x;
   const uint32_t slot = a.by_lanes.split(lane);
@@ -86,7 +86,7 @@ constexpr int blocks_of() {
 
 template <typename T, int kVec, typename W>
 __global__ void __launch_bounds__(kNhwcThreads, (blocks_of<kVec, W>()))
-    walk_kernel(const Args a, const T* __restrict__ in, const T* __restrict__ w, const T* __restrict__ bias,
+    walk_kernel(const NhwcArgs a, const T* __restrict__ in, const T* __restrict__ w, const T* __restrict__ bias,
                 const Activation activation, T* __restrict__ out) {
   constexpr int kKernel = W::kKernel, kDown = W::kDown, kUp = W::kUp;
   DYN_SMEM(smem);
@@ -200,13 +200,13 @@ cudaError_t dispatch(DType dtype, int vec, int64_t kernel, F&& f) {
 }
 
 // Strips of `tile` outputs that cover an axis, of all phases; the first one going up begins at an even position.
-int64_t tiles(const Axis& axis, int up, int64_t tile) {
+int64_t tiles(const NhwcAxis& axis, int up, int64_t tile) {
   const int64_t outputs = axis.out_size + (up == 2 ? axis.pad % 2 : 0);
   return axis.phases * ceil_div<int64_t>(ceil_div<int64_t>(outputs, axis.phases), tile);
 }
 
 template <int kDown, int kUp>
-cudaError_t run(const Launch& call, const NhwcCut& cut, Args a) {
+cudaError_t run(const Launch& call, const NhwcCut& cut, NhwcArgs a) {
   const ConvShape& shape = call.shape;
   a.vectors = static_cast<int>(shape.C / cut.vec);
   a.lanes = static_cast<int>(nhwc_lanes(a.vectors));
@@ -229,15 +229,16 @@ cudaError_t run(const Launch& call, const NhwcCut& cut, Args a) {
   });
 }
 
-Axis make_axis(int64_t in_size, int64_t out_size, int64_t pad, int64_t dilation) {
+NhwcAxis make_axis(int64_t in_size, int64_t out_size, int64_t pad, int64_t dilation) {
   return {static_cast<int>(in_size), static_cast<int>(out_size), static_cast<int>(pad), static_cast<int>(dilation),
           static_cast<int>(std::min(dilation, out_size))};
 }
 
-Args make_args(const Launch& call, const Axis& h, const Axis& w, const Strides& in, const Strides& out, bool turned) {
+NhwcArgs make_args(const Launch& call, const NhwcAxis& h, const NhwcAxis& w, const Strides& in, const Strides& out,
+                   bool turned) {
   const ConvShape& shape = call.shape;
   const int64_t bytes = element_size(call.dtype);
-  Args a{};
+  NhwcArgs a{};
   a.h = h, a.w = w;
   a.in_n = bytes * in.n, a.in_h = bytes * in.h, a.in_w = bytes * in.w;
   a.out_n = bytes * out.n, a.out_h = bytes * out.h, a.out_w = bytes * out.w;
@@ -251,8 +252,8 @@ Args make_args(const Launch& call, const Axis& h, const Axis& w, const Strides& 
 
 cudaError_t launch_depthwise_nhwc_forward(const Launch& call, const NhwcCut& cut) {
   const ConvShape& s = call.shape;
-  const Args a = make_args(call, make_axis(s.H, s.P, s.pad_h, s.dilation_h), make_axis(s.W, s.Q, s.pad_w, s.dilation_w),
-                           s.x, s.y, false);
+  const NhwcArgs a = make_args(call, make_axis(s.H, s.P, s.pad_h, s.dilation_h),
+                               make_axis(s.W, s.Q, s.pad_w, s.dilation_w), s.x, s.y, false);
   return s.stride_h == 1 ? run<1, 1>(call, cut, a) : run<2, 1>(call, cut, a);
 }
 

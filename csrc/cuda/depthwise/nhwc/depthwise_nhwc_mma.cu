@@ -42,7 +42,7 @@ constexpr int kPieces = 2;                                     // that a thread 
 constexpr int kMostThreads = 32 * kNhwcMmaGroups;
 constexpr int kSumPitch = kNhwcMmaSumPitch, kSumHalf = kNhwcMmaSumHalf, kSumRow = 2 * kSumHalf;
 
-struct Args {
+struct NhwcMmaArgs {
   int64_t in_n, in_h, in_w, out_n, out_h, out_w;  // strides, in elements
   int64_t w_n, w_h, w_w;
   int N, in_rows, in_columns, out_rows, out_columns, pad_h, pad_w, R, S;
@@ -61,7 +61,7 @@ struct Args {
 struct Place {
   int first_image, first_row, first_column;  // of the output
   int rows;
-  __device__ __forceinline__ Place(const Args& a, uint32_t place) {
+  __device__ __forceinline__ Place(const NhwcMmaArgs& a, uint32_t place) {
     uint32_t strip = a.by_column_tiles.split(place);
     first_column = static_cast<int>(place) * 2 * a.pairs;
     first_image = static_cast<int>(a.by_strips.split(strip)) * a.images;
@@ -76,9 +76,9 @@ struct Walk {
   int row = 0, left = 0;  // the row of the input that comes next; how many of the place there are with it
   int below = 0;          // of them below the image
 
-  __device__ __forceinline__ bool more(const Args& a) const { return left > 0 || next < a.places; }
+  __device__ __forceinline__ bool more(const NhwcMmaArgs& a) const { return left > 0 || next < a.places; }
   // To be called where none is left.
-  __device__ __forceinline__ Place open(const Args& a) {
+  __device__ __forceinline__ Place open(const NhwcMmaArgs& a) {
     const Place place(a, next);
     next += a.parts;
     row = place.first_row - a.pad_h, left = place.rows + a.R - 1;
@@ -91,7 +91,7 @@ struct Walk {
 
 // Where the piece of a group and a column lies in a row in shared memory: even columns before odd ones. Pieces of a
 // column change places so that eight columns of one kind have theirs on different banks.
-__device__ __forceinline__ int at_column(const Args& a, int column, int group) {
+__device__ __forceinline__ int at_column(const NhwcMmaArgs& a, int column, int group) {
   const int i = column / 2, pieces = 1 << a.swizzle;
   return column % 2 * a.half + (i * pieces + (group ^ (i >> (3 - a.swizzle) & (pieces - 1)))) * kPiece;
 }
@@ -104,7 +104,7 @@ struct Copies {
   const T* from[kPieces];
   int to[kPieces];  // in a row; below 0: no piece
 
-  __device__ __forceinline__ void open(const Args& a, const T* in) {
+  __device__ __forceinline__ void open(const NhwcMmaArgs& a, const T* in) {
     const Place place = walk.open(a);
     uint32_t g = opaque(threadIdx.x), slice = opaque(blockIdx.x);  // or what follows would be kept in registers
     const uint32_t first = a.by_groups.split(g);
@@ -124,7 +124,7 @@ struct Copies {
       to[k] = image < a.images ? at_column(a, column, static_cast<int>(g)) : -1;
     }
   }
-  __device__ __forceinline__ void batch(const Args& a, const T* in, T* stage) {
+  __device__ __forceinline__ void batch(const NhwcMmaArgs& a, const T* in, T* stage) {
     if (!walk.more(a)) return;
 #pragma unroll 1
     for (int r = 0; r < kRows; ++r, stage += a.row) {
@@ -150,7 +150,7 @@ struct Filter {
   uint32_t words[kRows][2][4];
   uint32_t kept;
 
-  __device__ __forceinline__ void load(const Args& a, const T* w, int channel, int lane) {
+  __device__ __forceinline__ void load(const NhwcMmaArgs& a, const T* w, int channel, int lane) {
     const int c = lane / 4, t = lane % 4;
     const bool own = t % 2 == c / 4;  // this lane's fours of channels are those of c
     kept = c % 4 < 2 ? 0x44444444u : 0xeeeeeeeeu;
@@ -171,7 +171,7 @@ struct Filter {
 
 // One output, for where the sum from the tensor cores is not finite.
 template <typename T>
-__device__ __forceinline__ float single_sum(const Args& a, const T* in, const T* w, int row, int column) {
+__device__ __forceinline__ float single_sum(const NhwcMmaArgs& a, const T* in, const T* w, int row, int column) {
   float sum = 0;
 #pragma unroll 1
   for (int i = 0; i < a.R * a.S; ++i) {
@@ -194,7 +194,7 @@ struct Stores {
   int image, column;
   T* to;  // where walk.row's sums go; null: nowhere
 
-  __device__ __forceinline__ void open(const Args& a, T* out) {
+  __device__ __forceinline__ void open(const NhwcMmaArgs& a, T* out) {
     const Place place = walk.open(a);
     uint32_t g = opaque(threadIdx.x), slice = opaque(blockIdx.x);
     uint32_t pair = a.by_groups.split(g);
@@ -209,7 +209,7 @@ struct Stores {
                 : nullptr;
   }
   // `sums`: the thread's own of the first row.
-  __device__ __forceinline__ void batch(const Args& a, const float* sums, const T* in, const T* w, const T* bias,
+  __device__ __forceinline__ void batch(const NhwcMmaArgs& a, const float* sums, const T* in, const T* w, const T* bias,
                                         Activation activation, T* out) {
 #pragma unroll 1
     for (int r = 0; r < kRows && walk.more(a); ++r, sums += kSumRow) {
@@ -249,7 +249,7 @@ struct Stores {
 
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kMostThreads, 3)
-    nhwc_mma_kernel(const Args a, const T* __restrict__ in, const T* __restrict__ w, const T* __restrict__ bias,
+    nhwc_mma_kernel(const NhwcMmaArgs a, const T* __restrict__ in, const T* __restrict__ w, const T* __restrict__ bias,
                     const Activation activation, T* __restrict__ out) {
   DYN_SMEM(smem);
   float* const sums = reinterpret_cast<float*>(smem);  // [kRows, kSumRow]
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
 }
 
 template <typename T, int kRows>
-cudaError_t start(const Launch& call, const Args& a, int64_t bytes) {
+cudaError_t start(const Launch& call, const NhwcMmaArgs& a, int64_t bytes) {
   const LaunchConfig config{dim3(a.by_slices.divisor * a.parts), dim3(32 * a.groups), static_cast<size_t>(bytes),
                             call.stream};
   return launch(nhwc_mma_kernel<T, kRows>, config, a, call.first_as<T>(), call.second_as<T>(), call.bias_as<T>(),
@@ -333,7 +333,7 @@ cudaError_t run(Map map, const Launch& call, const NhwcMmaCut& cut) {
   const ConvShape& s = call.shape;
   const Correlation c = correlation(map, s);
   const NhwcMmaBlock block = nhwc_mma_block(map, s);
-  Args a{};
+  NhwcMmaArgs a{};
   a.in_n = c.image.n, a.in_h = c.image.h, a.in_w = c.image.w;
   a.out_n = c.result.n, a.out_h = c.result.h, a.out_w = c.result.w;
   a.in_rows = static_cast<int>(c.image_h), a.in_columns = static_cast<int>(c.image_w);

@@ -28,7 +28,7 @@ constexpr int kWarps = kNhwcThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 // "in" is the image that is read and "out" the image that is written: grad_y and grad_x for grad_input.
-struct Args {
+struct NhwcTmaArgs {
   int out_rows, out_columns, pad_h, pad_w;
   int64_t out_n, out_h;  // strides, in bytes
   int out_w;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void store_row(char* to, int64_t step, int inside, co
 
 template <int kKernel, int kLanes>
 __global__ void __launch_bounds__(kNhwcThreads, nhwc_tma_blocks(kKernel))
-    tma_kernel(const __grid_constant__ TensorMap in, const Args a, const float* __restrict__ w,
+    tma_kernel(const __grid_constant__ TensorMap in, const NhwcTmaArgs a, const float* __restrict__ w,
                const float* __restrict__ bias, const Activation activation, float* __restrict__ out) {
   if constexpr (kHasTma) {
     using P = Pipeline<kKernel, kLanes>;
@@ -165,7 +165,7 @@ cudaError_t run(Map map, const Launch& call, const NhwcTmaCut& cut) {
     const ImageBoxes boxes{call.first, s.N, c.image_h, c.image_w, s.C, c.image, P::kBoxColumns, 2 * kLanes};
     if (const cudaError_t error = make_tensor_map(tensor_map, DType::float32, boxes); error != cudaSuccess)
       return error;
-    Args a{};
+    NhwcTmaArgs a{};
     a.out_rows = static_cast<int>(c.result_h), a.out_columns = static_cast<int>(c.result_w);
     a.pad_h = static_cast<int>(c.pad_h), a.pad_w = static_cast<int>(c.pad_w);
     a.out_n = 4 * c.result.n, a.out_h = 4 * c.result.h, a.out_w = static_cast<int>(4 * c.result.w);

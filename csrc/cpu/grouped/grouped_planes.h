@@ -1,4 +1,5 @@
-// How a grouped convolution becomes sums of shifted rows: the tables of planes.cpp and planes_grad_weight.cpp.
+// How a grouped convolution becomes sums of shifted rows: the tables of grouped_planes.cpp and
+// grouped_planes_grad_weight.cpp.
 //
 // The two axes of an image do not know of each other, so each has its own table. Along one axis:
 //
@@ -28,20 +29,20 @@ struct Tap {
   int64_t index, phase, offset;
 };
 
-// `count` taps whose indices rise by Axis::index_step and whose offsets rise by Axis::run_step.
+// `count` taps whose indices rise by PlaneAxis::index_step and whose offsets rise by PlaneAxis::run_step.
 struct Run {
   Tap first;
   int count;
 };
 inline constexpr int kMaxRun = 5;
 
-// Out positions first, first + Axis::out_step, ...: `count` of them.
+// Out positions first, first + PlaneAxis::out_step, ...: `count` of them.
 struct AxisClass {
   int64_t first, count;
   std::vector<Tap> taps = {};  // by phase, then by rising offset
 };
 
-struct Axis {
+struct PlaneAxis {
   int64_t taps;  // of the filter, also those that no out position reads
   int64_t in_size, in_step, out_step;
   std::vector<int64_t> phases = {};  // position i of a phase is the in position phases[...] + i * in_step
@@ -60,14 +61,14 @@ struct Axis {
   }
 };
 
-inline Axis forward_axis(int64_t in, int64_t taps, int64_t out, int64_t stride, int64_t pad, int64_t dilation) {
+inline PlaneAxis forward_axis(int64_t in, int64_t taps, int64_t out, int64_t stride, int64_t pad, int64_t dilation) {
   const int64_t common = std::gcd(stride, dilation);
-  Axis axis{.taps = taps,
-            .in_size = in,
-            .in_step = stride,
-            .out_step = 1,
-            .run_step = dilation / common,
-            .index_step = stride / common};
+  PlaneAxis axis{.taps = taps,
+                 .in_size = in,
+                 .in_step = stride,
+                 .out_step = 1,
+                 .run_step = dilation / common,
+                 .index_step = stride / common};
   AxisClass all{.first = 0, .count = out};
   for (int64_t phase = 0; phase < std::min(axis.index_step, taps); ++phase) {
     axis.phases.push_back(phase * dilation % stride - pad);
@@ -79,14 +80,14 @@ inline Axis forward_axis(int64_t in, int64_t taps, int64_t out, int64_t stride, 
 }
 
 // in is the output gradient (of that size), out the input gradient.
-inline Axis grad_input_axis(int64_t in, int64_t taps, int64_t out, int64_t stride, int64_t pad, int64_t dilation) {
+inline PlaneAxis grad_input_axis(int64_t in, int64_t taps, int64_t out, int64_t stride, int64_t pad, int64_t dilation) {
   const int64_t common = std::gcd(stride, dilation);
-  Axis axis{.taps = taps,
-            .in_size = in,
-            .in_step = 1,
-            .out_step = stride,
-            .run_step = dilation / common,
-            .index_step = -stride / common};
+  PlaneAxis axis{.taps = taps,
+                 .in_size = in,
+                 .in_step = 1,
+                 .out_step = stride,
+                 .run_step = dilation / common,
+                 .index_step = -stride / common};
   int64_t lowest = 0;
   for (int64_t first = 0; first < std::min(stride, out); ++first) {
     const int64_t remainder = (first + pad) % stride, start = (first + pad) / stride;
@@ -122,7 +123,8 @@ inline std::vector<Run> runs_of(const AxisClass& positions) {
 
 // Where the columns of an image row go in scratch memory: phase after phase, `pitch` numbers apart, with zeros around.
 // What lies before the first column is also what lies behind the row before. Reading whole vectors from any tap of any
-// position meets zeros, not numbers of another row, outside the image: the sums of planes_grad_weight.cpp rely on it.
+// position meets zeros, not numbers of another row, outside the image: the sums of grouped_planes_grad_weight.cpp rely
+// on it.
 struct RowLayout {
   struct Span {
     int64_t begin, count, source;  // positions [begin, begin + count) hold the columns source, source + in_step, ...
@@ -133,7 +135,7 @@ struct RowLayout {
   int64_t shift = 0;        // numbers before position 0 of the first row, so that rows are stored at aligned addresses
   int64_t tail = 0;         // numbers that may be read from position 0 of the last phase on
 
-  RowLayout(const Axis& axis, int64_t lanes) {
+  RowLayout(const PlaneAxis& axis, int64_t lanes) {
     tail = round_up(axis.count, lanes) + axis.reach;
     lowest = tail;
     int64_t stored = 0, end = 0;

@@ -1,4 +1,4 @@
-// Planes in blocks of channels: for blocked.cpp and blocked_grad_weight.cpp.
+// Planes in blocks of channels: for depthwise_nchw_blocked.cpp and depthwise_nchw_blocked_grad_weight.cpp.
 //
 // On planes of 7x7 or 10x10 a vector along a row is mostly padding, and a strided row has to be taken apart. So the
 // planes of as many channels as a vector has lanes are turned, in registers, into a tile of pixels x channels, [row,
@@ -6,13 +6,13 @@
 // (oneDNN's blocked layouts are the same idea, but are written to memory.)
 #pragma once
 
-#include "cpu/grouped/planes.h"
+#include "cpu/grouped/grouped_planes.h"
 
 namespace sepconv::cpu {
 
 // Along one axis, out positions first, first + out_step, ...: `count` of them. Number t reads the in positions in_first
-// + t * in_step + i * tap_step for i in [0, taps), by the filter's taps index + i * index_step. As in planes.h, a
-// forward map has one such class, and the gradient by the input of a strided one has one for each remainder; but a
+// + t * in_step + i * tap_step for i in [0, taps), by the filter's taps index + i * index_step. As in grouped_planes.h,
+// a forward map has one such class, and the gradient by the input of a strided one has one for each remainder; but a
 // strided input has no phases here.
 struct Reach {
   int64_t first, count, out_step;
@@ -41,11 +41,11 @@ inline std::vector<Reach> grad_input_reach(int64_t taps, int64_t out, int64_t st
 }
 
 // Rows of pixels in a tile, with columns of zeros around them.
-struct Tile {
+struct BlockedTile {
   int64_t rows, columns;        // with those zeros
   std::vector<int32_t> places;  // of the pixels, in the order of a plane: vectors from the tile's begin
 
-  Tile(int64_t pixel_rows, int64_t pixel_columns, int64_t before, int64_t after)
+  BlockedTile(int64_t pixel_rows, int64_t pixel_columns, int64_t before, int64_t after)
       : rows(pixel_rows), columns(before + pixel_columns + after) {
     for (int64_t h = 0; h < rows; ++h) {
       for (int64_t w = 0; w < pixel_columns; ++w) places.push_back(static_cast<int32_t>(h * columns + before + w));

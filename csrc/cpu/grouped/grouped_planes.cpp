@@ -1,4 +1,4 @@
-// Forward and grad_input of any grouped convolution, any strides, any dtype: sums of shifted rows (planes.h).
+// Forward and grad_input of any grouped convolution, any strides, any dtype: sums of shifted rows (grouped_planes.h).
 //
 // A task is a range of units; a unit is one image n, one group, one strip of rows (and a part of the group's outputs
 // where there are few units). It copies the zero-padded rows of the group's planes into scratch memory that stays in
@@ -8,14 +8,14 @@
 // run, so loads are fewer than multiplications. Output goes straight to memory, or through a tile of sums where rows
 // must be interleaved (grad_input of a strided convolution), converted (half types) or scattered (other layouts).
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "cpu/grouped/planes.cpp"
-#include "cpu/grouped/planes.h"
+#define SEPCONV_KERNELS "cpu/grouped/grouped_planes.cpp"
+#include "cpu/grouped/grouped_planes.h"
 
 namespace sepconv::cpu {
 
 // One of the two maps: out[n, k] = sum over c of in[n, c] * w[k, c], along the two axes.
 struct PlanesJob {
-  Axis rows, columns;
+  PlaneAxis rows, columns;
   int64_t images, groups, ins, outs;  // ins and outs: channels of one group
   Strides in, out;
   int64_t w_group, w_out, w_in, w_row, w_column;  // steps of the weight
@@ -30,7 +30,8 @@ struct PlanesJob {
 
 namespace sepconv::cpu {
 
-void planes_forward(const ConvShape& s, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y) {
+void grouped_planes_forward(const ConvShape& s, DType dtype, const void* x, const void* w, const Epilogue& epilogue,
+                            void* y) {
   if (s.output_elements() == 0) return;
   const PlanesJob job{.rows = forward_axis(s.H, s.R, s.P, s.stride_h, s.pad_h, s.dilation_h),
                       .columns = forward_axis(s.W, s.S, s.Q, s.stride_w, s.pad_w, s.dilation_w),
@@ -53,7 +54,7 @@ void planes_forward(const ConvShape& s, DType dtype, const void* x, const void* 
   SEPCONV_BEST_ISA(run_planes)(job, dtype);
 }
 
-void planes_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w, void* grad_x) {
+void grouped_planes_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w, void* grad_x) {
   if (s.input_elements() == 0) return;
   const PlanesJob job{.rows = grad_input_axis(s.P, s.R, s.H, s.stride_h, s.pad_h, s.dilation_h),
                       .columns = grad_input_axis(s.Q, s.S, s.W, s.stride_w, s.pad_w, s.dilation_w),
@@ -79,9 +80,9 @@ void planes_grad_input(const ConvShape& s, DType dtype, const void* grad_y, cons
 }  // namespace sepconv::cpu
 #else
 
-#include "cpu/grouped/planes_simd.h"
+#include "cpu/grouped/grouped_planes_simd.h"
 
-#include "cpu/grouped/planes_rows.h"
+#include "cpu/grouped/grouped_planes_rows.h"
 
 template <typename T>
 class Planes {
@@ -97,7 +98,7 @@ class Planes {
   static constexpr int64_t kTasks = 64;
 
   explicit Planes(const PlanesJob& job) : job_(job), layout_(job.columns, kLanes<A>) {
-    const Axis &rows = job.rows, &columns = job.columns;
+    const PlaneAxis &rows = job.rows, &columns = job.columns;
     const int64_t row_bytes = layout_.row() * static_cast<int64_t>(sizeof(A) * rows.phases.size());
     tile_pitch_ = round_up(columns.count, kLanes<A>);
     tile_row_ = tile_pitch_ * columns.classes.size();
@@ -227,11 +228,11 @@ class Planes {
 
   // The units [begin, end) without scratch memory: sums and tensors are of one type, and groups of one input.
   void compute_in_place(int64_t begin, int64_t end) const {
-    const Axis& rows = job_.rows;
+    const PlaneAxis& rows = job_.rows;
     const std::vector<A> zeros(job_.columns.in_size + kLanes<A>);
     std::vector<A> tile(tile_);
     std::vector<const A*> in_rows(scratch_rows_);
-    Block<A> b{};
+    RowBlock<A> b{};
     b.channels = 1;
     b.in_row = job_.in.h;
     b.ahead = far_;
@@ -269,7 +270,7 @@ class Planes {
 
   // What a unit reads, to be fetched while another one is computed.
   Ahead ahead_of(const Place& at) const {
-    const Axis& rows = job_.rows;
+    const PlaneAxis& rows = job_.rows;
     if (job_.ins > 1 || job_.in.w != 1) return {};
     const T* image = static_cast<const T*>(job_.in_data) + at.n * job_.in.n + at.group * job_.in.c;
     const int64_t h0 = std::max<int64_t>(0, at.strip * strip_ * rows.in_step + rows.phases[0]);
@@ -289,7 +290,7 @@ class Planes {
       convert_weights(weights, w, k1 - k0, c1 - c0);
       w_sums = weights;
     }
-    Block<A> b{};
+    RowBlock<A> b{};
     b.channels = c1 - c0;
     b.in_channel = slot_;
     b.w_channel = w_in_;
@@ -310,9 +311,9 @@ class Planes {
     }
   }
 
-  void compute_plane(Block<A>& b, const A* in, const A* const* in_rows, const A* w, T* out, A* tile,
+  void compute_plane(RowBlock<A>& b, const A* in, const A* const* in_rows, const A* w, T* out, A* tile,
                      int64_t strip) const {
-    const Axis &rows = job_.rows, &columns = job_.columns;
+    const PlaneAxis &rows = job_.rows, &columns = job_.columns;
     for (size_t rc = 0; rc < rows.classes.size(); ++rc) {
       const int64_t row_count = std::min(strip_, rows.classes[rc].count - strip * strip_);
       b.runs = runs_[rc].data();
@@ -347,7 +348,7 @@ class Planes {
 
   // Row after row as they lie in the image.
   void copy_out(T* out, const A* tile, int64_t strip, A bias) const {
-    const Axis& rows = job_.rows;
+    const PlaneAxis& rows = job_.rows;
     const int64_t ahead = far_ && job_.out.w == 1 ? kOutAhead / static_cast<int64_t>(sizeof(T)) : 0;
     for (int64_t i = 0; i < strip_; ++i) {
       for (size_t rc = 0; rc < rows.classes.size(); ++rc) {

@@ -9,8 +9,8 @@
 //
 // The gradient by the input is the same correlation of grad_y with the filter turned round.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "cpu/depthwise/small_planes.cpp"
-#include "cpu/grouped/planes.h"
+#define SEPCONV_KERNELS "cpu/depthwise/depthwise_nchw_3x3.cpp"
+#include "cpu/grouped/grouped_planes.h"
 
 namespace sepconv::cpu {
 
@@ -47,13 +47,13 @@ constexpr int64_t kMaxTasks = 64;
 
 namespace sepconv::cpu {
 
-void small_planes_forward(const ConvShape& s, DType dtype, const void* x, const void* w, const Epilogue& epilogue,
-                          void* y) {
+void depthwise_nchw_3x3_forward(const ConvShape& s, DType dtype, const void* x, const void* w, const Epilogue& epilogue,
+                                void* y) {
   if (s.output_elements() == 0) return;
   SEPCONV_BEST_ISA(small_forward)(s, dtype, x, w, epilogue, y);
 }
 
-void small_planes_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w, void* grad_x) {
+void depthwise_nchw_3x3_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w, void* grad_x) {
   if (s.input_elements() == 0) return;
   SEPCONV_BEST_ISA(small_grad_input)(s, dtype, grad_y, w, grad_x);
 }
@@ -61,7 +61,7 @@ void small_planes_grad_input(const ConvShape& s, DType dtype, const void* grad_y
 }  // namespace sepconv::cpu
 #else
 
-#include "cpu/grouped/planes_simd.h"
+#include "cpu/grouped/grouped_planes_simd.h"
 
 #include "cpu/simd/scratch_simd.h"
 

@@ -1,4 +1,5 @@
-// The inner kernels of planes.cpp. Like simd.h, read once for each instruction set: no include guard and no include.
+// The inner kernels of grouped_planes.cpp. Like simd.h, read once for each instruction set: no include guard and no
+// include.
 //
 // row_block: kRows output rows, one vector of columns after the other; the sums of a vector stay in registers while all
 // input channels, runs of taps and column taps go by.
@@ -13,7 +14,7 @@ struct ColumnSteps {
 };
 
 template <typename A>
-struct Block {
+struct RowBlock {
   int64_t channels, in_channel, w_channel;
   const RunSteps* runs;
   int run_count;
@@ -32,7 +33,7 @@ struct Block {
 };
 
 template <typename A, int kRows, int kTaps>
-SEPCONV_INLINE void add_run(Vector<A> (&sums)[kRows], const A* in, const A* w, const Block<A>& b) {
+SEPCONV_INLINE void add_run(Vector<A> (&sums)[kRows], const A* in, const A* w, const RowBlock<A>& b) {
   for (int s = 0; s < b.tap_count; ++s) {
     const A* x = in + b.taps[s].in;
     const A* taps = w + b.taps[s].w;
@@ -73,7 +74,7 @@ SEPCONV_INLINE void add_column_in_place(Vector<A> (&sums)[kRows], const A* const
 
 template <typename A, int kRows, int kTaps>
 SEPCONV_INLINE void add_run_in_place(Vector<A> (&sums)[kRows], const A* const* rows, int64_t q, const A* w,
-                                     const uint32_t* masks, const Block<A>& b) {
+                                     const uint32_t* masks, const RowBlock<A>& b) {
   const ColumnSteps* taps = b.taps;
   const int64_t w_row = b.w_row;
   if (kTaps == 3 && b.tap_count == 3) {
@@ -91,8 +92,8 @@ SEPCONV_INLINE void add_run_in_place(Vector<A> (&sums)[kRows], const A* const* r
 // One output row, kVectors vectors of columns from q on: a row without neighbours (a sequence) has no other sums that
 // could go on while a sum waits for its last product.
 template <typename A, bool kInPlace, int kVectors>
-SEPCONV_INLINE void lone_row(const Block<A>& b, const A* in_row, const A* const* rows, int64_t row, const A* w_filter,
-                             A* out, int64_t q) {
+SEPCONV_INLINE void lone_row(const RowBlock<A>& b, const A* in_row, const A* const* rows, int64_t row,
+                             const A* w_filter, A* out, int64_t q) {
   constexpr int kCount = kLanes<A>;
   constexpr int kAhead = 4 * kVectors * kCount;  // numbers, in this row or in one that follows: 2 KiB of float
   Vector<A> sums[kVectors];
@@ -133,7 +134,8 @@ SEPCONV_INLINE void lone_row(const Block<A>& b, const A* in_row, const A* const*
 
 // kRows output rows.
 template <typename A, bool kInPlace, int kRows>
-void row_block(const Block<A>& b, const A* in_rows, const A* const* rows, int64_t row, const A* w_filter, A* out_rows) {
+void row_block(const RowBlock<A>& b, const A* in_rows, const A* const* rows, int64_t row, const A* w_filter,
+               A* out_rows) {
   constexpr int kCount = kLanes<A>;
   const int64_t columns = b.columns, out_row = b.out_row;
   int64_t q = 0;
@@ -201,7 +203,7 @@ void row_block(const Block<A>& b, const A* in_rows, const A* const* rows, int64_
 }
 
 template <typename A, bool kInPlace>
-void row_blocks(const Block<A>& b, const A* in, const A* const* in_rows, const A* w, A* out, int64_t rows) {
+void row_blocks(const RowBlock<A>& b, const A* in, const A* const* in_rows, const A* w, A* out, int64_t rows) {
   int64_t row = 0;
   for (int64_t blocks = ceil_div(rows, kMaxRows); blocks > 0; --blocks) {
     const int64_t count = ceil_div(rows, blocks);

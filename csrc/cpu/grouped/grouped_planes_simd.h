@@ -77,8 +77,9 @@ SEPCONV_INLINE void split_rows(accumulate_t<T>* to_even, accumulate_t<T>* to_odd
 // phases of its columns. Rows outside the image are written as zeros only if `zero_rows`; otherwise they are left alone
 // (all of the scratch memory is zero from the start).
 template <typename T>
-void copy_plane(accumulate_t<T>* scratch, const T* image, int64_t row_step, int64_t column_step, const Axis& rows_axis,
-                const Axis& columns_axis, const RowLayout& layout, int64_t start, int64_t rows, bool zero_rows) {
+void copy_plane(accumulate_t<T>* scratch, const T* image, int64_t row_step, int64_t column_step,
+                const PlaneAxis& rows_axis, const PlaneAxis& columns_axis, const RowLayout& layout, int64_t start,
+                int64_t rows, bool zero_rows) {
   const RowLayout::Span* spans = layout.spans.data();
   const int64_t step = layout.row(), phases = layout.spans.size();
   for (const int64_t row_phase : rows_axis.phases) {
@@ -114,8 +115,8 @@ void copy_plane(accumulate_t<T>* scratch, const T* image, int64_t row_step, int6
 // Sums back into an image row: those of every column class (`pitch` numbers apart), with bias and activation. `ahead`:
 // how far on the image is fetched meanwhile, in numbers; 0: not at all.
 template <typename T>
-SEPCONV_INLINE void copy_out_row(T* image, int64_t step, const accumulate_t<T>* sums, int64_t pitch, const Axis& axis,
-                                 accumulate_t<T> bias, Activation activation, int64_t ahead) {
+SEPCONV_INLINE void copy_out_row(T* image, int64_t step, const accumulate_t<T>* sums, int64_t pitch,
+                                 const PlaneAxis& axis, accumulate_t<T> bias, Activation activation, int64_t ahead) {
   using A = accumulate_t<T>;
   constexpr int kCount = kLanes<A>;
   const Vector<A> offset = broadcast<A>(bias);
@@ -204,7 +205,7 @@ SEPCONV_INLINE Vector<A> load_masked(const A* p, uint32_t mask) {
 }
 
 // [vector of columns, tap]: the lanes whose tap lies inside the image, for one class of an axis of one phase.
-inline std::vector<uint32_t> column_masks(const Axis& axis, const AxisClass& positions, int lanes) {
+inline std::vector<uint32_t> column_masks(const PlaneAxis& axis, const AxisClass& positions, int lanes) {
   std::vector<uint32_t> masks;
   for (int64_t q = 0; q < axis.count; q += lanes) {
     for (const Tap& tap : positions.taps) {

@@ -2,21 +2,22 @@
 // which. Images, planes and rows may lie apart in any way.
 //
 // Loop-to-data map. A unit is one vector of channels of some strips of images n, a strip being as many rows of grad_y
-// as have their tiles (blocked.h) in the second-level cache. Strip by strip the planes of x and grad_y are turned into
-// tiles, x with zeros around it, while those of the next strip are fetched. The sums of a few rows of the filter, a
-// vector of channels for each tap, stay in registers while some pixels of grad_y go by; then they are added to the
-// strip's, and those to the unit's in the end, so that a long sum is a sum of short ones. Where there are few channels,
-// the strips are shared among several units, whose sums are added at the end, in order: all this depends on the shape
-// alone, and the result not on the number of threads.
+// as have their tiles (depthwise_nchw_blocked.h) in the second-level cache. Strip by strip the planes of x and grad_y
+// are turned into tiles, x with zeros around it, while those of the next strip are fetched. The sums of a few rows of
+// the filter, a vector of channels for each tap, stay in registers while some pixels of grad_y go by; then they are
+// added to the strip's, and those to the unit's in the end, so that a long sum is a sum of short ones. Where there are
+// few channels, the strips are shared among several units, whose sums are added at the end, in order: all this depends
+// on the shape alone, and the result not on the number of threads.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "cpu/depthwise/blocked_grad_weight.cpp"
-#include "cpu/depthwise/blocked.h"
+#define SEPCONV_KERNELS "cpu/depthwise/depthwise_nchw_blocked_grad_weight.cpp"
+#include "cpu/depthwise/depthwise_nchw_blocked.h"
 
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
 
-void blocked_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, const void* x, void* grad_w) {
+void depthwise_nchw_blocked_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, const void* x,
+                                        void* grad_w) {
   if (s.weight_elements() == 0) return;
   SEPCONV_BEST_ISA(grad_weight)(s, dtype, grad_y, x, grad_w);
 }
@@ -27,7 +28,7 @@ void blocked_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, co
 #include "cpu/simd/scratch_simd.h"
 #include "cpu/simd/transpose_simd.h"
 
-#include "cpu/depthwise/blocked_simd.h"
+#include "cpu/depthwise/depthwise_nchw_blocked_simd.h"
 
 inline constexpr int64_t kShortSum = 32;  // pixels, about; up to twice as many along a row
 
@@ -139,7 +140,7 @@ struct BlockedGradWeight {
   const T *grad_y, *x;
   T* grad_w;
   Cut cut;
-  Tile tile, grad_tile;
+  BlockedTile tile, grad_tile;
   int64_t units, tasks;
   std::unique_ptr<float[]> sums;  // [vector, part, R, S, lane]
 

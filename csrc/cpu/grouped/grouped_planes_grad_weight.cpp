@@ -1,20 +1,20 @@
 // grad_weight of any grouped convolution, any strides, any dtype, in one pass over x and grad_y.
 //
-// The gradient of every tap is a product of two planes: grad_y and the input, shifted (planes.h). A task owns some
-// groups (or a part of one) and some of the images; it copies zero-padded input rows to scratch memory as planes.cpp
-// does, and grad_block holds up to kMaxRows rows x 1 vector of grad_y in registers, against which it takes every
-// shifted input vector once for all kernel rows of a run. Every tap has a whole vector of partial sums, in a table that
-// stays in L1; its lanes are added at the very end. Images are split among tasks only where there are few groups, by
-// the shape alone; the partial sums are then added in that order.
+// The gradient of every tap is a product of two planes: grad_y and the input, shifted (grouped_planes.h). A task owns
+// some groups (or a part of one) and some of the images; it copies zero-padded input rows to scratch memory as
+// grouped_planes.cpp does, and grad_block holds up to kMaxRows rows x 1 vector of grad_y in registers, against which it
+// takes every shifted input vector once for all kernel rows of a run. Every tap has a whole vector of partial sums, in
+// a table that stays in L1; its lanes are added at the very end. Images are split among tasks only where there are few
+// groups, by the shape alone; the partial sums are then added in that order.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "cpu/grouped/planes_grad_weight.cpp"
-#include "cpu/grouped/planes.h"
+#define SEPCONV_KERNELS "cpu/grouped/grouped_planes_grad_weight.cpp"
+#include "cpu/grouped/grouped_planes.h"
 
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
 
-void planes_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, const void* x, void* grad_w) {
+void grouped_planes_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, const void* x, void* grad_w) {
   if (s.weight_elements() == 0) return;
   SEPCONV_BEST_ISA(run_grad_weight)(s, dtype, grad_y, x, grad_w);
 }
@@ -22,7 +22,7 @@ void planes_grad_weight(const ConvShape& s, DType dtype, const void* grad_y, con
 }  // namespace sepconv::cpu
 #else
 
-#include "cpu/grouped/planes_simd.h"
+#include "cpu/grouped/grouped_planes_simd.h"
 
 // Sums of kSize lanes of a, then of b, alternating: where vectors a and b hold sums of kSize vectors each, those of
 // all.
@@ -317,7 +317,7 @@ class PlanesGradWeight {
   const ConvShape& s_;
   const T *grad_y_, *x_;
   T* grad_w_;
-  Axis rows_, columns_;
+  PlaneAxis rows_, columns_;
   RowLayout layout_;
   int64_t ins_, outs_, taps_, taps_padded_;
   int64_t in_block_, out_block_, in_parts_, out_parts_, batch_;

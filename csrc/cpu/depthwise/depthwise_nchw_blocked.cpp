@@ -2,27 +2,29 @@
 // says of which. Images, planes and rows may lie apart in any way.
 //
 // Loop-to-data map. A task is a range of units: one vector of channels of one image n, the images of the same channels
-// one after another, as they share the filter. A unit's planes are turned into a tile (blocked.h) while those of the
-// next unit are fetched; `correlate` then goes through the rows of results in blocks of 1 to 8 pixels x one vector of
-// channels, whose sums stay in registers while all taps go by; a block's rows that lie outside the image are left out,
-// its columns outside are zeros in the tile. The results, a tile too, are turned back into planes.
+// one after another, as they share the filter. A unit's planes are turned into a tile (depthwise_nchw_blocked.h) while
+// those of the next unit are fetched; `correlate` then goes through the rows of results in blocks of 1 to 8 pixels x
+// one vector of channels, whose sums stay in registers while all taps go by; a block's rows that lie outside the image
+// are left out, its columns outside are zeros in the tile. The results, a tile too, are turned back into planes.
 //
 // The gradient by the input is the same correlation of grad_y with the filter turned round; with a stride its pixels
 // fall into classes, each with its own taps.
 #ifndef SEPCONV_KERNELS
-#define SEPCONV_KERNELS "cpu/depthwise/blocked.cpp"
-#include "cpu/depthwise/blocked.h"
+#define SEPCONV_KERNELS "cpu/depthwise/depthwise_nchw_blocked.cpp"
+#include "cpu/depthwise/depthwise_nchw_blocked.h"
 
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
 
-void blocked_forward(const ConvShape& s, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y) {
+void depthwise_nchw_blocked_forward(const ConvShape& s, DType dtype, const void* x, const void* w,
+                                    const Epilogue& epilogue, void* y) {
   if (s.output_elements() == 0) return;
   SEPCONV_BEST_ISA(forward)(s, dtype, x, w, epilogue, y);
 }
 
-void blocked_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w, void* grad_x) {
+void depthwise_nchw_blocked_grad_input(const ConvShape& s, DType dtype, const void* grad_y, const void* w,
+                                       void* grad_x) {
   if (s.input_elements() == 0) return;
   SEPCONV_BEST_ISA(grad_input)(s, dtype, grad_y, w, grad_x);
 }
@@ -33,7 +35,7 @@ void blocked_grad_input(const ConvShape& s, DType dtype, const void* grad_y, con
 #include "cpu/simd/scratch_simd.h"
 #include "cpu/simd/transpose_simd.h"
 
-#include "cpu/depthwise/blocked_simd.h"
+#include "cpu/depthwise/depthwise_nchw_blocked_simd.h"
 
 inline constexpr int kBlock = 8;  // pixels
 
@@ -102,7 +104,7 @@ struct Blocked {
   int64_t in_rows, in_columns, out_rows, out_columns;
   std::vector<Reach> rows, columns;
   int64_t before;  // columns of the tile before the first pixel
-  Tile tile;
+  BlockedTile tile;
   std::vector<ColumnBlock> blocks = {};
   std::vector<int32_t> taps = {};  // 0, 1, ...
   int64_t units = 0, tasks = 1;
@@ -214,7 +216,7 @@ inline void forward(const ConvShape& s, DType dtype, const void* x, const void* 
                         rows,
                         columns,
                         columns_before(columns),
-                        Tile(s.H, s.W, columns_before(columns), columns_after(columns, s.W))};
+                        BlockedTile(s.H, s.W, columns_before(columns), columns_after(columns, s.W))};
       planes.prepare();
       parallel(planes.tasks, planes);
     }
@@ -242,7 +244,7 @@ inline void grad_input(const ConvShape& s, DType dtype, const void* grad_y, cons
                         rows,
                         columns,
                         columns_before(columns),
-                        Tile(s.P, s.Q, columns_before(columns), columns_after(columns, s.Q))};
+                        BlockedTile(s.P, s.Q, columns_before(columns), columns_after(columns, s.Q))};
       planes.prepare();
       parallel(planes.tasks, planes);
     }
