@@ -111,8 +111,12 @@ struct PerceptronTask {
 
 inline ConvShape product_shape(int64_t pixels, int64_t C, int64_t K) {
   ConvShape s;
-  s.N = s.H = s.P = s.R = s.S = 1, s.W = s.Q = pixels, s.C = C, s.K = K;
-  s.x = {pixels * C, 1, pixels * C, C}, s.y = {pixels * K, 1, pixels * K, K};
+  s.N = s.H = s.P = s.R = s.S = 1;
+  s.W = s.Q = pixels;
+  s.C = C;
+  s.K = K;
+  s.x = {pixels * C, 1, pixels * C, C};
+  s.y = {pixels * K, 1, pixels * K, K};
   return s;
 }
 

@@ -37,7 +37,10 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
   // them. A multiprocessor works off `busy` blocks as fast as fewer (3x3 waits for memory, 7x7 for arithmetic), and
   // more than that one after the other. So problems that leave multiprocessors without work are cut into single rows,
   // and into single channels where that is clearly less.
-  const int64_t busy = s.R == 3 ? 4 : s.R == 5 ? 2 : 1, shared = map == Map::forward ? s.R / s.stride_h : s.R;
+  int64_t busy = 1;
+  if (s.R == 3) busy = 4;
+  if (s.R == 5) busy = 2;
+  const int64_t shared = map == Map::forward ? s.R / s.stride_h : s.R;
   const bool pairs = whole_vectors(s, 2, dtype, alignment);
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int vec = pairs ? 2 : 1; vec > 0; --vec) {

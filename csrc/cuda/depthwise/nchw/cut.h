@@ -42,7 +42,10 @@ struct NchwMmaCut {
 // ---- depthwise_nchw*.cu: how an image that is written is dealt to threads and blocks. Steps are its rows, or its
 // pairs of rows in grad_input of stride 2 (rows v = h + pad_h, v even, and v + 1); a thread owns a run of neighbouring
 // columns.
-constexpr int nchw_run(int64_t kernel, int64_t stride) { return stride == 2 ? 3 : kernel == 7 ? 4 : 7; }
+constexpr int nchw_run(int64_t kernel, int64_t stride) {
+  if (stride == 2) return 3;
+  return kernel == 7 ? 4 : 7;
+}
 constexpr int nchw_pairs(int64_t kernel) { return kernel == 7 ? 2 : 3; }  // of columns in a run, grad_input of stride 2
 
 struct NchwWork {

@@ -129,8 +129,11 @@ inline MmaImage make_mma_image(const Strides& strides, int64_t H, int64_t up, co
   a.n = strides.n, a.c = strides.c, a.h = H > 1 ? static_cast<int>(strides.h) : 0, a.H = static_cast<int>(H);
   a.up = static_cast<int>(up), a.left = rows.left, a.piece = rows.piece, a.row_pieces = rows.pieces;
   a.images = images, a.image_rows = kNchwMmaPhases * slots, a.between = slots - block.groups;
-  a.lanes_log2 = a.row_pieces <= 8 ? 3 : a.row_pieces <= 16 ? 4 : 5;
-  a.warps = std::max(1 << (a.lanes_log2 - 3), images >= 4 ? 1 : images >= 2 ? 2 : 4);
+  a.lanes_log2 = 5;
+  if (a.row_pieces <= 16) a.lanes_log2 = 4;
+  if (a.row_pieces <= 8) a.lanes_log2 = 3;
+  const int warps_of_images = images >= 2 ? 2 : 4;
+  a.warps = std::max(1 << (a.lanes_log2 - 3), images >= 4 ? 1 : warps_of_images);
   a.pitch = block.pitch, a.section = (slots * images + spare) * block.pitch;
   return a;
 }
