@@ -320,7 +320,11 @@ def test_exchanged_and_parametrized_parts() -> None:
     assert type(synchronised.pointwise_norm) is nn.SyncBatchNorm
     with torch.no_grad():
         synchronised.pointwise_norm.bias.add_(1)
-    by_hand = lambda: F.relu6(layer.pointwise_norm(layer.pointwise(F.relu6(layer.depthwise_norm(layer.depthwise(x))))))  # noqa: E731
+
+    def by_hand() -> torch.Tensor:
+        depthwise = F.relu6(layer.depthwise_norm(layer.depthwise(x)))
+        return F.relu6(layer.pointwise_norm(layer.pointwise(depthwise)))
+
     torch.testing.assert_close(layer(x), by_hand(), rtol=1e-4, atol=1e-4)
     torch.nn.utils.parametrizations.weight_norm(layer.pointwise)
     torch.testing.assert_close(layer(x), by_hand(), rtol=1e-4, atol=1e-4)

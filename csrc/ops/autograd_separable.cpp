@@ -25,19 +25,18 @@ namespace {
 
 using at::Tensor;
 using c10::SymInt;
-using c10::SymIntArrayRef;
 using separable::Call;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
   // The biases come last: needs_input_grad() counts the tensors that are there.
+  // The tensors are arguments of their own because torch records those alone; `call` has them too.
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& depthwise_weight,
-                        const Tensor& pointwise_weight, const std::optional<Tensor>& depthwise_bias,
-                        const std::optional<Tensor>& pointwise_bias, SymIntArrayRef stride, SymIntArrayRef padding,
-                        SymIntArrayRef dilation, Activation depthwise_activation, Activation pointwise_activation,
-                        bool save_intermediate) {
+                        const Tensor& pointwise_weight, ops::Bias depthwise_bias, ops::Bias pointwise_bias,
+                        const Call& call, bool save_intermediate) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const Activation depthwise_activation = call.depthwise_activation, pointwise_activation = call.pointwise_activation;
     const Tensor &bias_d = tensor_or_none(depthwise_bias), &bias_p = tensor_or_none(pointwise_bias);
     const auto wanted = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
     const bool through_depthwise = wanted(input) || wanted(depthwise_weight) || wanted(bias_d);
@@ -45,12 +44,10 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
     const bool needs_h =
         wanted(pointwise_weight) || needs_z || (through_depthwise && depthwise_activation != Activation::identity);
     const bool keep = save_intermediate && needs_h;
-    const auto [output, kept] = ops::separable_conv2d_training(
-        input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation,
-        name_of(depthwise_activation), name_of(pointwise_activation), /*output=*/true, /*intermediate=*/keep);
+    const auto [output, kept] = separable::training_by_dispatcher(call, /*output=*/true, /*intermediate=*/keep);
 
     auto& data = ctx->saved_data;
-    data["stride"] = stride, data["padding"] = padding, data["dilation"] = dilation;
+    data["stride"] = call.stride, data["padding"] = call.padding, data["dilation"] = call.dilation;
     data["depthwise_activation"] = static_cast<int64_t>(depthwise_activation);
     data["pointwise_activation"] = static_cast<int64_t>(pointwise_activation);
     data["bias_d"] = depthwise_bias.has_value(), data["bias_p"] = pointwise_bias.has_value();
@@ -98,7 +95,7 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
       gz = activation_backward(gz, separable::pointwise(call, h, Activation::identity), call.pointwise_activation);
     }
 
-    variable_list result(11);
+    variable_list result(7);
     const bool has_bias_d = data["bias_d"].toBool(), has_bias_p = data["bias_p"].toBool();
     const std::array<SymInt, 2> one{1, 1}, zero{0, 0};
     std::vector<SymInt> size = gz.sym_sizes().vec();
@@ -128,10 +125,7 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
  private:
   // What the forward pass had between its stages, bit for bit.
   static Tensor again(const Call& c) {
-    return std::get<1>(ops::separable_conv2d_training(
-        c.input, c.depthwise_weight, c.depthwise_bias, c.pointwise_weight, c.pointwise_bias, c.stride, c.padding,
-        c.dilation, name_of(c.depthwise_activation), name_of(c.pointwise_activation), /*output=*/false,
-        /*intermediate=*/true));
+    return std::get<1>(separable::training_by_dispatcher(c, /*output=*/false, /*intermediate=*/true));
   }
 
   static std::vector<SymInt> dense_strides(const std::vector<SymInt>& n, bool channels_last) {
@@ -143,30 +137,23 @@ struct SeparableConv2d : torch::autograd::Function<SeparableConv2d> {
   }
 };
 
-Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight,
-                        const std::optional<Tensor>& depthwise_bias, const Tensor& pointwise_weight,
-                        const std::optional<Tensor>& pointwise_bias, SymIntArrayRef stride, SymIntArrayRef padding,
-                        SymIntArrayRef dilation, std::string_view depthwise_activation,
-                        std::string_view pointwise_activation, bool save_intermediate) {
-  const Activation act_d = parse_activation(depthwise_activation), act_p = parse_activation(pointwise_activation);
-  const auto tensors = {&input, &depthwise_weight, &pointwise_weight, &tensor_or_none(depthwise_bias),
-                        &tensor_or_none(pointwise_bias)};
+Tensor separable_conv2d(const Call& c, bool save_intermediate) {
+  const auto tensors = {&c.input, &c.depthwise_weight, &c.pointwise_weight, &tensor_or_none(c.depthwise_bias),
+                        &tensor_or_none(c.pointwise_bias)};
   if (const char* reason = needs_aten(2, tensors)) {
     count_aten(reason);
-    return separable::by_aten(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride,
-                              padding, dilation, depthwise_activation, pointwise_activation, save_intermediate);
+    return separable::by_aten(c);
   }
   if (!differentiates(tensors)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return ops::separable_conv2d(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride,
-                                 padding, dilation, depthwise_activation, pointwise_activation, save_intermediate);
+    return separable::by_dispatcher(c, save_intermediate);
   }
-  return SeparableConv2d::apply(input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, stride,
-                                padding, dilation, act_d, act_p, save_intermediate);
+  return SeparableConv2d::apply(c.input, c.depthwise_weight, c.pointwise_weight, c.depthwise_bias, c.pointwise_bias, c,
+                                save_intermediate);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(sepconv_ext, Autograd, m) { m.impl("separable_conv2d", separable_conv2d); }
+TORCH_LIBRARY_IMPL(sepconv_ext, Autograd, m) { m.impl("separable_conv2d", separable::as_op<separable_conv2d>); }
 
 }  // namespace sepconv

@@ -207,54 +207,37 @@ std::tuple<at::Tensor, at::Tensor> separable_fused(const Plan& plan, const Check
 }
 
 template <typename Device>
-at::Tensor separable_conv2d(const at::Tensor& input, const at::Tensor& depthwise_weight,
-                            const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& pointwise_weight,
-                            const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
-                            at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view depthwise_activation,
-                            std::string_view pointwise_activation, bool save_intermediate) {
-  const separable::Call call =
-      separable::call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, aten::sym(stride),
-                         aten::sym(padding), aten::sym(dilation), depthwise_activation, pointwise_activation);
-  if (const char* reason = no_kernel_for(input, 2)) {  // in inference mode only, as in conv2d
+at::Tensor separable_conv2d(const separable::Call& call, bool save_intermediate) {
+  if (const char* reason = no_kernel_for(call.input, 2)) {  // in inference mode only, as in conv2d
     count_aten(reason);
-    return separable::by_aten(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias,
-                              aten::sym(stride), aten::sym(padding), aten::sym(dilation), depthwise_activation,
-                              pointwise_activation, save_intermediate);
+    return separable::by_aten(call);
   }
-  const CheckedSeparable checked = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
-                                                   pointwise_bias, stride, padding, dilation);
-  const typename Device::Guard guard(input);
-  const auto plan = Device::plan_separable(checked.shape, input);
+  const CheckedSeparable checked = separable::check(call);
+  const typename Device::Guard guard(call.input);
+  const auto plan = Device::plan_separable(checked.shape, call.input);
   if (plan.is_composite() || reaches_far(checked.shape)) return separable::composite(call);
   if (is_one_image(Map::forward, checked.shape.depthwise)) {
-    return compute_once<Device>(input, checked.output, false, [&](const at::Tensor& image) {
-      return separable_conv2d<Device>(image, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride,
-                                      padding, dilation, depthwise_activation, pointwise_activation, save_intermediate);
+    return compute_once<Device>(call.input, checked.output, false, [&](const at::Tensor& image) {
+      return separable_conv2d<Device>(call.with_input(image), save_intermediate);
     });
   }
   return std::get<0>(separable_fused<Device>(plan, checked, call, /*output=*/true, /*intermediate=*/false));
 }
 
 template <typename Device>
-std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(
-    const at::Tensor& input, const at::Tensor& depthwise_weight, const std::optional<at::Tensor>& depthwise_bias,
-    const at::Tensor& pointwise_weight, const std::optional<at::Tensor>& pointwise_bias, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view depthwise_activation,
-    std::string_view pointwise_activation, bool output, bool intermediate) {
-  const separable::Call call =
-      separable::call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, aten::sym(stride),
-                         aten::sym(padding), aten::sym(dilation), depthwise_activation, pointwise_activation);
-  const CheckedSeparable checked = check_separable(input, depthwise_weight, depthwise_bias, pointwise_weight,
-                                                   pointwise_bias, stride, padding, dilation);
-  const typename Device::Guard guard(input);
+std::tuple<at::Tensor, at::Tensor> separable_conv2d_training(const separable::Call& call, bool output,
+                                                             bool intermediate) {
+  const CheckedSeparable checked = separable::check(call);
+  const typename Device::Guard guard(call.input);
   // Kept or computed again, the intermediate has the same bits. So a kernel that cannot write it does not make the
   // output either. Nor does one that keeps it before the activation, rounded to a half type: without it nothing is
   // rounded there.
-  const bool rounded = input.element_size() == 2 && !derivative_from_output(call.depthwise_activation);
+  const bool rounded = call.input.element_size() == 2 && !derivative_from_output(call.depthwise_activation);
   if (!Device::kKeepsIntermediate || rounded) return separable::composite_training(call, output, intermediate);
-  const auto plan = Device::plan_separable(checked.shape, input);
-  if (plan.is_composite() || reaches_far(checked.shape))
+  const auto plan = Device::plan_separable(checked.shape, call.input);
+  if (plan.is_composite() || reaches_far(checked.shape)) {
     return separable::composite_training(call, output, intermediate);
+  }
   return separable_fused<Device>(plan, checked, call, output, intermediate);
 }
 
@@ -293,8 +276,8 @@ void register_ops(torch::Library& m) {
   m.impl("conv2d_grad_input", gradient<Device, Map::grad_input>);
   m.impl("conv2d_grad_weight", gradient<Device, Map::grad_weight>);
   m.impl("conv2d_both_grads", conv2d_both_grads<Device>);
-  m.impl("separable_conv2d", separable_conv2d<Device>);
-  m.impl("separable_conv2d_training", separable_conv2d_training<Device>);
+  m.impl("separable_conv2d", separable::as_op<separable_conv2d<Device>>);
+  m.impl("separable_conv2d_training", separable::as_training_op<separable_conv2d_training<Device>>);
   m.impl("spatial_separable_conv2d", spatial_separable_conv2d<Device>);
 }
 

@@ -7,7 +7,6 @@
 
 #include <optional>
 #include <string_view>
-#include <utility>
 
 #include "core/activation.h"
 #include "ops/checks.h"
@@ -29,17 +28,8 @@ struct Call {
 };
 
 // A function of a Call as a function with the op's own arguments.
-template <typename Signature>
-struct FromArguments;
-template <typename Result, typename... Arguments>
-struct FromArguments<Result(Arguments...)> {
-  template <Result (*function)(const Call&)>
-  static Result call(Arguments... arguments) {
-    return function(Call{std::forward<Arguments>(arguments)...});
-  }
-};
 template <at::Tensor (*function)(const Call&)>
-inline constexpr auto as_op = FromArguments<SignatureOf<ops::inverted_residual>>::call<function>;
+inline constexpr auto as_op = Gathering<SignatureOf<ops::inverted_residual>>::call<Call, 20, function>;
 
 // By the ops of the table; differentiable when called above the autograd key.
 at::Tensor composite(const Call&);

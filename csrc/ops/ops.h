@@ -41,6 +41,21 @@ struct Op<name, Result(Arguments...)> {
 template <const auto& op>
 using SignatureOf = typename std::remove_cvref_t<decltype(op)>::Signature;
 
+// A function of an op's arguments that travel as one: `Gathered` is a struct whose members are the first `count`
+// arguments of the op, in their order. The function takes it, and the arguments that are left.
+template <typename Signature>
+struct Gathering;
+template <typename Result, typename... Arguments>
+struct Gathering<Result(Arguments...)> {
+  template <typename Gathered, size_t count, auto function>
+  static Result call(Arguments... arguments) {
+    const auto all = std::forward_as_tuple(std::forward<Arguments>(arguments)...);
+    return [&]<size_t... first, size_t... left>(std::index_sequence<first...>, std::index_sequence<left...>) {
+      return function(Gathered{std::get<first>(all)...}, std::get<count + left>(all)...);
+    }(std::make_index_sequence<count>(), std::make_index_sequence<sizeof...(Arguments) - count>());
+  }
+};
+
 namespace ops {
 
 using at::Tensor;

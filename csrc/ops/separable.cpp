@@ -49,12 +49,25 @@ std::tuple<Tensor, Tensor> composite_training(const Call& c, bool output, bool i
   return {output ? pointwise(c, activated(c, kept), c.pointwise_activation) : none, intermediate ? kept : none};
 }
 
-Tensor by_aten(const Tensor& input, const Tensor& depthwise_weight, ops::Bias depthwise_bias,
-               const Tensor& pointwise_weight, ops::Bias pointwise_bias, c10::SymIntArrayRef stride,
-               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, std::string_view depthwise_activation,
-               std::string_view pointwise_activation, bool /*save_intermediate*/) {
-  const Call c = call_of(input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding,
-                         dilation, depthwise_activation, pointwise_activation);
+CheckedSeparable check(const Call& c) {
+  return check_separable(c.input, c.depthwise_weight, c.depthwise_bias, c.pointwise_weight, c.pointwise_bias,
+                         C10_AS_INTARRAYREF_SLOW(c.stride), C10_AS_INTARRAYREF_SLOW(c.padding),
+                         C10_AS_INTARRAYREF_SLOW(c.dilation));
+}
+
+Tensor by_dispatcher(const Call& c, bool save_intermediate) {
+  return ops::separable_conv2d(c.input, c.depthwise_weight, c.depthwise_bias, c.pointwise_weight, c.pointwise_bias,
+                               c.stride, c.padding, c.dilation, name_of(c.depthwise_activation),
+                               name_of(c.pointwise_activation), save_intermediate);
+}
+
+std::tuple<Tensor, Tensor> training_by_dispatcher(const Call& c, bool output, bool intermediate) {
+  return ops::separable_conv2d_training(
+      c.input, c.depthwise_weight, c.depthwise_bias, c.pointwise_weight, c.pointwise_bias, c.stride, c.padding,
+      c.dilation, name_of(c.depthwise_activation), name_of(c.pointwise_activation), output, intermediate);
+}
+
+Tensor by_aten(const Call& c, bool /*save_intermediate*/) {
   const Tensor intermediate = depthwise(c, c.depthwise_activation, aten::conv2d);
   return pointwise(c, intermediate, c.pointwise_activation, aten::conv2d);
 }

@@ -15,32 +15,42 @@
 
 namespace sepconv::separable {
 
-// A call's tensors and arguments, gathered. It refers to them: it does not outlive the function that got them.
-struct Call {
-  const at::Tensor &input, &depthwise_weight;
-  const std::optional<at::Tensor>& depthwise_bias;
-  const at::Tensor& pointwise_weight;
-  const std::optional<at::Tensor>& pointwise_bias;
-  c10::SymIntArrayRef stride, padding, dilation;
-  Activation depthwise_activation, pointwise_activation;
+// An activation, by its name where an op was given that.
+struct NamedActivation {
+  Activation activation;
+  NamedActivation(Activation a) : activation(a) {}
+  NamedActivation(std::string_view name) : activation(parse_activation(name)) {}
+  operator Activation() const { return activation; }
 };
 
-// The same from the op's own arguments.
-inline Call call_of(const at::Tensor& input, const at::Tensor& depthwise_weight, ops::Bias depthwise_bias,
-                    const at::Tensor& pointwise_weight, ops::Bias pointwise_bias, c10::SymIntArrayRef stride,
-                    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, std::string_view depthwise_activation,
-                    std::string_view pointwise_activation) {
-  return {input,
-          depthwise_weight,
-          depthwise_bias,
-          pointwise_weight,
-          pointwise_bias,
-          stride,
-          padding,
-          dilation,
-          parse_activation(depthwise_activation),
-          parse_activation(pointwise_activation)};
-}
+// A call's tensors and arguments, gathered, in the order of the op's signature. It refers to them: it does not outlive
+// the function that got them.
+struct Call {
+  const at::Tensor &input, &depthwise_weight;
+  ops::Bias depthwise_bias;
+  const at::Tensor& pointwise_weight;
+  ops::Bias pointwise_bias;
+  c10::SymIntArrayRef stride, padding, dilation;
+  NamedActivation depthwise_activation, pointwise_activation;
+
+  Call with_input(const at::Tensor& image) const {
+    return {image,  depthwise_weight, depthwise_bias, pointwise_weight,     pointwise_bias,
+            stride, padding,          dilation,       depthwise_activation, pointwise_activation};
+  }
+};
+
+// A function of a Call as a function with the op's own arguments. What the op is told beside the call comes after it:
+// save_intermediate; or for training whether the output and the intermediate are wanted.
+template <at::Tensor (*function)(const Call&, bool save_intermediate)>
+inline constexpr auto as_op = Gathering<SignatureOf<ops::separable_conv2d>>::call<Call, 10, function>;
+template <std::tuple<at::Tensor, at::Tensor> (*function)(const Call&, bool output, bool intermediate)>
+inline constexpr auto as_training_op = Gathering<SignatureOf<ops::separable_conv2d_training>>::call<Call, 10, function>;
+
+CheckedSeparable check(const Call&);
+
+// The ops, through the dispatcher.
+at::Tensor by_dispatcher(const Call&, bool save_intermediate);
+std::tuple<at::Tensor, at::Tensor> training_by_dispatcher(const Call&, bool output, bool intermediate);
 
 // The activation that the intermediate is kept behind: none where the derivative needs the value before.
 constexpr Activation kept_activation(Activation a) { return derivative_from_output(a) ? a : Activation::identity; }
@@ -58,6 +68,6 @@ at::Tensor composite(const Call&);
 std::tuple<at::Tensor, at::Tensor> composite_training(const Call&, bool output, bool intermediate);
 
 // The op separable_conv2d by ATen's own functions, differentiable.
-SignatureOf<ops::separable_conv2d> by_aten;
+at::Tensor by_aten(const Call&, bool save_intermediate = false);
 
 }  // namespace sepconv::separable

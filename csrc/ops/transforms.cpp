@@ -68,7 +68,7 @@ void register_aten(torch::Library& m) {
   m.impl("conv2d", RulesOf<ops::conv2d>::by_aten<aten::conv2d, reason>);
   m.impl("conv2d_grad_input", RulesOf<ops::conv2d_grad_input>::by_aten<aten::conv2d_grad_input, reason>);
   m.impl("conv2d_grad_weight", RulesOf<ops::conv2d_grad_weight>::by_aten<aten::conv2d_grad_weight, reason>);
-  m.impl("separable_conv2d", RulesOf<ops::separable_conv2d>::by_aten<separable::by_aten, reason>);
+  m.impl("separable_conv2d", RulesOf<ops::separable_conv2d>::by_aten<separable::as_op<separable::by_aten>, reason>);
   m.impl("spatial_separable_conv2d",
          RulesOf<ops::spatial_separable_conv2d>::by_aten<aten::spatial_separable_conv2d, reason>);
   m.impl("inverted_residual",
