@@ -252,12 +252,21 @@ def check(index: int, arch: str, all_kernels: bool) -> set[tuple[str, str]]:
     return ptx.launched(done.stdout)
 
 
+@functools.cache
+def doors_by_file() -> dict[str, list[str]]:
+    """The doors of launch.h, by the .cu file that defines them, without its ending."""
+    found: dict[str, list[str]] = {}
+    for door in emulate.doors():
+        found.setdefault(emulate.door_source(door).stem, []).append(door)
+    return found
+
+
 def doors_passed(index: int, files: set[str]) -> set[str]:
     """Doors whose kernels were launched: of a file with several the one that is named as the case's map. (nvcc's host
     code jumps from a door to its kernel's launch, so that the call stack does not have it.)"""
     passed = set()
     for file in files:
-        doors = [door for door in emulate.doors() if emulate.door_source(door).stem == file]
+        doors = doors_by_file()[file]
         passed |= {door for door in doors if len(doors) == 1 or door.endswith(f"_{RUNS[index].map}")}
     return passed
 
@@ -271,7 +280,7 @@ def test_kernel(index: int, arch: str) -> None:
 
 
 def doors_of(files: set[str]) -> set[str]:
-    return {door for door in emulate.doors() if emulate.door_source(door).stem in files}
+    return {door for file in files for door in doors_by_file()[file]}
 
 
 def test_every_door_is_run() -> None:
