@@ -114,7 +114,9 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
         options.models = list(networks.NETWORKS) if options.models == [] else options.models or []
         options.training = list(models.MODELS) if options.training == [] else options.training or []
         chosen = [name for name in networks.PEERS if name in (options.peers or networks.PEERS)]
-        options.runtimes = [*chosen, *networks.OURS]
+        # What is converted is compiled as well, for minutes: it runs beside what is compiled without.
+        ours = [name for name in networks.OURS if name != "sepconv convert" or "compile" in chosen]
+        options.runtimes = [*chosen, *ours]
     options.model_batches = [options.batch] if options.batch else [1, 8]
     options.all |= bar_check or options.layers in ("learnt", "held-out")
     options.kinds = options.kinds or (["depthwise"] if bar_check else list(layers.KINDS))

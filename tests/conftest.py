@@ -26,11 +26,12 @@ def _no_cuda_reason() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device is visible to torch"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _no_cuda_reason()
     for item in items:
-        if item.get_closest_marker("emulated"):  # in one process: they share compilations and use all cores
-            item.add_marker(pytest.mark.xdist_group("emulated"))
+        if item.get_closest_marker("emulated"):  # in one process each: they share compilations and use all cores
+            item.add_marker(pytest.mark.xdist_group("ptx" if item.path.stem == "test_ptx" else "emulated"))
         if reason is not None and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=reason))
 
