@@ -742,3 +742,42 @@ def test_a_network_of_another_kind(name: str) -> None:
     if not any_size:
         with pytest.raises(RuntimeError, match=r"(must have size|sizes must satisfy) .*\[1, 3, \d+, \d+\]"):
             frozen(random((1, 3, size + 32, size), torch.float32, "cpu"))
+
+
+class AsksForOne(nn.Module):
+    """Another way through its forward where a size, or something made of sizes, is 1."""
+
+    def __init__(self, asks) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.asks, self.conv = asks, nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y * 2 if self.asks(x, y) else y
+
+
+@pytest.mark.parametrize("size", [(2, 8, 16, 16), (1, 8, 1, 1), (1, 8, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x, y: x.shape[2] // 8 > 1,
+        lambda x, y: x.shape[2] * x.shape[3] > 1,
+        lambda x, y: x.shape[3] != 1,
+        lambda x, y: y.shape[2] > 1,
+    ],
+    ids=["part", "pixels", "width", "inside"],
+)
+@torch.no_grad()
+def test_branches_on_a_size_of_one(asks, size: tuple[int, ...]) -> None:
+    """Right or refused by name: what torch asks for itself leaves the same traces as what the model asks."""
+    model = AsksForOne(asks).eval()
+    frozen = freeze(model, torch.zeros(size))
+    for other in (size, (2, 8, 5, 3), (1, 8, 1, 1), (1, 8, 16, 16), (3, 8, 16, 16)):
+        x = torch.randn(other)
+        try:
+            y = frozen(x)
+        except RuntimeError as error:
+            assert other != size and "size" in str(error)
+        else:
+            torch.testing.assert_close(y, model(x))

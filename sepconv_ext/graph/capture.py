@@ -10,11 +10,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
@@ -98,6 +99,9 @@ def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> P
         except Exception as error:
             problem = problem or error
             continue
+        if branch := _branch_on_one(exported):
+            problem = problem or Uncapturable(f"its forward asks whether sizes are 1 ({branch})")
+            continue
         try:
             program = _program(exported, names)
         except _Aliased:
@@ -106,6 +110,9 @@ def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> P
             program.signature.check(flat)
         except RuntimeError as error:  # the model goes another way, or takes a number of images for given
             problem = problem or error
+            continue
+        if example is not arguments and not _goes_the_same_way(model, exported, arguments):
+            problem = problem or Uncapturable("its forward goes another way for larger examples")
             continue
         program.example = _sizes_of(program, flat)
         return program
@@ -189,6 +196,44 @@ class _FewConditions(TorchFunctionMode):
             if len(guards) > self.most or any(sympy.count_ops(guard.expr) > self.longest for guard in new):
                 raise Uncapturable("its sizes depend on each other in too many ways")
         return function(*args, **(kwargs or {}))
+
+
+def _branch_on_one(exported: torch.export.ExportedProgram) -> str | None:
+    """Where the model itself, and not torch, asks whether some expression of sizes is 1. `_conditions` cannot tell."""
+    values = (node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder")
+    sizes = (n for value in values if isinstance(value, Tensor) for n in value.shape)
+    shapes = next((n.node.shape_env for n in sizes if isinstance(n, torch.SymInt)), None)
+    for guard in shapes.guards if shapes is not None else ():
+        frame = guard.sloc.framework_loc  # the innermost one outside of the symbols' own machinery
+        if sympy.Integer(1) in guard.expr.args and not getattr(frame, "filename", "").startswith(_NOT_THE_MODEL):
+            return f"{guard.expr}, {frame}"
+    return None
+
+
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+
+
+def _goes_the_same_way(model: nn.Module, exported: torch.export.ExportedProgram, arguments: tuple) -> bool:
+    """Whether what was captured with a larger example computes what the model does of the user's own.
+
+    Branches that are settled by sizes above 1 leave no condition behind.
+    """
+    leaves = iter(pytree.tree_leaves((arguments, {})))
+    tensors = {**exported.state_dict, **exported.constants}
+    values = [
+        next(leaves) if spec.kind is InputKind.USER_INPUT else tensors[spec.target]
+        for spec in exported.graph_signature.input_specs
+    ]
+    with torch.no_grad():
+        captured = pytree.tree_leaves(fx.Interpreter(exported.graph_module).run(*values))
+        own = pytree.tree_leaves(model(*arguments))
+    return len(captured) == len(own) and all(map(_is_close, captured, own))
+
+
+def _is_close(a: object, b: object) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a == b
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def _dynamic_sizes(leaf: object, batch: bool, spatial: bool) -> dict | None:
