@@ -21,19 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = RESULTS / "2026-11-22-epyc-2cores" / "record.json"
 EAGER = RESULTS / "2026-11-22-epyc-2cores-networks" / "record.json"
-NETWORKS = RESULTS / "2026-11-30-xeon-2cores-peers" / "record.json"
+NETWORKS = RESULTS / "2026-11-30-epyc-2cores-peers" / "record.json"
 MAPS = {"forward": "forward", "grad_input": "gradient by\nthe input", "grad_weight": "gradient by\nthe weight"}
 LAYOUTS = {"nchw": "NCHW", "channels_last": "channels_last"}
 COLOURS = {"nchw": "#0072b2", "channels_last": "#e69f00"}
-LOSS, GREY = "#b2432b", "#7f7f7f"
-
-
-def networks() -> list[tuple[str, float]]:
-    """(label, the best peer's time over ours)."""
-    rows = json.loads(NETWORKS.read_text())["networks"]
-    return [
-        (f"{row['model']}@{row['image_size']}, N {row['batch']}, {row['threads']} thr.", row["speedup"]) for row in rows
-    ]
+GREY = "#7f7f7f"
 
 
 def draw_layers(axis, record: dict, threads: int) -> None:
@@ -65,35 +57,42 @@ def draw_layers(axis, record: dict, threads: int) -> None:
     axis.set_title("Depthwise layers against torch (oneDNN)\n1.0 is torch's time, eager, same layout", fontsize=11)
 
 
-def draw_networks(axis) -> None:
-    rows = networks()
-    colours = [LOSS if ratio < 1 else COLOURS["nchw"] for _, ratio in rows]
-    bars = axis.barh([label for label, _ in rows], [ratio for _, ratio in rows], color=colours, height=0.62)
-    axis.bar_label(bars, [f"{ratio:.2f}x" for _, ratio in rows], padding=3, fontsize=9)
-    axis.axvline(1.0, color=GREY, linewidth=1)
-    axis.set_xlim(0, max(1.2, *(ratio + 0.2 for _, ratio in rows)))
+def draw_networks(axis, rows: list[dict]) -> None:
+    """A line for each network; a dot for each batch and number of threads: the best peer's time over ours."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    axis.hlines(range(len(names)), 0, 100, color=GREY, linewidth=0.4, alpha=0.5)
+    for batch, threads in sorted({(row["batch"], row["threads"]) for row in rows}):
+        some = [row for row in rows if (row["batch"], row["threads"]) == (batch, threads) and row["speedup"]]
+        axis.scatter(
+            [row["speedup"] for row in some], [names.index(row["model"]) for row in some], s=26, alpha=0.85,
+            color=COLOURS["nchw" if threads == 1 else "channels_last"], marker="o" if batch == 1 else "D",
+            label=f"N {batch}, {threads} thread{'s' * (threads > 1)}",
+        )  # fmt: skip
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.set_xlim(0, max(row["speedup"] or 0 for row in rows) + 0.2)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.invert_yaxis()
-    axis.tick_params(axis="y", labelsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="upper right")
     axis.set_xlabel("best peer's time over ours")
-    title = "Whole networks, inference\n1.0 is the better of ONNX Runtime and OpenVINO"
-    axis.set_title(title, fontsize=11)
+    axis.set_title("Whole networks, inference\n1.0 is the better of ONNX Runtime and OpenVINO", fontsize=11)
 
 
 def results() -> None:
     record = json.loads(LAYERS.read_text())
     machine = f"{record['machine']['device']}, {record['machine']['cores']} cores"
+    contest = json.loads(NETWORKS.read_text())
     figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(6.6, 7.4), layout="constrained", gridspec_kw={"height_ratios": [1.2, 1]}
+        2, 1, figsize=(6.6, 8.6), layout="constrained", gridspec_kw={"height_ratios": [1, 1.1]}
     )
     draw_layers(top, record, threads=2)
-    draw_networks(bottom)
+    draw_networks(bottom, contest["networks"])
     for axis in (top, bottom):
         axis.spines[["top", "right"]].set_visible(False)
     count = len({row["layer"] for row in record["layers"]})
     note = (
         f"{machine}, float32. Above: {record['started'][:10]}, the {count} depthwise layers of layers.csv, N 8,\n"
-        f"2 threads; bars and figures are geometric means. Below: {NETWORKS.parent.name[:10]}, 224x224,\n"
-        "2 cores of a Xeon, frozen models; thr. is threads."
+        f"2 threads; bars and figures are geometric means. Below: {contest['started'][:10]},\n"
+        f"{contest['machine']['device']}, {contest['machine']['cores']} cores, frozen models."
     )
     figure.supxlabel(note, fontsize=9, color="#444444")
     save(figure, "results")
