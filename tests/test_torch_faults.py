@@ -66,6 +66,8 @@ check(b16, (2, 24, 5, 28), (24, 12, 1, 8), (1, 2), (0, 4), 1, 2, channels_last, 
 check(b16, (17, 64, 56, 2), (32, 4, 11, 11), (4, 3), 5, 1, 16, plain, plain)
 check(b16, (3, 8, 56, 2), (3, 8, 9, 9), 2, 4, 1, 1, channels_last, plain)
 check(b16, (2, 32, 5, 2), (8, 32, 3, 3), (1, 2), 1, 1, 1, plain, plain)
+for c in (32, 48, 64): check(b16, (1, c, 8, 1), (2 * c, 1, 13, 13), (1, 3), 6, 1, c, channels_last, plain)
+check(b16, (2, 64, 3, 4), (192, 1, 1, 13), 2, (0, 5), 1, 64, channels_last, plain)
 """
 PERMUTED_WEIGHTS = """
 check(f64, (3, 33, 28, 2), (8, 33, 6, 1), 1, 0, 1, 1, channels_last, permuted)
@@ -81,7 +83,7 @@ check(f64, (2, 8, 9, 9), (8, 8, 3, 3), 1, 1, 1, 1, plain, permuted)
         (STRIDED_1X1, 4, 3),
         (HALF_WEIGHT_GRADIENTS, 1, 7),
         (FEW_CHANNELS, 2, 3),
-        (WIDE_AND_ONE_COLUMN, 1, 5),
+        (WIDE_AND_ONE_COLUMN, 1, 9),
         (PERMUTED_WEIGHTS, 1, 3),
     ],
     ids=[
