@@ -28,7 +28,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 help:
 	@echo "make test | test-all | bench | train-digits | test-emulator | test-mutations | fuzz | build"
 	@echo "make docs | docs-data | lint | format | clean"
-	@echo "make gpu (= gpu-build gpu-test gpu-sanitize gpu-bench): on a machine with a GPU, with its own python3"
+	@echo "make gpu gpu-peers (alone: gpu-build gpu-test gpu-sanitize gpu-bench): on a machine with a GPU, with its python3"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -139,11 +139,12 @@ SANITIZER ?= $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer) $(shell 
 RECORD := $(OUT)/gpu
 logged = set -o pipefail; mkdir -p $(RECORD); timeout -k 10 $(1) $(2) 2>&1 | tee $(RECORD)/$(3)
 
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench
-gpu: SHELL := /bin/bash
-gpu: gpu-build
-	@failed=; for part in gpu-test gpu-sanitize gpu-bench; do $(MAKE) -k $$part || failed="$$failed $$part"; done; \
-	echo "make gpu: record in $(RECORD); failed:$${failed:- none}"; test -z "$$failed"
+.PHONY: gpu gpu-peers gpu-build gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench
+# In nine minutes, step by step with limits; then who else is there, and compute-sanitizer (tests/gpu_record.py).
+gpu:
+	$(GPU_PYTHON) tests/gpu_record.py --out $(RECORD)
+gpu-peers:
+	$(GPU_PYTHON) tests/gpu_record.py --out $(RECORD) --peers
 
 gpu-build:
 	SEPCONV_CUDA=1 timeout -k 10 $(GPU_BUILD_LIMIT) $(GPU_PYTHON) setup.py --quiet build_ext --inplace
