@@ -2,9 +2,9 @@
 
 A module is converted by giving it another class, not by putting another module in its place: `nn.Conv2d` becomes
 `sepconv_ext.nn.Conv2d` and `nn.Conv1d` becomes `sepconv_ext.nn.Conv1d`, which have the same attributes and differ in
-one method. So the Parameter objects, buffers, hooks, training and requires_grad flags, device, names, and every
-reference that anyone holds to the module (optimisers, a module registered under two names, the model itself where it
-is a single Conv2d) stay exactly what they were.
+one method. So the Parameter objects, buffers, hooks, training and requires_grad flags, device and names stay exactly
+what they were. So does every reference that anyone holds to the module: an optimiser's, a second name that it is
+registered under, the model itself where it is a single Conv2d.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | Non
 
     Returns:
         A Report: which convolutions were replaced, and which were skipped and why. Skipped are dense convolutions
-        (groups = 1 with a kernel of several taps, or with padding), subclasses of nn.Conv2d and nn.Conv1d, lazy,
-        quantised and scripted modules, modules whose forward was replaced on the instance, and weights that are tensor
-        subclasses, integer or complex.
+        (groups = 1 with a kernel of several taps, or with padding) and subclasses of nn.Conv2d and nn.Conv1d. So are
+        lazy, quantised and scripted modules, and modules whose forward was replaced on the instance. So are weights
+        that are tensor subclasses, integer or complex.
 
     Modules are changed, not exchanged: parameters, buffers, hooks, flags and references to the modules stay as they
     are. Copies and pickles of a converted model work; reading a pickle needs sepconv_ext installed. A state_dict does

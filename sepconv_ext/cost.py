@@ -10,14 +10,14 @@ N * P * Q output pixels:
     separable                 C * R * S * T + C * T * K       (depthwise, then pointwise)
     spatially separable       C * (R * W / Q + S)             (a column pass W wide, then a row pass Q wide)
 
-The weights are as many as the products of one pixel (of a spatially separable layer, C * (R + S), or R + S where one
-filter serves every channel); a bias adds one for each output channel. Linear layers cost in_features * out_features a
+The weights are as many as the products of one pixel. A spatially separable layer has C * (R + S), or R + S where one
+filter serves every channel. A bias adds one for each output channel. Linear layers cost in_features * out_features a
 row. Norms, activations, pooling and additions count no multiply-accumulates, as in torch.utils.flop_counter.
 
 Bytes are what memory must move at least: a layer's input once, its parameters once, its output once. Arithmetic
-intensity is operations (two a multiply-accumulate) for each of these bytes: where it is below what the machine
-computes in the time that it moves a byte, memory decides how fast the layer can be (S. Williams et al., "Roofline",
-CACM 52, 2009).
+intensity is operations (two a multiply-accumulate) for each of these bytes. A machine computes so many operations in
+the time that it moves a byte; where the intensity is lower, memory decides how fast the layer can be (S. Williams et
+al., "Roofline", CACM 52, 2009).
 """
 
 from __future__ import annotations
@@ -171,10 +171,10 @@ def cost(model: nn.Module, input_size: Sequence, dtype: torch.dtype = torch.floa
         dtype: in which every tensor is taken to be stored, for the bytes. Default: float32.
 
     Returns:
-        A Cost: `parameters`, `macs`, `bytes`, `intensity` of the whole, `layers` with the same for each layer (a module
-        that holds parameters and no other modules, or a separable layer), in the order of their first call, and
-        `by_kind()`, `table()`, `plot()`. What belongs to no such layer (parameters of the model's own, products
-        of attention) stands in a last layer, "other".
+        A Cost: `parameters`, `macs`, `bytes` and `intensity` of the whole, and `by_kind()`, `table()`, `plot()`.
+        `layers` has the same for each layer, in the order of their first call. A layer is a module that holds
+        parameters and no other modules, or a separable layer. What belongs to no layer (parameters of the model's own,
+        products of attention) stands in a last one, "other".
 
     The formulas stand at the top of this file. They are applied to the sizes that the model itself makes: it runs on
     tensors without data (torch's FakeTensorMode). Functional calls outside of layers count only where torch counts

@@ -2,7 +2,7 @@
 
 A 2-D filter is a matrix. Where its rank is 1 it is the product of a column and a row, and filtering with it is a
 vertical pass followed by a horizontal one: R + S products a pixel instead of R * S. Where its rank is higher, the
-sum of the first few such pairs is the best approximation with that many (Eckart and Young, 1936); its error is what
+sum of the first few such pairs is the best approximation with that many (Eckart and Young, 1936). Its error is what
 the singular values left out weigh. The same theorem turns a dense convolution into a depthwise-separable one: there the
 matrix is, for each input channel, the `[K, R * S]` slice of the weight.
 """
@@ -42,8 +42,7 @@ def separate(kernel: Tensor, rank: int = 1) -> Separated:
     """Column and row filters whose products, summed, are the best approximation of a filter.
 
     `sum(column[i][:, None] * row[i] for i in range(rank))` is the nearest matrix of that rank to the filter in the
-    Frobenius norm, so that filtering an image with it is the sum of `rank` results of
-    `functional.spatial_separable_conv2d(image, column[i], row[i])`.
+    Frobenius norm. To filter an image with it, add up `functional.spatial_separable_conv2d(image, column[i], row[i])`.
 
     Args:
         kernel: `[R, S]`, or any number of filters `[..., R, S]` (one a channel: `[C, R, S]`), floating point.
@@ -97,8 +96,9 @@ def separable_from_conv(conv: nn.Conv2d, multiplier: int = 1) -> SeparatedConv:
     """The depthwise-separable layer that is nearest to a dense convolution.
 
     For each input channel c the slice `weight[:, c]` is a matrix `[K, R * S]`. Its first `multiplier` = T singular
-    vectors on the right become the T depthwise filters of the channel, those on the left the columns of the pointwise
-    weight that take them up. No separable layer of this multiplier is nearer in the Frobenius norm of the weight.
+    vectors on the right become the T depthwise filters of the channel. Those on the left become the columns of the
+    pointwise weight that take them up. No separable layer of this multiplier is nearer in the Frobenius norm of the
+    weight.
 
     The dense layer has K * C * R * S weights and as many products a pixel, the separable one C * R * S * T + C * T * K.
 
@@ -107,8 +107,8 @@ def separable_from_conv(conv: nn.Conv2d, multiplier: int = 1) -> SeparatedConv:
         multiplier: T, 1 to min(K, R * S), where the result is exact. Default: 1.
 
     Returns:
-        A SeparatedConv: a new layer on the conv's device, in its dtype and training mode, with the conv's bias in the
-        pointwise stage; the relative error of the weight; and that error for every multiplier.
+        A SeparatedConv: the new layer, the relative error of its weight, and that error for every multiplier. The layer
+        is on the conv's device, in its dtype and training mode; the conv's bias is in the pointwise stage.
 
     Raises:
         TypeError: not an nn.Conv2d of real weights.
@@ -161,7 +161,7 @@ def merge(separable: nn.Module) -> nn.Conv2d:
 
     Args:
         separable: a SeparableConv2d of this package without norms and activations, or an nn.Sequential of the two
-            convolutions (nn.Identity may stand among them), whose pointwise one may have a stride, and groups that
+            convolutions, among which nn.Identity may stand. There the pointwise one may have a stride, and groups that
             divide the input channels.
 
     Returns:

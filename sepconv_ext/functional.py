@@ -149,9 +149,9 @@ def conv1d(
 ) -> Tensor:
     """`torch.nn.functional.conv1d`, by this package's kernels: the same arguments, result and errors.
 
-    The kernels read the sequence as an image of one row, where it lies. A sequence ``[N, C, L]`` that lies
-    in memory as ``[N, L, C]`` (``x.transpose(1, 2)`` of a contiguous ``[N, L, C]``) is computed as it lies, by the
-    channels_last kernels, and the output lies in the same order; F.conv1d would copy it and return ``[N, K, L]``.
+    The kernels read the sequence as an image of one row, where it lies. A sequence ``[N, C, L]`` may lie in memory as
+    ``[N, L, C]``, as ``x.transpose(1, 2)`` of a contiguous ``[N, L, C]`` does. The channels_last kernels compute it as
+    it lies, and the output lies in the same order. F.conv1d would copy it and return ``[N, K, L]``.
 
     Args:
         input: ``[N, C, L]`` or ``[C, L]``; any strides.
@@ -204,8 +204,8 @@ def padded_conv2d(
 ) -> Tensor:
     """`conv2d` with something else than zeros around the image, without a padded copy of it.
 
-    ``F.conv2d(F.pad(input, ..., mode), weight, bias, stride, 0, dilation, groups)`` in one call: what does not see the
-    padding is computed as with zeros, the rest by reading the pixels that the mode puts outside. Two calls still make a
+    ``F.conv2d(F.pad(input, ..., mode), weight, bias, stride, 0, dilation, groups)`` in one call. What does not see the
+    padding is computed as with zeros; the rest reads the pixels that the mode puts outside. Two calls still make a
     padded copy: the gradient by the weight in half types, and what goes to torch's own convolution (`explain`).
 
     Args:
@@ -356,9 +356,10 @@ def inverted_residual(
 
     ``e = activation(expand(input))``, a 1x1; ``d = activation(depthwise(e))``; then ``project(d)``, a 1x1, plus
     `input` where `residual` says so. With squeeze-and-excitation (arXiv 1709.01507) d's channels are first multiplied
-    by ``gate(excite(activation(squeeze(mean of d))))``. In inference on the CPU, float32 and channels_last, the values
-    between the convolutions stay in the cache; else, and where gradients are wanted, it is calls of `conv2d`, and
-    autograd keeps what lies between them.
+    by ``gate(excite(activation(squeeze(mean of d))))``.
+
+    In inference on the CPU, float32 and channels_last, the values between the convolutions stay in the cache. In all
+    other cases it is calls of `conv2d`, and autograd keeps what lies between them.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.
@@ -415,9 +416,9 @@ def spatial_separable_conv2d(input: Tensor, column: Tensor, row: Tensor, padding
     """Filters every channel down its columns, then along its rows: a depthwise convolution whose filter is a product.
 
     ``y[n, c, p, q] = sum over r, s of column[c, r] * row[c, s] * x[n, c, p + r - top, q + s - left]``: R + S products
-    a pixel instead of R * S, in one pass through memory: what lies between the two filters stays in the cache, in the
-    type that sums are kept in. Gaussian, box and Sobel filters are such products;
-    `sepconv_ext.factorize.separate` finds the pair, or the best sum of pairs, of any filter.
+    a pixel instead of R * S, in one pass through memory. What lies between the two filters stays in the cache, in the
+    type that sums are kept in. Gaussian, box and Sobel filters are such products. `sepconv_ext.factorize.separate`
+    finds the pair, or the best sum of pairs, of any filter.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.

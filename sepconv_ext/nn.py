@@ -33,10 +33,11 @@ class Conv2d(_Unscriptable, nn.Conv2d):
     """A torch.nn.Conv2d whose convolution is `sepconv_ext.functional.conv2d`.
 
     Arguments, defaults, attributes, initialisation, state_dict and printed form are torch.nn.Conv2d's, and so is every
-    `padding_mode`, for which no padded copy is made (`sepconv_ext.functional.padded_conv2d`). Input [N, C, H, W] or
-    [C, H, W]; output [N, K, P, Q] or [K, P, Q] in the layout that torch.nn.Conv2d gives; channels_last stays so under
-    padding_mode="circular" too, where torch's padded copy loses it. While torch.nn.functional.conv2d is another
-    function than torch's (a profiler counts its calls), that one is called.
+    `padding_mode`, for which no padded copy is made (`sepconv_ext.functional.padded_conv2d`).
+
+    Input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q] in the layout that torch.nn.Conv2d gives. Under
+    padding_mode="circular", too, channels_last stays channels_last, which torch's padded copy loses. While
+    torch.nn.functional.conv2d is another function than torch's (a profiler counts its calls), that one is called.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -212,9 +213,9 @@ class SeparableConv2d(_Unscriptable, nn.Module):
     """A depthwise-separable convolution: depthwise -> [norm] -> activation -> pointwise -> [norm] -> activation.
 
     Without norms, and with norms in eval(), all of it is one `functional.separable_conv2d`, the norms folded into the
-    weights; with norms in train() it runs stage by stage. The parts are the modules `depthwise` (an nn.Conv2d with
-    groups = in_channels), `depthwise_norm`, `pointwise` (an nn.Conv2d, 1x1) and `pointwise_norm` (nn.BatchNorm2d or
-    None); while one of them has a hook, too, it runs stage by stage.
+    weights. With norms in train(), and while one of its parts has a hook, it runs stage by stage. The parts are the
+    modules `depthwise` (an nn.Conv2d with groups = in_channels), `depthwise_norm`, `pointwise` (an nn.Conv2d, 1x1) and
+    `pointwise_norm`. A norm is an nn.BatchNorm2d or None.
 
     Two orders are in use. MobileNet's (Howard et al., 2017) is convolution, norm, activation after both stages:
     `norm="batch", activation="relu6", depthwise_activation="relu6"`. Xception's (Chollet, 2017) has nothing between
@@ -224,8 +225,8 @@ class SeparableConv2d(_Unscriptable, nn.Module):
     Args:
         in_channels, out_channels: C and K, any numbers.
         kernel_size, stride, dilation: of the depthwise stage, as for torch.nn.Conv2d. Stride and dilation: 1.
-        padding: of the depthwise stage: as for torch.nn.Conv2d, or "same" (default), which here goes with any stride:
-            dilation * (kernel_size - 1) // 2 zeros on every side, so that the output has ceil(H / stride) rows. At
+        padding: of the depthwise stage: as for torch.nn.Conv2d, or "same" (default), which here goes with any stride.
+            It is dilation * (kernel_size - 1) // 2 zeros on every side, and the output has ceil(H / stride) rows. At
             stride 2 that is where torchvision's and timm's models put their zeros; TensorFlow's "same" puts the odd one
             below and right for even H, and differs there by one pixel. A kernel of an even extent has no such middle:
             it needs stride 1, and its odd zero goes below and right, as in torch.
@@ -244,10 +245,9 @@ class SeparableConv2d(_Unscriptable, nn.Module):
         ValueError: an unknown activation or norm; a multiplier that is not positive; padding="same" for a kernel of an
             even extent at a stride.
 
-    Channels: an nn.Conv2d(C, K, groups=g) needs g to divide both C and K, so its finest grouping is g = gcd(C, K): a
-    layer from 32 to 48 channels has at most 16 groups, two channels in and three out each, and a depthwise layer
-    (g = C) needs K to be a multiple of C. Here only the depthwise stage is grouped, its K is C * T by construction, and
-    the pointwise stage mixes all channels: so out_channels may be any number.
+    Channels: out_channels may be any number. An nn.Conv2d(C, K, groups=g) needs g to divide both C and K, so it has
+    gcd(C, K) groups at most: from 32 to 48 channels that is 16, and depthwise (g = C) needs K to be a multiple of C.
+    Here only the depthwise stage is grouped, its K is C * T, and the pointwise stage mixes all channels.
 
     Input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q].
     """

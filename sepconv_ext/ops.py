@@ -2,9 +2,9 @@
 
 The schemas and the kernels are registered by ``_C`` (csrc/ops/library.cpp); they are called as
 ``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input``, ``.conv2d_grad_weight``, ``.separable_conv2d``,
-``.spatial_separable_conv2d`` and ``.inverted_residual``. Two more serve autograd: ``conv2d_both_grads``, the second
-and third in one call, which everything that knows it not takes apart into the two; and
-``separable_conv2d_training``, the fourth as its gradient needs it, which has no gradient itself.
+``.spatial_separable_conv2d`` and ``.inverted_residual``. Two more serve autograd. ``conv2d_both_grads`` is the second
+and third in one call; whatever does not know it takes it apart into the two. ``separable_conv2d_training`` is the
+fourth as its gradient needs it, and has no gradient itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Slow, obvious oracles for the three maps and the separable pair, shared by the tests and the benchmarks.
 
-Everything is computed in float64 with one plain loop over the taps of the kernel; no convolution routine of torch is
+Everything is computed in float64 with one plain loop over the taps of the kernel. No convolution routine of torch is
 called, so an oracle shares no code with what it judges. The three functions are written out one by one from
 
     y[n, k, p, q] = sum over c, r, s of  x[n, c, h, w] * weight[k, c', r, s]

@@ -238,6 +238,12 @@ def test_the_barrier_check_can_fail():
 # --- who decides, and who checks ---
 
 
+def test_a_kernel_without_a_door_is_an_error():
+    """From a plan to its kernel no `default:` computes: it would take the place of what was forgotten."""
+    names = ("run.cpp", "bindings.cpp", "packed_bindings.cpp")
+    assert not found(r"\bdefault:(?!\s*no_door\b)", [path for path in CPU + CUDA if path.name in names])
+
+
 def test_devices_are_chosen_by_dispatch():
     allowed = {
         "csrc/ops/library.cpp": "explain() tells which plan a device has; it runs nothing",
@@ -283,7 +289,7 @@ def test_lines_fit_in_120_columns():
     assert not [f"{name_of(path)}:{number}" for path, number, line in lines if len(line) > 120]
 
 
-@pytest.mark.parametrize("path", [path for path in CPU + CUDA if path.suffix in {".cpp", ".cu"}], ids=name_of)
+@pytest.mark.parametrize("path", CPU + CUDA, ids=name_of)
 def test_kernel_files_stay_readable(path):
     lines = path.read_text().splitlines()
     assert len(lines) < 400

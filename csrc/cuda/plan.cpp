@@ -104,7 +104,8 @@ Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& devi
   if (d.R * d.S > kSeparableTaps)
     return composite("more than 64 taps: the depthwise stage alone is bound by arithmetic");
   const bool mma = is_half(dtype) && device.compute_capability >= 80;
-  const int64_t widest = mma ? 256 : dtype == DType::float64 ? 64 : 128;
+  int64_t widest = dtype == DType::float64 ? 64 : 128;
+  if (mma) widest = 256;
   const int64_t tiles = ceil_div(p.K, widest);
   if (!strict) {  // predicted, not measured: benchmarks/notes
     if (tiles > 1) return composite("more output channels than a block holds: the depthwise stage would be repeated");

@@ -130,7 +130,9 @@ def _pass(first: Callable | None) -> Callable:
 
         def uuid(self) -> object:
             files = get_hash_for_files((__file__, _C.__file__))
-            return (files, first.uuid()) if isinstance(first, CustomGraphPass) else files if first is None else None
+            if first is None:
+                return files
+            return (files, first.uuid()) if isinstance(first, CustomGraphPass) else None
 
     return Convolutions()
 
@@ -149,14 +151,14 @@ def _is_ours(map: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad:
     sizes = [*input.shape, *weight.shape]
     if input.dim() != 4 or not all(isinstance(n, int) for n in sizes) or 0 in sizes:
         return False
-    format = torch.channels_last if input.device.type == "cpu" else None
 
     def made(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        if format is not None and tensor.dim() == 4 and map == "forward" and tensor is input:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=format)
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        options = dict(dtype=tensor.dtype, device=tensor.device)  # of a real tensor, which empty_like would not give
+        if tensor is input and map == "forward" and input.device.type == "cpu":
+            return torch.empty(tensor.shape, memory_format=torch.channels_last, **options)
+        return torch.empty_strided(tensor.shape, tensor.stride(), **options)
 
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -214,7 +216,8 @@ def _replace_backward(graph: fx.Graph, node: fx.Node) -> None:
             other = (weight, input)[i]
             size, strides = list(_value(like).shape), list(_value(like).stride())
             results[i] = _call(graph, node, op, grad, other, size, strides, *place)
-    if mask[2] and not (mask[0] and not is_ours[0]) and not (mask[1] and not is_ours[1]):
+    torchs = [mask[i] and not is_ours[i] for i in (0, 1)]
+    if mask[2] and not any(torchs):  # else torch's call makes the bias's gradient along with its own
         results[2] = _call(graph, node, aten.sum.dim_IntList, grad, [0, 2, 3])
     rest = [wanted and i not in results for i, wanted in enumerate(mask)]
     for user in list(node.users):

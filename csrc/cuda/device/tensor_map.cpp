@@ -36,16 +36,16 @@ bool has_tensor_maps() { return encode() != nullptr; }
 
 cudaError_t make_tensor_map(TensorMap& map, DType dtype, const ImageBoxes& image) {
   if (!has_tensor_maps()) return cudaErrorNotSupported;
-  const CUtensorMapDataType type = dtype == DType::float16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                   : dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  if (dtype == DType::float16) type = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  if (dtype == DType::bfloat16) type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t bytes = dtype == DType::float32 ? 4 : 2;
   // The stride of a dimension of one is never used: it is that of the next larger one, or as if the image were dense.
   const int64_t pixel = (image.C + 7) / 8 * 8;
-  const int64_t plane = image.N > 1   ? image.strides.n
-                        : image.H > 1 ? image.strides.h * image.H
-                        : image.W > 1 ? image.strides.w * image.W
-                                      : pixel;
+  int64_t plane = pixel;
+  if (image.W > 1) plane = image.strides.w * image.W;
+  if (image.H > 1) plane = image.strides.h * image.H;
+  if (image.N > 1) plane = image.strides.n;
   const int64_t row = image.H > 1 ? image.strides.h : plane, column = image.W > 1 ? image.strides.w : row;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(image.C), static_cast<cuuint64_t>(image.W),
                               static_cast<cuuint64_t>(image.H), static_cast<cuuint64_t>(image.N)};
