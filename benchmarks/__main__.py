@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--training",
         nargs="*",
         metavar="NAME",
-        help="training steps of those networks, against torch; compiled, with --peers compile",
+        help="training steps of the twelve large ones (all), or of NAMEs; compiled, with --peers compile",
     )
     what.add_argument("--separable", action="store_true", help="pairs of depthwise and 1x1 layers, and their memory")
     what.add_argument("--overhead", action="store_true", help="host time a call")
@@ -61,6 +61,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--maps", type=_list_of(layers.MAPS), default=list(layers.MAPS), help=f"of {','.join(layers.MAPS)}"
     )
+    parser.add_argument(
+        "--layouts",
+        type=_list_of(tuple(peers.LAYOUTS)),
+        default=list(peers.LAYOUTS),
+        help=f"of training steps; of {','.join(peers.LAYOUTS)}",
+    )
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], help="CPU threads, as 1,2")
     parser.add_argument(
         "--peers",
@@ -75,7 +81,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=LATEST, help="folder for the record")
     parser.add_argument("--read", type=Path, metavar="FOLDER", help="show a record again and measure nothing")
     options = parser.parse_args(arguments)
-    for part in ("models", "training"):
+    for part, every in (("models", tuple(networks.NETWORKS)), ("training", models.MODELS)):
+        if getattr(options, part) == ["all"]:
+            setattr(options, part, list(every))
         unknown = {models.name_of(name) for name in getattr(options, part) or ()} - set(networks.NETWORKS)
         if unknown:
             known = ", ".join(networks.NETWORKS)
@@ -205,8 +213,9 @@ def measure(options: argparse.Namespace, record: dict) -> None:
             clock=clock,
             thread_counts=options.threads[-1:],
             compile=options.compiled_models,
+            layouts=tuple(options.layouts),
             budget=10 * options.budget,
-            rounds=1 if options.quick else 3,
+            rounds=1 if options.quick else 7 if options.compiled_models else 3,
         )
         with console.progress(mode, len(plan)) as advance:
             for row in models.run(plan, advance, record["skipped"]):

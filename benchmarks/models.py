@@ -1,6 +1,7 @@
 """Times whole networks on photographs: as torch runs them, and converted by sepconv_ext.convert_.
 
-With `compile`, training steps are those of torch.compile with this package's backend, and its own is a peer.
+With `compile`, training steps are those of torch.compile with this package's backend, and its own is a peer. Then what
+is compared is what was compiled, too.
 
 No weights are downloaded: the networks start from seeded random weights, and their BatchNorm statistics are taken from
 the photographs, so that activations have the sizes that they have in a trained network.
@@ -147,11 +148,12 @@ class Plan:
     thread_counts: list[int]
     modes: tuple[str, ...] = ("inference", "training")
     compile: bool = False
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
     budget: float = 4.0  # seconds a contest
     rounds: int = 3
 
     def __len__(self) -> int:
-        contests = 1 if self.device.type == "cuda" else len(LAYOUTS)
+        contests = 1 if self.device.type == "cuda" else len(self.layouts)
         return len(self.names) * len(self.dtypes) * len(self.modes) * len(self.thread_counts) * contests
 
 
@@ -160,7 +162,7 @@ def run(plan: Plan, advance: Callable[[str], None], skipped: list[str]) -> Itera
     for name in plan.names:
         advance_left = len(plan) // len(plan.names)
         try:
-            torch_model = build(name)
+            torch_model = build(name_of(name))
         except ImportError as error:
             skipped.append(f"{name}: {error}")
             for _ in range(advance_left):
@@ -171,7 +173,7 @@ def run(plan: Plan, advance: Callable[[str], None], skipped: list[str]) -> Itera
         calibrate(torch_model, images)
         our_model = copy.deepcopy(torch_model)
         report = sepconv_ext.convert_(our_model)
-        groups = [list(LAYOUTS)] if plan.device.type == "cuda" else [[layout] for layout in LAYOUTS]
+        groups = [list(plan.layouts)] if plan.device.type == "cuda" else [[layout] for layout in plan.layouts]
         for layouts in groups:
             variants = {
                 f"{who} {layout}": (copy.deepcopy(model).to(memory_format=LAYOUTS[layout]), layout)
@@ -194,6 +196,8 @@ def run(plan: Plan, advance: Callable[[str], None], skipped: list[str]) -> Itera
                                 "pictures": pictures,
                             }
                             yield from _contest(plan, facts, variants, images, dtype)
+                            if plan.compile:
+                                torch.compiler.reset()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -203,20 +207,19 @@ def _contest(plan: Plan, facts: dict, variants: dict, images: Tensor, dtype: tor
     labels = torch.arange(len(images), device=images.device) * 37 % 1000
     layouts = list(dict.fromkeys(layout for _, layout in variants.values()))
     make = _training_step if training else _inference
+    agree = steps_agree if training and plan.compile else gradients_agree if training else logits_agree
     entrants, agreement = {}, {}
-    for name, (model, layout) in variants.items():
-        placed = images.contiguous(memory_format=LAYOUTS[layout])
-        if plan.compile and training and name.startswith(OURS):
-            compiled = copy.deepcopy(model)
-            sepconv_ext.revert_(compiled)  # the backend finds the convolutions by itself
-            model = torch.compile(compiled, backend="sepconv_ext")
-        entrants[name] = make(model, placed, labels, dtype)
-        if plan.compile and name.startswith("torch"):
-            entrants[f"compile {layout}"] = make(torch.compile(copy.deepcopy(model)), placed, labels, dtype)
     for layout in layouts:
-        mine, theirs = variants[f"{OURS} {layout}"][0], variants[f"torch {layout}"][0]
         placed = images.contiguous(memory_format=LAYOUTS[layout])
-        agreement[layout] = (gradients_agree if training else logits_agree)(mine, theirs, placed, labels, dtype)
+        mine, theirs = variants[f"{OURS} {layout}"][0], variants[f"torch {layout}"][0]
+        entrants[f"torch {layout}"] = make(theirs, placed, labels, dtype)
+        if training and plan.compile:
+            mine = copy.deepcopy(mine)
+            sepconv_ext.revert_(mine)  # the backend finds the convolutions by itself
+            mine, theirs = torch.compile(mine, backend="sepconv_ext"), torch.compile(copy.deepcopy(theirs))
+            entrants[f"compile {layout}"] = make(theirs, placed, labels, dtype)
+        entrants[f"{OURS} {layout}"] = make(mine, placed, labels, dtype)
+        agreement[layout] = agree(mine, theirs, placed, labels, dtype)
     # Contenders change their own weights only, and every step of training costs the same whatever the weights are.
     timing = plan.clock.measure(entrants, 1, plan.budget, plan.rounds, graph=not training)
     memory = {name: memory_of(entrants[name], plan.device)[0] for name in timing.samples}
@@ -294,11 +297,34 @@ def gradients_agree(mine: nn.Module, theirs: nn.Module, images: Tensor, labels: 
     def gradient(model: nn.Module, images: Tensor) -> Tensor:
         clone = copy.deepcopy(model).eval()
         clone.load_state_dict(theirs.state_dict())
-        with _autocast(images, dtype):
-            loss = F.cross_entropy(clone(images).float(), labels)
-        loss.backward()
-        return torch.cat([p.grad.flatten().float() for p in clone.parameters() if p.grad is not None])
+        return _gradient(clone, images, labels, dtype)
 
+    return _within_rounding(gradient, mine, theirs, images, dtype)
+
+
+def steps_agree(mine: nn.Module, theirs: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> dict:
+    """The same of two compiled networks as they are timed: in training mode, with batch statistics, and with random
+    numbers (dropout, dropped paths) from one seed, of which the compiler makes the same in both."""
+
+    def gradient(model: nn.Module, images: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return _gradient(model.train(), images, labels, dtype)
+
+    return _within_rounding(gradient, mine, theirs, images, dtype)
+
+
+def _gradient(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """By all parameters, as one long vector."""
+    model.zero_grad(set_to_none=True)
+    with _autocast(images, dtype):
+        loss = F.cross_entropy(model(images).float(), labels)
+    loss.backward()
+    return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+
+def _within_rounding(
+    gradient: Callable[[nn.Module, Tensor], Tensor], mine: nn.Module, theirs: nn.Module, images: Tensor, dtype
+) -> dict:
     def apart(a: Tensor, b: Tensor) -> float:
         return ((a - b).norm() / b.norm()).item()
 

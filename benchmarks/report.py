@@ -91,7 +91,7 @@ def tables(record: dict) -> list[Table]:
     if record.get("networks"):  # likewise
         found += [_networks(record["networks"]), _networks_means(record["networks"])]
     if record["models"]:
-        found.append(_models(record["models"]))
+        found += [_models(record["models"]), _models_means(record["models"])]
     if record["overhead"]:
         found.append(_overhead(record["overhead"]))
     if record.get("views"):  # likewise
@@ -202,14 +202,7 @@ def _worst(rows: list[dict], count: int = 5) -> Table:
 def _models(rows: list[dict]) -> Table:
     shown = []
     for row in rows:
-        where = (
-            row["model"],
-            row["mode"],
-            row["dtype"],
-            row["layout"],
-            str(row["threads"]),
-            str(row["batch"]),
-        )
+        where = (*(row[key] for key in ("model", "mode", "dtype", "layout")), str(row["threads"]), str(row["batch"]))
         times = (
             _time(row["seconds"]),
             row["best_peer"] or "-",
@@ -223,24 +216,28 @@ def _models(rows: list[dict]) -> Table:
         shown.append(
             (*where, *times, memory, str(row["converted"]), f"{row['difference']:.1e}", top, _yes(row["agrees"]))
         )
-    columns = (
-        "model",
-        "mode",
-        "dtype",
-        "layout",
-        "threads",
-        "batch",
-        "ours",
-        "best peer",
-        "its time",
-        "speed-up",
-    )
+    columns = ("model", "mode", "dtype", "layout", "threads", "batch", "ours", "best peer", "its time", "speed-up")
     note = (
         "Memory: the most that a call takes at a time beyond parameters and images, ours / torch in this layout. "
         "Converted: convolutions replaced."
     )
     last = ("memory, MB", "converted", "difference", "same top 5", "agrees")
     return Table("Models", (*columns, *last), shown, note)
+
+
+def _models_means(rows: list[dict]) -> Table:
+    groups: dict[tuple, list[dict]] = {}
+    for row in timed(rows):
+        groups.setdefault((row["mode"], row["dtype"], row["layout"], str(row["threads"])), []).append(row)
+    shown = [(*where, *_figures([row["speedup"] for row in part])) for where, part in groups.items()]
+    return Table("Models, over the best peer", ("mode", "dtype", "layout", "threads", *_FIGURES), shown)
+
+
+_FIGURES = ("networks", "geometric mean", "worst", "best", "slower than the best peer")
+
+
+def _figures(ups: list[float]) -> tuple[str, ...]:
+    return str(len(ups)), _x(geometric_mean(ups)), _x(min(ups)), _x(max(ups)), str(sum(up < 1 for up in ups))
 
 
 def _networks(rows: list[dict]) -> Table:
@@ -262,14 +259,9 @@ def _networks_means(rows: list[dict]) -> Table:
     for row in timed(rows):
         groups.setdefault((row["batch"], row["threads"]), []).append(row)
     groups["all", "all"] = timed(rows)
-    shown = []
-    for (batch, threads), part in groups.items():
-        ups = [row["speedup"] for row in part]
-        if ups:
-            figures = (_x(geometric_mean(ups)), _x(min(ups)), _x(max(ups)), str(sum(up < 1 for up in ups)))
-            shown.append((str(batch), str(threads), str(len(ups)), *figures))
-    columns = ("N", "threads", "networks", "geometric mean", "worst", "best", "slower than the best peer")
-    return Table("Whole networks, over the best peer", columns, shown)
+    ups = {where: [row["speedup"] for row in part] for where, part in groups.items()}
+    shown = [(str(batch), str(threads), *_figures(part)) for (batch, threads), part in ups.items() if part]
+    return Table("Whole networks, over the best peer", ("N", "threads", *_FIGURES), shown)
 
 
 def _pairs(rows: list[dict]) -> Table:

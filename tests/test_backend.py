@@ -112,6 +112,22 @@ def test_what_the_plan_leaves_to_torch_stays(monkeypatch: pytest.MonkeyPatch) ->
     assert left.args[-1] == [False, True, True]
 
 
+def test_both_gradients_of_a_product_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes those of a 1x1 in one call: where it has to make one of them, it makes both."""
+    from sepconv_ext.graph import backend
+
+    monkeypatch.setattr(backend, "_is_ours", lambda map, *_: map == "grad_input")
+    seen: list[fx.Graph] = []
+    x = random((2, 24, 9, 7), torch.float32, "cpu")
+    conv = nn.Conv2d(24, 16, 1)
+    assert_gradients(conv, torch.compile(conv, backend=eager_pass(seen)), x)
+    assert calls(seen[1]) == {"aten.convolution_backward.default": 1}
+    torch.compiler.reset()
+    frozen = nn.Conv2d(24, 16, 1).requires_grad_(False)
+    torch.compile(frozen, backend=eager_pass(seen))(x.requires_grad_()).sum().backward()
+    assert calls(seen[3]) == {"sepconv_ext.conv2d_grad_input.default": 1}
+
+
 def test_transposed_and_one_dimensional_ones_stay() -> None:
     class Others(nn.Module):
         def __init__(self) -> None:

@@ -207,6 +207,8 @@ def _replace_backward(graph: fx.Graph, node: fx.Node) -> None:
     place = (stride, padding, dilation, groups)
     tensors = (_value(input), _value(weight), None, _value(grad), *place)
     is_ours = [mask[i] and _is_ours(map, *tensors) for i, map in enumerate(("grad_input", "grad_weight"))]
+    if groups == 1 and is_ours[0] and mask[1] and not is_ours[1]:
+        is_ours[0] = False  # torch makes both in one call, and half of that is more than half of its time
     if not any(is_ours):
         return
     results: dict[int, fx.Node] = {}
