@@ -27,6 +27,7 @@ void cp_async(Step& s) {
       s.machine.global.read(sources[lane], wanted, 1, ~0ull, s.thread(lane));
       from.push_back({lane, sources[lane], wanted});
     }
+    s.machine.counts.begin_copy(bytes);
     to.push_back({lane, destination, bytes});
     s.warp.copies[static_cast<size_t>(lane)].open.push_back({destination, bytes, wanted, sources[lane]});
   });
@@ -47,6 +48,7 @@ void land(Step& s, int lane, const std::vector<AsyncCopy>& group) {
     uint8_t* to = s.block.shared.end_copy(c.destination, c.bytes, s.toucher(lane), 0);
     memset(to, 0, c.bytes);
     memcpy(to, reinterpret_cast<const void*>(c.source), c.source_bytes);
+    s.machine.counts.end_copy(c.bytes);
   }
 }
 
@@ -184,6 +186,7 @@ void copy_box(Step& s) {
               static_cast<uint64_t>(w) * map.strides[0] + static_cast<uint64_t>(first) * map.element_bytes;
           const auto bytes = static_cast<uint32_t>(end - first) * map.element_bytes;
           s.machine.global.read(source, bytes, 1, ~0ull, s.thread(lane));
+          s.machine.counts.touch(s.in.opcode, source, bytes);
           copy.inside.push_back({offset + static_cast<uint32_t>(first - at[0]) * map.element_bytes, bytes, source});
         }
     Mbarrier& b = find_mbarrier(s, barriers[lane], lane);
@@ -191,6 +194,7 @@ void copy_box(Step& s) {
     Count& count = s.machine.counts.memory[s.in.opcode];
     ++count.requests;
     count.bytes += copy.bytes;
+    s.machine.counts.begin_copy(copy.bytes);
     b.in_flight.push_back(std::move(copy));
   });
 }
@@ -213,6 +217,7 @@ bool land_copies(Machine& machine, Block& block) {
   for (const BulkCopy::Run& run : copy.inside) {
     memcpy(to + run.offset, reinterpret_cast<const void*>(run.source), run.bytes);
   }
+  machine.counts.end_copy(copy.bytes);
   b.transactions -= copy.bytes;
   block.shared.saw(b.event, 0, 0);
   end_phase_if_complete(block, b);

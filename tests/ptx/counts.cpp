@@ -5,11 +5,20 @@
 
 namespace ptx {
 
+void Counts::touch(const std::string& opcode, uint64_t address, uint64_t bytes) {
+  if (!traffic) return;
+  Sectors& sectors = opcode.rfind("st.", 0) == 0 ? writes : reads;
+  for (uint64_t sector = address / 32; sector <= (address + bytes - 1) / 32; ++sector) {
+    sectors.launch.insert(sector), sectors.block.insert(sector);
+  }
+}
+
 void Counts::global(const std::string& opcode, const std::vector<Access>& lanes) {
   Count& count = memory[opcode];
   std::set<uint64_t> sectors;
   for (const Access& a : lanes) {
     for (uint64_t sector = a.address / 32; sector <= (a.address + a.bytes - 1) / 32; ++sector) sectors.insert(sector);
+    touch(opcode, a.address, a.bytes);
     count.bytes += a.bytes;
   }
   ++count.requests;

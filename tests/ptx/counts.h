@@ -5,9 +5,11 @@
 // the warp, one of 16 bytes in four quarters; ldmatrix in groups of eight rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 namespace ptx {
@@ -27,6 +29,19 @@ struct Counts {
   std::map<std::string, Count> memory;       // by opcode; cp.async has one for each side
   void global(const std::string& opcode, const std::vector<Access>&);
   void shared(const std::string& opcode, const std::vector<Access>&);
+
+  // Sectors that differ: of the launch, as many as come from memory once; of each block, added up, what passes L2.
+  bool traffic = false;  // whether they are counted
+  struct Sectors {
+    std::unordered_set<uint64_t> launch, block;
+    uint64_t blocks = 0;
+    void end_block() { blocks += block.size(), block.clear(); }
+  } reads, writes;
+  void touch(const std::string& opcode, uint64_t address, uint64_t bytes);
+  // Bytes of asynchronous copies that a block has under way at most.
+  uint64_t in_flight = 0, most_in_flight = 0;
+  void begin_copy(uint64_t bytes) { most_in_flight = std::max(most_in_flight, in_flight += bytes); }
+  void end_copy(uint64_t bytes) { in_flight -= bytes; }
 };
 
 }  // namespace ptx

@@ -1,6 +1,7 @@
 """The layers whose counts are kept, one or two for each kernel: real shapes with few channels and images.
 
-python tests/ptx/layers.py            runs all of them and writes counts.json
+python tests/ptx/layers.py                                  runs all of them and writes counts.json
+python tests/ptx/layers.py depthwise_nhwc_mma pointwise_mma  those of these .cu files; the others stay as they are
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ def _layer(
 LAST, PLANES = "channels_last", "contiguous"
 # By the .cu files that a layer needs.
 LAYERS: dict[str, dict[str, list[str]]] = {
+    # 32 channels: a whole block, as in every layer of a network.
     "depthwise_nhwc_mma": {
-        "k7 7x7": _layer("forward", "float16", LAST, 8, 8, 7, 7),
-        "k7 14x14": _layer("forward", "float16", LAST, 4, 8, 14, 7),
-        "k7 56x56": _layer("forward", "float16", LAST, 1, 8, 56, 7),
-        "k5 28x28": _layer("forward", "float16", LAST, 1, 8, 28, 5),
+        "k7 7x7": _layer("forward", "float16", LAST, 8, 32, 7, 7),
+        "k7 14x14": _layer("forward", "float16", LAST, 4, 32, 14, 7),
+        "k7 56x56": _layer("forward", "float16", LAST, 1, 32, 56, 7),
+        "k5 28x28": _layer("forward", "float16", LAST, 1, 32, 28, 5),
     },
     "depthwise_nhwc_tma": {"k7 5x14": _layer("forward", "float32", LAST, 5, 64, 14, 7, H=5)},
     "depthwise_nhwc": {
@@ -54,8 +56,8 @@ LAYERS: dict[str, dict[str, list[str]]] = {
         "k3 stride 2 28x28": _layer("grad_input", "float32", PLANES, 1, 8, 28, 3, 2),
     },
     "depthwise_grad_weight_nhwc_mma sum_partials": {
-        "k7 7x7": _layer("grad_weight", "float16", LAST, 8, 8, 7, 7),
-        "k7 14x14": _layer("grad_weight", "float16", LAST, 2, 8, 14, 7),
+        "k7 7x7": _layer("grad_weight", "float16", LAST, 8, 32, 7, 7),
+        "k7 14x14": _layer("grad_weight", "float16", LAST, 2, 32, 14, 7),
     },
     "depthwise_grad_weight_nhwc sum_partials": {"k7 14x14": _layer("grad_weight", "float32", LAST, 1, 32, 14, 7)},
     "depthwise_grad_weight_nchw sum_partials": {
@@ -113,11 +115,13 @@ def is_more(now: dict[str, object], recorded: dict[str, object]) -> list[str]:
     return more
 
 
-def main() -> int:
-    used = ptx.runner(ptx.kernel_sources())
-    record: dict[str, dict[str, dict[str, object]]] = {}
+def main(only: list[str]) -> int:
+    chosen = {files: layers for files, layers in LAYERS.items() if not only or files.split()[0] in only}
+    stems = {stem for files in chosen for stem in files.split()}
+    used = ptx.runner([path for path in ptx.kernel_sources() if path.stem in stems])
+    record: dict[str, dict[str, dict[str, object]]] = json.loads(RECORD.read_text()) if only else {}
     for arch in ptx.ARCHITECTURES:
-        for files, layers in LAYERS.items():
+        for files, layers in chosen.items():
             for name, arguments in layers.items():
                 if arch == "80" and files == "depthwise_nhwc_tma":
                     continue
@@ -128,4 +132,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

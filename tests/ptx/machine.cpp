@@ -90,6 +90,8 @@ void Machine::run_block(uint32_t number) {
                   " of " + std::to_string(block.warps.size()) + " warps have ended, the others are at a barrier");
     }
   }
+  counts.reads.end_block(), counts.writes.end_block();
+  counts.in_flight = 0;
   for (const auto& [address, barrier] : block.mbarriers) {
     if (!barrier.in_flight.empty()) throw Fault(program.name + ": the block ends before its copies have come");
   }

@@ -97,7 +97,7 @@ uint8_t* GlobalMemory::write(uint64_t address, uint32_t bytes, uint32_t alignmen
 void SharedMemory::begin_block(uint32_t bytes) {
   size_ = bytes;
   data_.assign(bytes, 0xFF);
-  bytes_.assign(bytes, Byte{State::unwritten, false, 0, 0, 0, 0});
+  bytes_.assign(bytes, Byte{});
   seen_.assign(1, {});
 }
 
@@ -133,10 +133,26 @@ const uint8_t* SharedMemory::read(uint32_t address, uint32_t bytes, uint32_t ali
       throw Fault(
           text("race: shared byte %u, written by thread %u, is read without a barrier between", address + i, b.writer));
     }
+    if (b.reader != t.thread) b.other = b.reader, b.other_read = b.read;
+    if (b.read <= t.block_barrier) b.warps = 0;
+    b.warps |= 1u << t.thread / 32;
     b.reader = t.thread;
     b.read = t.now;
   }
   return &data_[address];
+}
+
+// Nobody who has read the byte may still be without a barrier between him and the toucher: of other warps all are
+// known, of the toucher's own the last two readers.
+void SharedMemory::check_readers(const Byte& b, uint32_t address, const Toucher& t, const char* what) const {
+  const auto fault = [&](uint32_t reader) {
+    throw Fault(
+        text("race: shared byte %u, read by thread %u, is %s without a barrier between", address, reader, what));
+  };
+  if (b.read && !ordered(b.reader, b.read, t)) fault(b.reader);
+  if (b.other_read && !ordered(b.other, b.other_read, t)) fault(b.other);
+  const uint32_t others = b.read > t.block_barrier ? b.warps & ~(1u << t.thread / 32) : 0;
+  if (others) fault(static_cast<uint32_t>(__builtin_ctz(others)) * 32);
 }
 
 uint8_t* SharedMemory::write(uint32_t address, uint32_t bytes, uint32_t alignment, const Toucher& t) {
@@ -148,10 +164,7 @@ uint8_t* SharedMemory::write(uint32_t address, uint32_t bytes, uint32_t alignmen
       throw Fault(text("race: shared byte %u is written by thread %u and again without a barrier between", address + i,
                        b.writer));
     }
-    if (b.read && !ordered(b.reader, b.read, t)) {
-      throw Fault(text("race: shared byte %u, read by thread %u, is overwritten without a barrier between", address + i,
-                       b.reader));
-    }
+    check_readers(b, address + i, t, "overwritten");
     b.state = State::written;
     b.by_copy = false;
     b.writer = t.thread;
@@ -170,10 +183,7 @@ void SharedMemory::begin_copy(uint32_t address, uint32_t bytes, uint32_t alignme
       throw Fault(text("race: a copy to shared byte %u, which thread %u writes, without a barrier between", address + i,
                        b.writer));
     }
-    if (b.read && !ordered(b.reader, b.read, t)) {
-      throw Fault(text("race: a copy to shared byte %u, which thread %u reads, without a barrier between", address + i,
-                       b.reader));
-    }
+    check_readers(b, address + i, t, "overwritten by a copy");
     if (b.read && fences && (*fences)[b.reader] < b.read) {
       throw Fault(
           text("no fence: the copy engine writes shared byte %u, which thread %u has read", address + i, b.reader));
@@ -184,7 +194,8 @@ void SharedMemory::begin_copy(uint32_t address, uint32_t bytes, uint32_t alignme
 
 uint8_t* SharedMemory::end_copy(uint32_t address, uint32_t bytes, const Toucher& t, uint32_t event) {
   for (uint32_t i = 0; i < bytes; ++i) {
-    bytes_[address + i] = {State::written, event != 0, t.thread, 0, event ? event : t.now, 0};
+    Byte& b = bytes_[address + i] = Byte{};
+    b.state = State::written, b.by_copy = event != 0, b.writer = t.thread, b.written = event ? event : t.now;
   }
   return &data_[address];
 }

@@ -72,10 +72,12 @@ class SharedMemory {
   enum class State : uint8_t { unwritten, written, flying };
   struct Byte {
     State state;
-    bool by_copy;  // of the copy engine: `written` is the event
-    uint16_t writer, reader;
-    uint32_t written, read;  // clocks
+    bool by_copy;                        // of the copy engine: `written` is the event
+    uint16_t writer, reader, other;      // `other`: who read before the last reader
+    uint32_t written, read, other_read;  // clocks
+    uint32_t warps;                      // that have read since the block's last barrier
   };
+  void check_readers(const Byte&, uint32_t address, const Toucher&, const char* what) const;
   void check(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) const;
   bool ordered(uint16_t by, uint32_t when, const Toucher& t) const;
   std::vector<uint8_t> data_;

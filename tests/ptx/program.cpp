@@ -111,7 +111,9 @@ class Parser {
     if (name == ".maxntid") {
       program_.most_threads = number();
       while (accept(',')) program_.most_threads *= number();
-    } else if (name == ".minnctapersm" || name == ".maxnreg") {
+    } else if (name == ".minnctapersm") {
+      program_.least_blocks = number();
+    } else if (name == ".maxnreg") {
       number();
     } else {
       fail("unknown directive " + name);

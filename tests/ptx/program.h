@@ -60,6 +60,7 @@ struct Program {
   uint32_t parameter_bytes = 0;
   uint32_t static_shared = 0;  // bytes of the static arrays, up to where the dynamic ones begin
   int most_threads = 1024;     // .maxntid
+  int least_blocks = 0;        // .minnctapersm, 0 where it is not said
   std::vector<Instruction> code;
   std::map<std::string, int> registers;  // by name, the special ones (%tid.x) among them
   int register_count = 0;

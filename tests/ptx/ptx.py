@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels to PTX with nvcc, and runs that PTX on the CPU (README.md).
 
-    python tests/ptx/ptx.py run [--arch 80|90a] [--counts] map=... dtype=... N=...    one case, as emulate.py takes it
-    python tests/ptx/ptx.py opcodes                                             what occurs in the PTX, and how often
+    python tests/ptx/ptx.py run [--arch 80|90a|100|120] [--counts] map=...   one case, as emulate.py takes it
+    python tests/ptx/ptx.py opcodes                                          what occurs in the PTX, and how often
 
 PTX_ONLY=grouped,sum_partials compiles these .cu files only. What nvcc and g++ made is kept in .emulator-cache/ under
 the hash of everything that went into it.
@@ -73,13 +73,13 @@ class Compiled:
     ptx: dict[str, Path]
 
 
-def compile_kernels(source: Path) -> Compiled:
+def compile_kernels(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> Compiled:
     """One run of nvcc gives all: entries have names that differ from run to run."""
     flags = ["-std=c++20", "-O3", "-Xcompiler=-O0", f"-I{emulate.CSRC}"]
-    flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES]
+    flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in architectures]
     files = {source: source.read_bytes(), **emulate._closure(source, source.read_text(), [emulate.CSRC])}
     folder = CACHE / f"{source.stem}-{_key(nvcc_version(), *flags, files=files)}"
-    made = Compiled(folder / f"{source.stem}.o", {arch: folder / f"{source.stem}.{arch}.ptx" for arch in ARCHITECTURES})
+    made = Compiled(folder / f"{source.stem}.o", {arch: folder / f"{source.stem}.{arch}.ptx" for arch in architectures})
     if folder.exists():
         return made
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def compile_kernels(source: Path) -> Compiled:
         done = subprocess.run([*command, str(source)], text=True, capture_output=True, cwd=scratch)
         if done.returncode:
             raise emulate.CompileError(f"{source.name}:\n{done.stderr}")
-        for arch in ARCHITECTURES:
+        for arch in architectures:
             shutil.copy(kept / f"{source.stem}.compute_{arch}.ptx", target / made.ptx[arch].name)
         try:
             target.rename(folder)
@@ -156,24 +156,27 @@ class Runner:
         lines: bool = False,
         replaced: Mapping[str, Path] | None = None,
         timeout: float = 120,
+        dry: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """One case. `replaced`: other PTX for some of the files (planted faults); `lines`: print which lines ran."""
+        """One case. `replaced`: other PTX for some of the files (planted faults); `lines`: print which lines ran;
+        `dry`: print what would be launched, and fail."""
         files = {**self.ptx[arch], **(replaced or {})}
         variables = {"PTX_FILES": ":".join(map(str, files.values()))}
+        variables |= {"PTX_DRY": "1"} if dry else {}
         variables |= {"PTX_REWRITES": "1"} if "infinite=1" in arguments else {}  # memory.cpp
         variables |= {"PTX_COUNTS": "1"} if counts else {}
         variables |= {"PTX_LINES": "1"} if lines else {}
         return emulate.run(self.program, for_arch(arguments, arch), timeout=timeout, variables=variables)
 
 
-def runner(sources: Sequence[Path]) -> Runner:
+def runner(sources: Sequence[Path], architectures: Sequence[str] = ARCHITECTURES) -> Runner:
     """Builds what is missing, for the kernels of these files."""
     with ThreadPoolExecutor(emulate.JOBS) as pool:
         shared = pool.map(lambda p: emulate.compile_object(p, "race"), SHARED)
         machine = pool.map(compile_machine, [*MACHINE, HERE / "runtime.cpp"])
-        compiled = dict(zip(sources, pool.map(compile_kernels, sources), strict=True))
+        compiled = dict(zip(sources, pool.map(lambda p: compile_kernels(p, architectures), sources), strict=True))
         objects = [*shared, *machine, *(c.object for c in compiled.values())]
-    ptx = {arch: {s.stem: c.ptx[arch] for s, c in compiled.items()} for arch in ARCHITECTURES}
+    ptx = {arch: {s.stem: c.ptx[arch] for s, c in compiled.items()} for arch in architectures}
     return Runner(link(objects, "runner"), ptx)
 
 
@@ -218,7 +221,8 @@ def main(arguments: list[str]) -> int:
     rest = arguments[1:]
     arch = rest.pop(rest.index("--arch") + 1) if "--arch" in rest else "90a"
     case = [a for a in rest if not a.startswith("--")]
-    done = runner(kernel_sources()).run(case, arch, counts="--counts" in rest)
+    used = runner(kernel_sources(), ARCHITECTURES if arch in ARCHITECTURES else (arch,))
+    done = used.run(case, arch, counts="--counts" in rest)
     print(done.stdout, end="")
     return done.returncode
 

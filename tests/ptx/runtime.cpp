@@ -3,7 +3,8 @@
 // (PTX_FILES, separated by colons). runner.cpp of the emulator runs the cases; what it asks of the emulator (which
 // memory is written, seeds, traces) is answered here.
 //
-// With PTX_COUNTS=1 every launch prints what it counted, with PTX_LINES=1 which lines ran.
+// With PTX_COUNTS=1 every launch prints what it counted, with PTX_LINES=1 which lines ran. With PTX_DRY=1 it prints its
+// grid and does not run.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -95,6 +96,10 @@ void print_counts(const ptx::Machine& machine) {
   uint64_t all = 0;
   for (const auto& [opcode, times] : machine.counts.executed) all += times;
   printf("counts: kernel=%s instructions=%llu\n", machine.program.name.c_str(), (unsigned long long)all);
+  const auto& c = machine.counts;
+  printf("traffic: reads=%zu writes=%zu block_reads=%llu block_writes=%llu in_flight=%llu\n", c.reads.launch.size(),
+         c.writes.launch.size(), (unsigned long long)c.reads.blocks, (unsigned long long)c.writes.blocks,
+         (unsigned long long)c.most_in_flight);
   for (const auto& [opcode, times] : machine.counts.executed) {
     printf("executed: %s %llu\n", opcode.c_str(), (unsigned long long)times);
   }
@@ -129,14 +134,23 @@ void run(const void* function, const cudaLaunchConfig_t& config, void** argument
     memcpy(&launch.parameters[p.offset], arguments[i], p.bytes);
   }
   printf("entry: %s\n", program.name.c_str());
+  const bool counting = getenv("PTX_COUNTS") != nullptr, dry = getenv("PTX_DRY") != nullptr;
+  if (counting || dry) {
+    printf("launch: blocks=%llu threads=%u shared=%u least_blocks=%d\n",
+           (unsigned long long)launch.grid[0] * launch.grid[1] * launch.grid[2],
+           launch.block[0] * launch.block[1] * launch.block[2], program.static_shared + launch.dynamic_shared,
+           program.least_blocks);
+  }
+  if (dry) return;  // the runner says that nothing was launched, and compares nothing
   ptx::Machine machine(program, launch, memory(), seed);
+  machine.counts.traffic = counting;
   machine.run();
   auto& counters = emulator::counters();
   ++counters.launches;
   counters.blocks += uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2];
   counters.threads +=
       uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2] * launch.block[0] * launch.block[1] * launch.block[2];
-  if (getenv("PTX_COUNTS")) print_counts(machine);
+  if (counting) print_counts(machine);
   if (getenv("PTX_LINES")) print_lines(machine);
 }
 

@@ -123,6 +123,14 @@ inline constexpr int kNchwMmaThreads = 128, kNchwMmaPhases = 4;
 struct NchwMmaRows {
   int piece = 0, pieces = 0;  // elements of a copy, 0: rows cannot be copied so; copies of a row
   int left = 0;               // columns of a tile before the row
+
+  int lanes() const { return pieces <= 8 ? 8 : pieces <= 16 ? 16 : 32; }  // that copy a row
+  // Elements of a section, `least` or a few more: the rows that a warp copies at once, which go to one section each,
+  // have different banks.
+  int section(int least) const {
+    const int row = lanes() * piece, banks = 64;
+    return row < banks ? least + ((row - least) & (banks - 1)) : least;
+  }
 };
 // Windows of 16 columns hold `taps` taps of 8 neighbouring outputs, the first of them `pad` columns before the image.
 inline NchwMmaRows nchw_mma_rows(int64_t N, int64_t channels, int64_t H, int64_t W, const Strides& t, int64_t pad,
@@ -144,6 +152,7 @@ struct NchwMmaBlock {
   NchwMmaRows in, other;          // of what is read; grad_weight: of x, and of grad_y
   int blocks = 0, pitch = 0;      // of 16 columns in a row; elements of a row in shared memory
   int groups = 0, slots = 0;      // of an image in a place: groups of rows, and those that its tile has
+  int image_pitch = 0;            // elements of a section from image to image: banks of groups go on in the next one
   int sets = 0, group_pitch = 0;  // of 16 groups in a place; elements from one group's results to the next
   int64_t smem_bytes = 0;
   bool possible = false;
@@ -160,12 +169,17 @@ inline NchwMmaBlock nchw_mma_block(Map map, const ConvShape& s, const NchwMmaCut
   block.slots = block.groups + static_cast<int>(s.R + kNchwMmaPhases - 2) / kNchwMmaPhases;
   block.sets = (block.groups * cut.images + 15) / 16;
   block.possible = block.in.piece > 0;
-  const int64_t tile = int64_t{2} * 2 * kNchwMmaPhases * cut.images * block.slots * block.pitch;  // bytes of both
+  const int between = (block.slots - block.groups) * block.pitch;
+  block.image_pitch = block.slots * block.pitch + (cut.images > 1 ? -between & 63 : 0);
+  const auto both_tiles = [](const NchwMmaRows& rows, int64_t section) {  // bytes
+    return int64_t{2} * 2 * kNchwMmaPhases * rows.section(static_cast<int>(section));
+  };
+  const int64_t tile = both_tiles(block.in, int64_t{cut.images} * block.image_pitch);
   if (map == Map::grad_weight) {
     block.other = nchw_mma_rows(s.N, s.K, s.P, s.Q, s.y, 0, 1, block.pitch, cut.vec);
     block.possible = block.possible && block.other.piece > 0;
     block.smem_bytes =
-        std::max<int64_t>(tile + int64_t{2} * 2 * kNchwMmaPhases * (block.groups * cut.images + 1) * block.pitch,
+        std::max<int64_t>(tile + both_tiles(block.other, int64_t{block.groups * cut.images + 1} * block.pitch),
                           s.R * kNchwMmaThreads / 32 * 128 * 4);
   } else {
     block.group_pitch = static_cast<int>(kNchwMmaPhases * Q + (Q % 4 == 0 ? 8 : 0));  // an odd number, too

@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, forward_blocks(kKernel))
 
     for (int item = warp; item < a.places.tiles; item += kThreads / 32) {
       const MmaWarpTile own(a.places, item, lane % 16);
-      const int slot = own.own + static_cast<int>(a.places.by_groups.div(own.own)) * a.x.between;
-      const T* const row = tile + slot * a.x.pitch + own.column + lane / 16 * 8;
+      const int gaps = static_cast<int>(a.places.by_groups.div(own.own)) * a.x.between;
+      const T* const row = tile + own.own * a.x.pitch + gaps + own.column + lane / 16 * 8;
       float sums[kPhases][2][4];
 #pragma unroll
       for (int v = 0; v < kPhases * 8; ++v) sums[v / 8][v / 4 % 2][v % 4] = add;
@@ -209,7 +209,7 @@ cudaError_t run(Map map, const Launch& call, const NchwMmaCut& cut) {
   NchwMmaArgs a{};
   a.P = static_cast<int>(c.result_h), a.Q = static_cast<int>(c.result_w);
   a.places = make_mma_places(s, cut, block, a.P);
-  a.x = make_mma_image(c.image, c.image_h, c.pad_h, block.in, block, block.slots, cut.images);
+  a.x = make_mma_image(c.image, c.image_h, c.pad_h, block.in, block, block.slots, block.image_pitch, cut.images);
   a.y_n = c.result.n, a.y_c = c.result.c, a.w_n = s.w.n;
   a.single = {a.x.h,
               static_cast<int>(s.w.h),

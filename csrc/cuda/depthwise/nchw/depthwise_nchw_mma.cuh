@@ -50,7 +50,7 @@ struct MmaImage {
   int images, image_rows;       // of a tile; a multiple of kPhases
   int lanes_log2, warps;        // that copy a row (8 to 32 lanes), and an image
   int pitch, section;           // elements from row to row of a section, and from section to section
-  int between;                  // slots of a section from the last group of an image to the first of the next
+  int image_pitch, between;     // from image to image, and from the last group of one to the first of the next
   __host__ __device__ int elements() const { return kNchwMmaPhases * section; }
 };
 
@@ -65,9 +65,9 @@ __device__ __forceinline__ void begin_copies(const MmaImage& a, T* tile, const T
   const int top = place.first_row - a.up + row, first = warp / a.warps, next = kNchwMmaThreads / 32 / a.warps;
   const T* const begin = x + (place.first_image + first) * a.n + static_cast<int64_t>(top) * a.h;
   T* const tile_begin =
-      tile + row % kNchwMmaPhases * a.section + (first * a.image_rows + row) / kNchwMmaPhases * a.pitch + a.left;
+      tile + row % kNchwMmaPhases * a.section + first * a.image_pitch + row / kNchwMmaPhases * a.pitch + a.left;
   const int64_t from_step = int64_t{step} * a.h, from_image = next * a.n;
-  const int to_step = step / kNchwMmaPhases * a.pitch, to_image = next * a.image_rows / kNchwMmaPhases * a.pitch;
+  const int to_step = step / kNchwMmaPhases * a.pitch, to_image = next * a.image_pitch;
   for (int piece = lane & (lanes - 1); piece < a.row_pieces; piece += lanes) {
     const T* image_from = begin + piece * kPiece;
     T* image_to = tile_begin + piece * kPiece;
@@ -121,20 +121,19 @@ inline MmaPlaces make_mma_places(const ConvShape& s, const NchwMmaCut& cut, cons
   return a;
 }
 
-// A tile of `slots` for each image, and `spare` more that nobody writes.
+// A tile of `slots` for each image, `image_pitch` apart, and `spare` more that nobody writes.
 inline MmaImage make_mma_image(const Strides& strides, int64_t H, int64_t up, const NchwMmaRows& rows,
-                               const NchwMmaBlock& block, int slots, int images, int spare = 0) {
+                               const NchwMmaBlock& block, int slots, int image_pitch, int images, int spare = 0) {
   MmaImage a{};
   // A single row may have any stride, but copies need aligned addresses for rows that do not exist too.
   a.n = strides.n, a.c = strides.c, a.h = H > 1 ? static_cast<int>(strides.h) : 0, a.H = static_cast<int>(H);
   a.up = static_cast<int>(up), a.left = rows.left, a.piece = rows.piece, a.row_pieces = rows.pieces;
-  a.images = images, a.image_rows = kNchwMmaPhases * slots, a.between = slots - block.groups;
-  a.lanes_log2 = 5;
-  if (a.row_pieces <= 16) a.lanes_log2 = 4;
-  if (a.row_pieces <= 8) a.lanes_log2 = 3;
+  a.images = images, a.image_rows = kNchwMmaPhases * slots;
+  a.image_pitch = image_pitch, a.between = image_pitch - block.groups * block.pitch;
+  a.lanes_log2 = rows.lanes() == 8 ? 3 : rows.lanes() == 16 ? 4 : 5;
   const int warps_of_images = images >= 2 ? 2 : 4;
   a.warps = std::max(1 << (a.lanes_log2 - 3), images >= 4 ? 1 : warps_of_images);
-  a.pitch = block.pitch, a.section = (slots * images + spare) * block.pitch;
+  a.pitch = block.pitch, a.section = rows.section(images * image_pitch + spare * block.pitch);
   return a;
 }
 

@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 4 : 5)
     const T* const y_tile = tile + a.x.elements();
     for (int item = warp; item < a.places.tiles; item += kWarps) {
       const MmaWarpTile own(a.places, item, lane % 8 + lane / 16 * 8);
-      const int slot = own.own + static_cast<int>(a.places.by_groups.div(own.own)) * a.x.between;
-      const T* const x_row = tile + slot * a.x.pitch + own.column + lane / 8 % 2 * 8;
+      const int gaps = static_cast<int>(a.places.by_groups.div(own.own)) * a.x.between;
+      const T* const x_row = tile + own.own * a.x.pitch + gaps + own.column + lane / 8 % 2 * 8;
       const int y_slot = min(own.set + lane % 16, a.places.groups);  // the last one is never written: zeros
       const T* const y_row = y_tile + y_slot * a.y.pitch + own.column + lane / 16 * 8;
       uint32_t right[kPhases][4];  // two windows: the first two words, and the others
@@ -116,8 +116,8 @@ cudaError_t launch_depthwise_nchw_mma_grad_weight(const Launch& call, const Nchw
   const NchwMmaBlock block = nchw_mma_block(Map::grad_weight, s, cut);
   NchwMmaGradWeightArgs a{};
   a.places = make_mma_places(s, cut, block, s.P);
-  a.x = make_mma_image(s.x, s.H, s.pad_h, block.in, block, block.slots, cut.images);
-  a.y = make_mma_image(s.y, s.P, 0, block.other, block, block.groups, cut.images, 1);
+  a.x = make_mma_image(s.x, s.H, s.pad_h, block.in, block, block.slots, block.image_pitch, cut.images);
+  a.y = make_mma_image(s.y, s.P, 0, block.other, block, block.groups, block.groups * block.pitch, cut.images, 1);
   a.w_n = s.w.n, a.w_h = s.w.h, a.w_w = s.w.w;
   a.parts = cut.splits, a.K = static_cast<int>(s.K), a.lead = block.in.left - static_cast<int>(s.pad_w);
   a.by_channels = FastDiv(s.K), a.by_multiplier = FastDiv(s.K / s.C);

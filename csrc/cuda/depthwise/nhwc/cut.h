@@ -93,7 +93,17 @@ struct NhwcMmaBlock : MmaBlock {
   int rows;     // mma_rows
   int swizzle;  // pieces of 16 bytes that a column takes in shared memory, as a power of two
 
-  int64_t row_bytes() const { return int64_t{images * width() * 16} << swizzle; }
+  // Of an image beside others two columns more, where they fit: at_column() then finds other banks for its pairs.
+  int width() const {
+    const int wide = 2 * pairs + 8;
+    return images > 1 && images * wide <= 2 * kMmaColumns ? wide : 2 * pairs + 6;
+  }
+  // Half a row has an odd number of columns, or of 64 bytes: even and odd columns are copied to different banks.
+  int half_columns() const {
+    const int step = 8 >> swizzle, columns = images * width() / 2;
+    return columns + ((step / 2 - columns) & (step - 1));
+  }
+  int64_t row_bytes() const { return int64_t{2 * half_columns() * 16} << swizzle; }
   int64_t bytes() const { return rows * (2 * row_bytes() + 2 * kNhwcMmaSumHalf * 4); }
 };
 inline NhwcMmaBlock nhwc_mma_block(Map map, const ConvShape& s) {

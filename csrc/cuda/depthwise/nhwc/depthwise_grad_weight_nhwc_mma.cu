@@ -39,10 +39,15 @@ constexpr int kMostThreads = 32 * kGradWeightMmaGroups;
 struct NhwcGradWeightMmaImage {
   int64_t n, h, w;  // strides, in elements
   int rows, columns;
-  int width;  // columns that a place reads of each image
-  int place;  // and in all, with what makes them as many as a matrix has
-  int plane;  // elements of a group's row in shared memory
+  int width;              // columns that a place reads of each image
+  int place;              // and in all, with what makes them as many as a matrix has
+  int plane;              // elements of a group's row in shared memory
+  int pitch, turn, mask;  // see unit()
   FastDiv by_width;
+
+  // Where in a row the unit of two columns of one of the images stands: eight neighbouring pairs find theirs on
+  // different banks, also where some of them are the next image's.
+  __device__ __forceinline__ int unit(int side, int pair) const { return side * pitch + ((pair + side * turn) & mask); }
 };
 
 struct NhwcGradWeightMmaArgs {
@@ -107,7 +112,8 @@ struct Source {
                           static_cast<unsigned>(w) < static_cast<unsigned>(image.columns);
       valid |= static_cast<uint32_t>(exists) << k;
       from[k] = data + n * image.n + row * image.h + w * image.w + group * kChannels;
-      to[k] = at < image.place ? static_cast<int>(g) * image.plane + at * kChannels : -1;
+      const int place = image.unit(side, static_cast<int>(c) / 2) * kUnit + static_cast<int>(c) % 2 * kChannels;
+      to[k] = at < image.place ? static_cast<int>(g) * image.plane + place : -1;
     }
   }
   __device__ __forceinline__ void copy(const NhwcGradWeightMmaImage& image, T* to_row, bool inside) {
@@ -163,7 +169,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int lane = static_cast<int>(threadIdx.x) % 32, group = static_cast<int>(threadIdx.x) / 32;
   uint32_t x_pair = min(lane % 8 + lane / 16 * 8, a.images * a.pairs - 1);
   const int side = static_cast<int>(a.by_pairs.split(x_pair));
-  const int x_at = opaque(group * a.x.plane + (side * a.x.width / 2 + static_cast<int>(x_pair) + lane / 8 % 2) * kUnit);
+  const int x_first = static_cast<int>(x_pair) + lane / 8 % 2;
+  const int x_at[2] = {opaque(group * a.x.plane + a.x.unit(side, x_first) * kUnit),
+                       opaque(group * a.x.plane + a.x.unit(side, x_first + 2) * kUnit)};
   const int y_at = opaque(a.groups * a.x.plane + group * a.y.plane + lane % 16 * kUnit);
 
   float sums[kRows][2][4] = {};  // of kernel row r: columns m = 4 half .. 4 half + 3
@@ -180,7 +188,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t pixels[4];
-        ldmatrix_x4_trans(pixels, row + x_at + half * 2 * kUnit);
+        ldmatrix_x4_trans(pixels, row + x_at[half]);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) mma_m16n8k16<T>(sums[i][half], pixels, ring[(r - i + kRows) % kRows]);
       }
@@ -216,7 +224,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
 }
 
-NhwcGradWeightMmaImage make_image(const Strides& s, int64_t N, int64_t rows, int64_t columns, int width, int place) {
+// `pitch`: units from one image to the next; with `turn` they are eight, and turned by so many from image to image.
+NhwcGradWeightMmaImage make_image(const Strides& s, int64_t N, int64_t rows, int64_t columns, int width, int place,
+                                  int pitch, int turn) {
+  const int others = (place / width - 1) * pitch, units = std::max(others + (turn > 0 ? 8 : width / 2), place / 2);
   // A dimension of size 1 may have any stride, but copies need addresses on 8 bytes for what does not exist too.
   return {N > 1 ? s.n : 0,
           rows > 1 ? s.h : 0,
@@ -225,7 +236,10 @@ NhwcGradWeightMmaImage make_image(const Strides& s, int64_t N, int64_t rows, int
           static_cast<int>(columns),
           width,
           place,
-          ((place / 2 + 1) | 1) * kUnit,  // an odd number of units puts the groups on different banks
+          ((units + 1) | 1) * kUnit,  // an odd number of units puts the groups on different banks
+          pitch,
+          turn,
+          turn > 0 ? 7 : -1,
           FastDiv(width)};
 }
 
@@ -243,8 +257,17 @@ cudaError_t launch_depthwise_grad_weight_nhwc_mma(const Launch& call, const Grad
   const ConvShape& s = call.shape;
   const MmaBlock block = grad_weight_mma_block(s);
   NhwcGradWeightMmaArgs a{};
-  a.x = make_image(s.x, s.N, s.H, s.W, block.width(), block.images * block.width());
-  a.y = make_image(s.y, s.N, s.P, s.Q, 2 * block.pairs, kMmaColumns);
+  // An image's pairs go on where the last one's end, modulo eight units, if that takes no more memory than wide rows.
+  constexpr int kMostUnits = 32;
+  const int half = block.width() / 2, turned = block.images * 8, apart = (block.images - 1) * (block.pairs + 8) + half;
+  int pitch = half, turn = 0;
+  if (half <= 8 && turned <= kMostUnits) {
+    pitch = 8, turn = block.pairs;
+  } else if (apart <= kMostUnits) {
+    pitch = block.pairs + 8;
+  }
+  a.x = make_image(s.x, s.N, s.H, s.W, block.width(), block.images * block.width(), pitch, turn);
+  a.y = make_image(s.y, s.N, s.P, s.Q, 2 * block.pairs, kMmaColumns, block.pairs, 0);
   a.w_n = s.w.n, a.w_h = s.w.h, a.w_w = s.w.w;
   a.N = static_cast<int>(s.N), a.C = static_cast<int>(s.C), a.R = static_cast<int>(s.R), a.S = static_cast<int>(s.S);
   a.pad_h = static_cast<int>(s.pad_h), a.pad_w = static_cast<int>(s.pad_w);

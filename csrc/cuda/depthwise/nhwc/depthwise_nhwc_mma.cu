@@ -89,11 +89,12 @@ struct Walk {
   }
 };
 
-// Where the piece of a group and a column lies in a row in shared memory: even columns before odd ones. Pieces of a
-// column change places so that eight columns of one kind have theirs on different banks.
-__device__ __forceinline__ int at_column(const NhwcMmaArgs& a, int column, int group) {
-  const int i = column / 2, pieces = 1 << a.swizzle;
-  return column % 2 * a.half + (i * pieces + (group ^ (i >> (3 - a.swizzle) & (pieces - 1)))) * kPiece;
+// Where the piece of a group and a column of an image lies in a row in shared memory: even columns before odd ones.
+// Pieces of a column change places so that eight neighbouring pairs have theirs on different banks, also where some of
+// them are the next image's: columns are counted without what no pair of the image begins with.
+__device__ __forceinline__ int at_column(const NhwcMmaArgs& a, int image, int column, int group) {
+  const int i = (image * a.width + column) / 2, pieces = 1 << a.swizzle, number = image * a.pairs + column / 2;
+  return column % 2 * a.half + (i * pieces + (group ^ (number >> (3 - a.swizzle) & (pieces - 1)))) * kPiece;
 }
 
 // What a thread copies: the same pieces of every row.
@@ -121,7 +122,8 @@ struct Copies {
           n < a.N && group < a.all_groups && static_cast<unsigned>(w) < static_cast<unsigned>(a.in_columns);
       valid |= static_cast<uint32_t>(exists) << k;
       from[k] = in + n * a.in_n + walk.row * a.in_h + w * a.in_w + group * kPiece;
-      to[k] = image < a.images ? at_column(a, column, static_cast<int>(g)) : -1;
+      const bool used = image < a.images && static_cast<int>(c) < 2 * a.pairs + 6;
+      to[k] = used ? at_column(a, image, static_cast<int>(c), static_cast<int>(g)) : -1;
     }
   }
   __device__ __forceinline__ void batch(const NhwcMmaArgs& a, const T* in, T* stage) {
@@ -276,8 +278,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   for (int i = 0; i < 2 * kTiles; ++i) {
     uint32_t pair = min(i / 2 * 8 + lane % 8, a.images * a.pairs - 1);
     const int image = static_cast<int>(a.by_pairs.split(pair));
-    window[i / 2][i % 2] =
-        opaque(at_column(a, image * a.width + 2 * static_cast<int>(pair) + lane / 8 + 4 * (i % 2), group));
+    window[i / 2][i % 2] = opaque(at_column(a, image, 2 * static_cast<int>(pair) + lane / 8 + 4 * (i % 2), group));
   }
   // And where in a row of sums its own go: of channel lane / 4, pairs 2 (lane % 4) and the next, even columns and odd
   // ones.

@@ -22,6 +22,12 @@ struct ToeplitzCut {
   }
 };
 
+// The two copies of a short row in shared memory, in elements. Words of both that a warp reads at once, seven of each,
+// have different banks.
+constexpr int toeplitz_copy_length(int steps) { return 16 * steps + 8; }
+constexpr int toeplitz_copy_gap(int steps) { return steps == 3 ? 24 : steps == 4 ? 8 : 0; }
+constexpr int toeplitz_row_elements(int steps) { return 2 * toeplitz_copy_length(steps) + toeplitz_copy_gap(steps); }
+
 // ---- depthwise_toeplitz.cu
 // Steps of 16 columns that the window of 8 neighbouring outputs takes; those that there are kernels for.
 inline int toeplitz_steps(int64_t S) {

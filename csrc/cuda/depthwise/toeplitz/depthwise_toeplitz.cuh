@@ -77,18 +77,19 @@ __device__ __forceinline__ void stage_images(const ToeplitzArgs& a, T* tile, con
 // A short row as the right factor. Copy o holds element k at place k + 8 + o, and zeros elsewhere.
 template <int kSteps>
 struct ToeplitzRow {
-  static constexpr int kLength = 16 * kSteps + 8;
-  static constexpr int kElements = 2 * kLength;
+  static constexpr int kLength = toeplitz_copy_length(kSteps), kGap = toeplitz_copy_gap(kSteps);
+  static constexpr int kElements = toeplitz_row_elements(kSteps), kSecond = kLength + kGap;
+  static_assert(kSecond / 2 % 32 >= 7 && kSecond / 2 % 32 <= 25);  // see toeplitz_copy_gap()
 
   // element(k) is called for k in [0, count).
   template <typename T, typename Element>
   static __device__ __forceinline__ void stage(T* row, int count, int lane, const Element& element) {
 #pragma unroll
-    for (int place = 0; place < kElements; place += 32) {
+    for (int place = 0; place < 2 * kLength; place += 32) {
       const int i = place + lane;
-      if (i >= kElements) continue;
+      if (i >= 2 * kLength) continue;
       const int k = i < kLength ? i - 8 : i - kLength - 9;
-      row[i] = k >= 0 && k < count ? element(k) : from_acc<T>(0.f);
+      row[i < kLength ? i : i + kGap] = k >= 0 && k < count ? element(k) : from_acc<T>(0.f);
     }
   }
 
@@ -96,7 +97,7 @@ struct ToeplitzRow {
   template <typename T>
   static __device__ __forceinline__ void load(uint32_t (&fragments)[kSteps][2], const T* row, int lane) {
     const int column = lane / 4, j = lane % 4 * 2;
-    const T* const first = row + column % 2 * (kLength + 1) + 8 + j - column;
+    const T* const first = row + column % 2 * (kSecond + 1) + 8 + j - column;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll

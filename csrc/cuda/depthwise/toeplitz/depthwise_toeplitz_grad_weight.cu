@@ -16,6 +16,10 @@
 namespace sepconv::cuda {
 namespace {
 
+// Floats from row to row of a warp's sums in shared memory: rows of eight taps beside each other have different banks.
+template <int kN>
+constexpr int kSumPitch = 8 * kN + 8;
+
 template <typename T, int kM, int kN, int kSteps>
 __global__ void __launch_bounds__(kToeplitzThreads, 4)
     toeplitz_grad_weight_kernel(const ToeplitzArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
@@ -73,7 +77,7 @@ __global__ void __launch_bounds__(kToeplitzThreads, 4)
   }
 
   // The warps' sums, added in the order of the warps.
-  float* const total = reinterpret_cast<float*>(smem);  // [kToeplitzWarps, kTapRows, kTapColumns]
+  float* const total = reinterpret_cast<float*>(smem);  // [kToeplitzWarps, kTapRows, kSumPitch]
 #pragma unroll
   for (int r = 0; r < kM; ++r) {
 #pragma unroll
@@ -81,7 +85,7 @@ __global__ void __launch_bounds__(kToeplitzThreads, 4)
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         const int row = 16 * r + lane / 4 + v / 2 * 8, column = 8 * s + lane % 4 * 2 + v % 2;
-        total[(warp * kTapRows + row) * kTapColumns + column] = sums[r][s][v];
+        total[(warp * kTapRows + row) * kSumPitch<kN> + column] = sums[r][s][v];
       }
     }
   }
@@ -89,9 +93,10 @@ __global__ void __launch_bounds__(kToeplitzThreads, 4)
   for (int i = static_cast<int>(threadIdx.x); i < kTapRows * kTapColumns; i += kToeplitzThreads) {
     const int r = first_r + i / kTapColumns, s = first_s + i % kTapColumns;
     if (r >= a.R || s >= a.S) continue;
-    float sum = total[i];
+    const float* const own = total + i / kTapColumns * kSumPitch<kN> + i % kTapColumns;
+    float sum = own[0];
 #pragma unroll
-    for (int other = 1; other < kToeplitzWarps; ++other) sum += total[other * kTapRows * kTapColumns + i];
+    for (int other = 1; other < kToeplitzWarps; ++other) sum += own[other * kTapRows * kSumPitch<kN>];
     partials[((static_cast<int64_t>(part) * a.K + k) * a.R + r) * a.S + s] = sum;
   }
 }
@@ -105,7 +110,7 @@ cudaError_t start_grad_weight(const Launch& call, ToeplitzArgs a) {
   const size_t elements = a.images * ((a.rows + 16 * kM - 1) * toeplitz_pitch(kN - 1 + 2 * kSteps) +
                                       a.rows * ToeplitzRow<kSteps>::kElements);
   const LaunchConfig config{dim3(a.K * sections * a.parts), dim3(kToeplitzThreads),
-                            std::max(elements * sizeof(T), sizeof(float) * kToeplitzWarps * 128 * kM * kN),
+                            std::max(elements * sizeof(T), sizeof(float) * kToeplitzWarps * 16 * kM * kSumPitch<kN>),
                             call.stream};
   return launch(toeplitz_grad_weight_kernel<T, kM, kN, kSteps>, config, a, call.first_as<T>(), call.second_as<T>(),
                 call.workspace_as<float>());

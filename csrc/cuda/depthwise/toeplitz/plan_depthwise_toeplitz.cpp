@@ -50,7 +50,8 @@ Plan depthwise_toeplitz(Map map, const ConvShape& s, DType dtype, const Device& 
   if (map == Map::grad_weight) {
     const int64_t steps = toeplitz_grad_steps(s.Q);
     const bool few = toeplitz_few_taps(s.R, s.S);
-    const int64_t x_row = pitch((few ? 2 : 4) - 1 + 2 * steps), y_row = 2 * 2 * (16 * steps + 8);
+    const int64_t x_row = pitch((few ? 2 : 4) - 1 + 2 * steps);
+    const int64_t y_row = 2 * toeplitz_row_elements(static_cast<int>(steps));
     choose_place(cut, s.N, s.P, (few ? 15 : 31) * x_row, x_row + y_row, 0);
     const int64_t places = ceil_div(s.N, cut.images) * ceil_div(s.P, cut.rows) *
                            ceil_div(s.Q, toeplitz_grad_columns(static_cast<int>(steps)));
@@ -65,7 +66,7 @@ Plan depthwise_toeplitz(Map map, const ConvShape& s, DType dtype, const Device& 
   cut.vec = pairs ? 2 : 1;
   const int64_t steps = toeplitz_steps(s.S), tiles = toeplitz_tiles(out.columns);
   const int64_t row = pitch(tiles - 1 + 2 * steps);
-  choose_place(cut, s.N, out.rows, (s.R - 1) * row, row, s.R * 4 * (16 * steps + 8));
+  choose_place(cut, s.N, out.rows, (s.R - 1) * row, row, s.R * 2 * toeplitz_row_elements(static_cast<int>(steps)));
   const int64_t places = ceil_div(s.N, cut.images) * ceil_div(out.rows, cut.rows) * ceil_div(out.columns, 8 * tiles);
   // The filter is laid out once a block: few blocks more than the multiprocessors hold twice over.
   cut.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(8 * device.multiprocessors, s.K), 1, places));
