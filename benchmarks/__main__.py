@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from . import console, layer_runs, layers, machine, models, networks, overhead, pairs, peers, report, views
+from . import console, layer_runs, layers, machine, models, networks, overhead, pairs, peers, predict, report, views
 from . import record as records
 from .timing import Clock, clock_for
 
+LAYOUTS = ("nchw", "channels_last")
 LATEST = Path(__file__).parent / "results" / "latest"
 
 
@@ -79,6 +80,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tf32", action="store_true", help="let everybody use TF32 in float32 (default: nobody)")
     parser.add_argument("--out", type=Path, default=LATEST, help="folder for the record")
+    parser.add_argument(
+        "--predict",
+        choices=predict.gpus(),
+        metavar="GPU",
+        help=f"measure nothing, predict layers on a GPU, of {', '.join(predict.gpus())}; --layers, --kinds, --maps, "
+        "--dtype, --batch, --sample and --all choose them",
+    )
+    parser.add_argument("--layer", metavar="WORDS", help='with --predict: one layer, such as "C=96 H=56 R=7"')
+    parser.add_argument(
+        "--layouts", type=_list_of(LAYOUTS), default=list(LAYOUTS), help=f"with --predict: of {','.join(LAYOUTS)}"
+    )
     parser.add_argument("--read", type=Path, metavar="FOLDER", help="show a record again and measure nothing")
     options = parser.parse_args(arguments)
     for part, every in (("models", tuple(networks.NETWORKS)), ("training", models.MODELS)):
@@ -107,7 +119,7 @@ def _list_of(known):
 
 
 def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
-    cuda = options.device.type == "cuda"
+    cuda = options.device.type == "cuda" or options.predict is not None
     whole = (options.models is not None, options.training is not None)
     parts = (bool(options.layers), options.separable, options.overhead, options.views, *whole)
     everything = not any(parts)
@@ -249,6 +261,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.read:
         report.show(records.read(options.read))
         return 0
+    if options.predict:
+        found = layers.load(half=options.layers or "bars")
+        chosen = layers.select(found, options.kinds, options.all)
+        chosen = layers.drawn(chosen, options.sample) if options.sample else chosen
+        chosen = [predict.layer_of(options.layer)] if options.layer else chosen
+        return predict.show(options.predict, chosen, options.maps, options.dtype, options.layouts, options.batch)
     began = time.monotonic()
     record = {
         "format": records.FORMAT,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import predict
 from ptx_faults import FAULTS, kernel
 from test_emulated import NAMES, RUNS, emulate
 from test_golden_ptx import GOLDEN, emulated_output
@@ -449,6 +450,24 @@ def test_more_than_recorded_is_seen() -> None:
     ]
     assert not ptx_layers.is_more(recorded, recorded)
     assert all(len(ptx_layers.is_more(now, recorded)) == 1 for now in worse)
+
+
+def test_a_smaller_launch_predicts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m benchmarks --predict`: fewer images and channels with the same cut, and the whole layer."""
+    gpu, layer = predict.gpus()["H100"], predict.layer_of("C=128 H=14 R=7")
+    made = []
+    for most in (predict.EXECUTED, 0):
+        monkeypatch.setattr(predict, "EXECUTED", most)
+        made.append(predict.predict(gpu, layer, "forward", "float16", "channels_last", 16))
+    whole, smaller = made
+    assert isinstance(whole, predict.Prediction) and isinstance(smaller, predict.Prediction)
+    assert whole.executed == "whole" and "N 2" in smaller.executed
+    assert whole.kernel == smaller.kernel == "depthwise_nhwc_mma"
+    (a,), (b,) = whole.launches, smaller.launches
+    assert a.blocks == b.blocks and a.bank_conflicts == b.bank_conflicts == 1
+    assert {"memory", "issue", "tensor cores", "shared memory"} <= set(a.bounds)
+    assert b.bounds == pytest.approx(a.bounds, rel=0.1)
+    assert a.bounds["memory"] * gpu.copied_share == pytest.approx(whole.floor_us, rel=0.1)
 
 
 @pytest.mark.slow
