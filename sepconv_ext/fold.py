@@ -92,11 +92,11 @@ register_optimizer_step_post_hook(_count_step)
 class _Kept:
     """Folded weights, kept until one of the tensors that they were made from changes.
 
-    A change shows in the tensor's identity, its version or its address, or an optimiser took a step (a write through
-    `.data`, by another process, by a collective of torch.distributed or by the replay of a CUDA graph shows in none).
+    A change shows in the tensor's identity, its version or its address, or an optimiser took a step. A write through
+    `.data`, by another process, by a collective of torch.distributed or by the replay of a CUDA graph shows in none.
 
     Weights that are made anew from the same tensors go into the old ones' memory, so that a CUDA graph that was
-    captured with them goes on with the new values; and what autograd saved of them is changed, and known to be, just as
+    captured with them goes on with the new values. What autograd saved of them is changed, and known to be, just as
     the tensors themselves are.
     """
 

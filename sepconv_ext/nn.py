@@ -246,7 +246,7 @@ class SeparableConv2d(_Unscriptable, nn.Module):
             even extent at a stride.
 
     Channels: out_channels may be any number. An nn.Conv2d(C, K, groups=g) needs g to divide both C and K, so it has
-    gcd(C, K) groups at most: from 32 to 48 channels that is 16, and depthwise (g = C) needs K to be a multiple of C.
+    gcd(C, K) groups at most. From 32 to 48 channels that is 16, and depthwise (g = C) needs K to be a multiple of C.
     Here only the depthwise stage is grouped, its K is C * T, and the pointwise stage mixes all channels.
 
     Input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q].

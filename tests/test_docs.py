@@ -74,6 +74,20 @@ def test_lines_and_cells_have_a_width(page: Path) -> None:
     assert not long
 
 
+def sentences(page: Path) -> list[str]:
+    """What the page says, without its tables and code; what stands in backticks is one word."""
+    text = re.sub(r"(?s:```.*?```)|^ *(?:[|#]|:::).*", "\n\n", page.read_text(), flags=re.M)
+    text = re.sub(r"`[^`]*`", "code", text)
+    text = re.sub(r"\]\([^()]*\)", "]", text)
+    paragraphs = re.split(r"\n\s*\n|\n *(?:-|\d+\.) ", text)
+    return [s for paragraph in paragraphs for s in re.split(r"(?<=[.!?:;])\s", " ".join(paragraph.split()))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "notes"], ids=name_of)
+def test_sentences_are_short(page: Path) -> None:
+    assert not [s for s in sentences(page) if len(re.findall(r"\w\S*", s)) > 30]
+
+
 def test_the_front_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
