@@ -146,6 +146,11 @@ PLANS = (
     ((2, "channels_last", (8, 64, 128, 56, 1), "grad_input"), False),
     ((2, "channels_last", (1, 104, 104, 28, 1), "grad_weight"), True),
     ((2, "channels_last", (8, 32, 16, 112, 1), "grad_weight"), False),
+    ((1, "contiguous", (1, 128, 1, 32, 1), "forward"), False),  # MKL has code of its own for one output
+    ((1, "channels_last", (8, 64, 2, 28, 1), "forward"), False),
+    ((1, "channels_last", (1, 64, 1, 20, 1), "forward"), True),
+    ((1, "contiguous", (1, 128, 1, 32, 1), "grad_weight"), False),
+    ((1, "contiguous", (1, 128, 1, 32, 1), "grad_input"), True),
     ((1, "contiguous", (16, 48, 288, 28, 1), "forward"), True),  # from 16 images on torch takes oneDNN
 )  # fmt: skip
 

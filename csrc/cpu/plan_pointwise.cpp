@@ -6,11 +6,16 @@
 // All limits were measured with AVX-512, one and two threads, 1 and 8 images (benchmarks/notes/pointwise.md).
 #include "cpu/plan_pointwise.h"
 
+#include <algorithm>
+
 namespace sepconv::cpu {
 namespace {
 
 // Multiply-adds that take about as long as what a call of torch's costs beside its product.
 constexpr int64_t kSmallForward = 1'500'000, kSmallGradient = 600'000;
+// Fewer outputs take the product as long as so many: NCHW pixels are packed all the same, and lanes of channels_last
+// are idle. MKL has code of its own for them (pointwise.md, "few outputs").
+constexpr int64_t kLeastOutputs = 16;
 
 // A batch that lies in the second-level cache in most layers.
 constexpr int64_t kFewPixels = 28 * 28 + 240, kSomePixels = 8 * 14 * 14 + 32, kManyPixels = 56 * 56;
@@ -23,6 +28,12 @@ struct Sizes {
 
 bool torch_takes_mkl(const ConvShape& s, int threads) {
   return threads == 1 && s.N < 16 && s.stride_h == 1 && s.stride_w == 1;
+}
+
+// Multiply-adds of the product here, idle lanes and all.
+int64_t products_of(Map map, const Sizes& s, bool channels_last, bool against_mkl) {
+  const bool packs_for_all = map == Map::forward || (map == Map::grad_weight && !channels_last);
+  return s.pixels * s.C * (against_mkl && packs_for_all ? std::max(s.K, kLeastOutputs) : s.K);
 }
 
 bool beats_mkl(Map map, const Sizes& s, bool channels_last) {
@@ -71,15 +82,15 @@ bool product_can(Map map, const ConvShape& s, DType dtype) {
 
 const char* product_is_best(Map map, const ConvShape& s, Layout layout, int threads) {
   const Sizes sizes(s);
-  const bool channels_last = layout == Layout::nhwc;
-  if (sizes.pixels * sizes.weights() <= (map == Map::forward ? kSmallForward : kSmallGradient)) {
+  const bool channels_last = layout == Layout::nhwc, against_mkl = torch_takes_mkl(s, threads);
+  if (products_of(map, sizes, channels_last, against_mkl) <= (map == Map::forward ? kSmallForward : kSmallGradient)) {
     return "1x1: a product so small that a call of torch's costs more";
   }
   if (!is_matrix_product(s)) {
     const bool some = !channels_last || map == Map::forward || sizes.pixels <= kSomePixels;
     return some ? "1x1 with a stride: pixels are packed as they are read" : nullptr;
   }
-  if (torch_takes_mkl(s, threads)) {
+  if (against_mkl) {
     return beats_mkl(map, sizes, channels_last) ? "1x1: MKL's product, as torch calls it, is slower" : nullptr;
   }
   const bool beats = channels_last ? beats_onednn_channels_last(map, sizes) : beats_onednn_nchw(map, sizes);
