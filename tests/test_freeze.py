@@ -374,6 +374,35 @@ def test_any_batch_and_other_sizes(model: nn.Module, frozen: nn.Module) -> None:
             torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+NO_IMAGES = {
+    # What follows the convolution, and whether it has an answer for an empty batch.
+    "pooled and seen as a matrix": (lambda y: F.adaptive_avg_pool2d(y, 1).view(-1, 8), True),
+    "a gate of it": (
+        lambda y: F.interpolate(torch.sigmoid(F.avg_pool2d(y, 2)), size=y.shape[2:], mode="nearest"),
+        True,
+    ),
+    "asks for an odd size": (lambda y: y * 2 if y.shape[0] * y.shape[2] % 2 != 0 else y, True),
+    "a size to be found": (lambda y: y.view(y.shape[0], -1), False),
+    "another result": (lambda y: y * 2 if y.numel() != 0 else y.sum(0), False),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_no_images(name: str) -> None:
+    """torch.export asks whether sizes are 0, and forgets what a model asks: what the model makes of none counts."""
+    function, takes = NO_IMAGES[name]
+    model = lived_in(Called(function, nn.Conv2d(3, 8, 3, stride=2, padding=1)))
+    frozen = freeze(model, torch.zeros(1, 3, 14, 14))
+    for n in (1, 3):
+        assert_says_the_same(model, frozen, random((n, 3, 14, 14), torch.float32, "cpu"))
+    none = torch.zeros(0, 3, 14, 14)
+    if takes:
+        assert frozen(none).shape == model(none).shape
+    else:
+        with pytest.raises(RuntimeError, match=r"must have size \[at least 1, 3, any, any\], but has \[0, 3, 14"):
+            frozen(none)
+
+
 def test_a_small_example_takes_larger_images() -> None:
     """Of 8x8 pixels one is left at the end; torch would take the size 1 for a condition."""
     torch.manual_seed(1)
@@ -596,6 +625,31 @@ def test_part_by_part(x: Tensor) -> None:
     assert other_head.name.startswith("heads.") and other_head.reason == "it is not called on the example"
     assert "left" in str(report)
     assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+
+
+@pytest.mark.parametrize("asks", ("guards", "places"))
+def test_a_torch_that_keeps_to_itself_what_it_asked(monkeypatch: pytest.MonkeyPatch, x: Tensor, asks: str) -> None:
+    """What freeze reads of torch's own is in this release; a release without it is named, and nothing goes wrong."""
+    model, export, release = small_network(), torch.export.export, torch.__version__
+    assert hasattr(torch.fx.experimental._config, "backed_size_oblivious"), release
+
+    def forgetful(*args: object, **kwargs: object) -> torch.export.ExportedProgram:
+        program = export(*args, **kwargs)
+        assert hasattr(program, "_guards_code"), release
+        if asks == "guards":
+            del program._guards_code
+        values = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        sizes = [n for value in values for n in value.shape if isinstance(n, torch.SymInt)]
+        for guard in sizes[0].node.shape_env.guards if sizes and asks == "places" else ():
+            assert hasattr(guard.sloc, "framework_loc"), release
+            object.__setattr__(guard, "sloc", None)
+        return program
+
+    monkeypatch.setattr(torch.export, "export", forgetful)
+    frozen = freeze(model, x)
+    assert_says_the_same(model, frozen, x)
+    if asks == "guards":
+        assert release in frozen.report.left[0].reason
 
 
 def test_a_model_that_fails_on_the_example() -> None:

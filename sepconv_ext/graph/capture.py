@@ -115,6 +115,8 @@ def capture(model: nn.Module, arguments: tuple, dynamic_batch: bool = True) -> P
             problem = problem or Uncapturable("its forward goes another way for larger examples")
             continue
         program.example = _sizes_of(program, flat)
+        if dynamic_batch:
+            _decide_about_no_images(model, exported, arguments, program.signature)
         return program
     raise Uncapturable(f"{type(problem).__name__}: {_first_line(problem)}")
 
@@ -204,7 +206,8 @@ def _branch_on_one(exported: torch.export.ExportedProgram) -> str | None:
     sizes = (n for value in values if isinstance(value, Tensor) for n in value.shape)
     shapes = next((n.node.shape_env for n in sizes if isinstance(n, torch.SymInt)), None)
     for guard in shapes.guards if shapes is not None else ():
-        frame = guard.sloc.framework_loc  # the innermost one outside of the symbols' own machinery
+        # The innermost one outside of the symbols' own machinery. A torch that does not tell it: as if the model asked.
+        frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
         if sympy.Integer(1) in guard.expr.args and not getattr(frame, "filename", "").startswith(_NOT_THE_MODEL):
             return f"{guard.expr}, {frame}"
     return None
@@ -228,6 +231,33 @@ def _goes_the_same_way(model: nn.Module, exported: torch.export.ExportedProgram,
         captured = pytree.tree_leaves(fx.Interpreter(exported.graph_module).run(*values))
         own = pytree.tree_leaves(model(*arguments))
     return len(captured) == len(own) and all(map(_is_close, captured, own))
+
+
+_BATCH = re.compile(r"L(\['\w+'\]|\[\d+\])+\.size\(\)\[0\]")
+
+
+def _decide_about_no_images(
+    model: nn.Module, exported: torch.export.ExportedProgram, arguments: tuple, signature: Signature
+) -> None:
+    """Whether the network takes an empty batch. torch.export has asked itself whether sizes are 0, or has not, when it
+    captured: only the model can say what it does."""
+
+    def without_images(leaf: object) -> object:
+        return leaf.new_empty((0, *leaf.shape[1:])) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+    empty = pytree.tree_map(without_images, arguments)
+    try:
+        same = _goes_the_same_way(model, exported, empty)
+    except Exception:  # it has no answer for none, as a view of [0, -1]
+        same = False
+    if not same:
+        signature.inputs = [input.of_at_least_one() for input in signature.inputs]
+        return
+    broken = signature.broken(pytree.tree_leaves((empty, {})))
+    for i, guard in enumerate(signature.guards):
+        batch = _BATCH.search(guard)
+        if guard in broken and batch is not None:
+            signature.guards[i] = f"({guard}) or {batch[0]} == 0"
 
 
 def _is_close(a: object, b: object) -> bool:
@@ -315,7 +345,9 @@ def _conditions(exported: torch.export.ExportedProgram) -> tuple[list[str], list
 
     That is whether a size is 1: it decides nothing but memory layouts and broadcasting, which each op finds out itself.
     """
-    guards = [guard for guard in getattr(exported, "_guards_code", []) if not guard.startswith("1 < ")]  # not empty
+    if not hasattr(exported, "_guards_code"):
+        raise Uncapturable(f"torch {torch.__version__} does not tell for which sizes its graph holds")
+    guards = [guard for guard in exported._guards_code if not guard.startswith("1 < ")]  # not empty
     return [guard for guard in guards if not _ONE.search(guard)], [guard for guard in guards if _ONE.search(guard)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ class Input:
     name: str
     sizes: tuple[tuple[int, float], ...] | None = None
     value: object = None
+
+    def of_at_least_one(self) -> Input:
+        """The same, without an empty batch."""
+        if not self.sizes or self.sizes[0][0] >= 1 or self.sizes[0][1] < 1:
+            return self
+        (_, highest), *others = self.sizes
+        return replace(self, sizes=((1, highest), *others))
 
     def check(self, value: object) -> None:
         if self.sizes is None:
@@ -65,25 +72,25 @@ class Signature:
         """Raises an error that names the argument, where a leaf is none that the network takes."""
         for input, value in zip(self.inputs, flat, strict=True):
             input.check(value)
-        broken = self._broken(flat) if self.guards else None
-        if broken is not None:
+        broken = self.broken(flat) if self.guards else ()
+        if broken:
             sizes = [
                 f"{input.name} has size {list(value.shape)}"
                 for input, value in zip(self.inputs, flat, strict=True)
                 if isinstance(value, Tensor)
             ]
             raise RuntimeError(
-                f"sizes must satisfy {_as_written(broken)}, as the example's do, but {', '.join(sizes)}: the model "
+                f"sizes must satisfy {_as_written(broken[0])}, as the example's do, but {', '.join(sizes)}: the model "
                 "takes another way through its forward there, so freeze it with an example of that size"
             )
 
-    def _broken(self, flat: Sequence) -> str | None:
-        """The first condition that does not hold: the model's own branches would not go as they went on the example."""
+    def broken(self, flat: Sequence) -> list[str]:
+        """The conditions that do not hold: the model's own branches would not go as they went on the example."""
         args, _ = pytree.tree_unflatten(list(flat), self.in_spec)
         known = {name: args[i] for i, name in enumerate(self.names) if i < len(args)}
         known |= {name[1:]: args[i:] for i, name in enumerate(self.names) if name[0] == "*" and name[1] != "*"}
         scope = {"L": known, "math": math, "torch": torch}
-        return next((guard for guard in self.guards if not eval(guard, scope)), None)
+        return [guard for guard in self.guards if not eval(guard, scope)]
 
 
 def _in_words(low: int, high: float) -> str:
