@@ -17,7 +17,6 @@ from . import console, layer_runs, layers, machine, models, networks, overhead, 
 from . import record as records
 from .timing import Clock, clock_for
 
-LAYOUTS = ("nchw", "channels_last")
 LATEST = Path(__file__).parent / "results" / "latest"
 
 
@@ -66,7 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--layouts",
         type=_list_of(tuple(peers.LAYOUTS)),
         default=list(peers.LAYOUTS),
-        help=f"of training steps; of {','.join(peers.LAYOUTS)}",
+        help=f"of training steps and of --predict: of {','.join(peers.LAYOUTS)}",
     )
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], help="CPU threads, as 1,2")
     parser.add_argument(
@@ -88,9 +87,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dtype, --batch, --sample and --all choose them",
     )
     parser.add_argument("--layer", metavar="WORDS", help='with --predict: one layer, such as "C=96 H=56 R=7"')
-    parser.add_argument(
-        "--layouts", type=_list_of(LAYOUTS), default=list(LAYOUTS), help=f"with --predict: of {','.join(LAYOUTS)}"
-    )
     parser.add_argument("--read", type=Path, metavar="FOLDER", help="show a record again and measure nothing")
     options = parser.parse_args(arguments)
     for part, every in (("models", tuple(networks.NETWORKS)), ("training", models.MODELS)):
