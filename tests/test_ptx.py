@@ -343,18 +343,34 @@ PLANTED = (
     "depthwise_grad_weight_nhwc_mma-grad_weight", "pointwise_mma-forward", "separable_mma-forward",
 )  # fmt: skip
 MUTANTS = int(os.environ.get("PTX_MUTANTS", "12"))  # of each
-CAUGHT = 0.85  # at least this share: 63 of 72 are, and of the others some change nothing
+CAUGHT = 0.95  # at least this share of those that make a difference
+PLANTED_RUNS = 9  # of a kernel; most faults are caught by the first ones
+WITHOUT_EFFECT = Path(__file__).parent / "ptx" / "survivors.txt"
 
 
-def small_runs(name: str) -> list[int]:
-    """The runs of a kernel and map that have the fewest numbers, of different shapes."""
+def planted_runs(name: str) -> list[int]:
+    """Runs of a kernel and map: of the dtype, filter rows and layout that most of its cases have, so that they execute
+    the same entries; small ones first."""
 
     def size(index: int) -> int:
         c = RUNS[index].case
         return c.N * c.K * c.H * c.W * c.R * c.S
 
-    plain = [i for i, a in CHOSEN if a == "90a" and NAMES[i].startswith(name + "-")]
-    return sorted(plain, key=size)
+    kernel, map = name.rsplit("-", 1)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, run in enumerate(RUNS):
+        own = planned("90a")[index] == kernel and run.map == map and "infinite" not in run.extra
+        if own and files_of(index, "90a") <= set(DEFAULT):
+            alike.setdefault((run.dtype, run.case.R, "last" in run.layout), []).append(index)
+    most = max(alike.values(), key=len)
+    step = max(len(most) / PLANTED_RUNS, 1)
+    return sorted((most[int(i * step)] for i in range(min(PLANTED_RUNS, len(most)))), key=size)
+
+
+def without_effect(fault: plant.Planted, stem: str) -> bool:
+    """Whether survivors.txt names the fault: by file, kind and change, registers without their numbers."""
+    lines = [line.split(" # ")[0].strip() for line in WITHOUT_EFFECT.read_text().splitlines() if " # " in line]
+    return any(fault.plain().strip() in (line, line.removeprefix(f"{stem}: ")) for line in lines)
 
 
 # Of boxes and their mbarriers: an instruction is removed wherever it stands.
@@ -393,23 +409,30 @@ def survives(name: str, fault: plant.Planted, text: str, runs: list[int], folder
 
 
 def test_planted_faults_are_caught(tmp_path: Path) -> None:
-    """In the PTX text, in lines that the cases execute; a fault is caught if any of the kernel's cases shows it."""
+    """In the PTX text, in lines that several cases execute; any of the kernel's cases may show a fault. What makes no
+    difference, by survivors.txt, does not count."""
     used, work = runner(False), []
     for name in PLANTED:
-        runs, text = small_runs(name), used.ptx["90a"][name.split("-")[0]].read_text()
-        executed: set[int] = set()
+        runs, text = planted_runs(name), used.ptx["90a"][name.split("-")[0]].read_text()
+        executed: collections.Counter[int] = collections.Counter()
         for index in runs:
             done = used.run(RUNS[index].arguments(), "90a", lines=True)
             assert done.returncode == 0, done.stdout
             for entry, lines in re.findall(r"^lines: (\S+)((?: \d+)+)$", done.stdout, re.MULTILINE):
                 if f".entry {entry}(" in text:
-                    executed |= set(map(int, lines.split()))
-        work += [(name, fault, text, runs, tmp_path) for fault in plant.sample(text, sorted(executed), MUTANTS, seed=1)]
+                    executed.update(map(int, lines.split()))
+        often = sorted(line for line, times in executed.items() if times >= min(3, len(runs)))
+        work += [(name, fault, text, runs, tmp_path) for fault in plant.sample(text, often, MUTANTS, seed=1)]
     with ThreadPoolExecutor(emulate.JOBS) as pool:
-        survivors = [told for told in pool.map(lambda job: survives(*job), work) if told]
-    share = 1 - len(survivors) / len(work)
-    print(f"{share:.1%} of {len(work)} planted faults are caught", *survivors, sep="\n  ")
-    assert len(work) == MUTANTS * len(PLANTED) and share >= CAUGHT, "\n".join(survivors)
+        survivors = [
+            (told, job) for told, job in zip(pool.map(lambda j: survives(*j), work), work, strict=True) if told
+        ]
+    harmless = [told for told, (name, fault, *_) in survivors if without_effect(fault, name.split("-")[0])]
+    missed = [told for told, (name, fault, *_) in survivors if not without_effect(fault, name.split("-")[0])]
+    share = 1 - len(missed) / (len(work) - len(harmless))
+    print(f"{share:.1%} of {len(work) - len(harmless)} planted faults are caught", *missed, sep="\n  ")
+    print(f"{len(harmless)} have no effect (survivors.txt)", *harmless, sep="\n  ")
+    assert len(work) == MUTANTS * len(PLANTED) and share >= CAUGHT, "\n".join(missed)
 
 
 def counted(slow: bool) -> list[tuple[str, str, list[str]]]:

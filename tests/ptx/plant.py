@@ -28,6 +28,11 @@ class Planted:
     def apply(self, lines: Sequence[str]) -> str:
         return "\n".join([*lines[: self.line - 1], self.after, *lines[self.line :]])
 
+    def plain(self) -> str:
+        """Kind and change, without the line and the registers' numbers: the same from one nvcc to the next."""
+        before, after = (re.sub(r"%[a-z]+\d+", "%", " ".join(text.split())) for text in (self.before, self.after))
+        return f"{self.kind}: {before} -> {after}"
+
     def __str__(self) -> str:
         return f"line {self.line}: {self.kind}: {self.before.strip()} -> {self.after.strip()}"
 

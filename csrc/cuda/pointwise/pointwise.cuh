@@ -203,8 +203,11 @@ struct TileShare {
   static constexpr int kAlong = (kAlongK ? kDepth : kOuter) / kVec;  // vectors in the dense dimension
   static_assert(kElements * kThreads == kOuter * kDepth && kThreads % kAlong == 0 && kThreads % kOuter == 0);
 
+  // Rows of four vectors along k: eight neighbouring lanes take rows r and r + 4. Where rows lie an odd number of
+  // vectors apart in shared memory, those two have different banks.
   static __device__ __forceinline__ int outer(int i) {
     const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
+    if (kAlongK && kAlong == 4) return vector / 32 * 8 + vector / 4 % 2 * 4 + vector / 8 % 4;
     return kAlongK ? vector / kAlong : vector % kAlong * kVec;
   }
   static __device__ __forceinline__ int depth(int i) {

@@ -21,8 +21,12 @@ constexpr int kDepth = 32;                 // of a step along k
 constexpr int kStages = 3;
 constexpr int kWarpRows = 32, kWarpColumns = 32;
 constexpr int kPad = 8;                     // elements: 16 bytes
-constexpr int kResultPitch = kColumns + 4;  // floats
+constexpr int kResultPitch = kColumns + 8;  // floats
 constexpr int kVec = 8;                     // elements of 16 bits in 16 bytes
+
+// Where a column of the result lies in its row: four floats after each 32, so that eight lanes that read 32 bytes each
+// find them on different banks.
+__device__ __forceinline__ int result_column(int column) { return column + column / 32 * 4; }
 
 // A tile of one operand in shared memory, and the thread's share of filling it.
 template <typename T, bool kAlongK, int kOuter>
@@ -160,11 +164,10 @@ __global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float* const to = result + (row + i * 16 + lane / 4) * kResultPitch + column + j * 8 + lane % 4 * 2;
-      to[0] = sums[i][j][0];
-      to[1] = sums[i][j][1];
-      to[8 * kResultPitch] = sums[i][j][2];
-      to[8 * kResultPitch + 1] = sums[i][j][3];
+      float* const to =
+          result + (row + i * 16 + lane / 4) * kResultPitch + result_column(column) + j * 8 + lane % 4 * 2;
+      *reinterpret_cast<Vec<float, 2>*>(to) = {sums[i][j][0], sums[i][j][1]};
+      *reinterpret_cast<Vec<float, 2>*>(to + 8 * kResultPitch) = {sums[i][j][2], sums[i][j][3]};
     }
   }
   __syncthreads();
@@ -176,7 +179,8 @@ __global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {
       const uint32_t m = m0 + i / kColumns, n = n0 + i % kColumns;
       if (m < m_size && n < n_size) {
-        partials[static_cast<int64_t>(m) * n_size + n] = result[i / kColumns * kResultPitch + i % kColumns];
+        partials[static_cast<int64_t>(m) * n_size + n] =
+            result[i / kColumns * kResultPitch + result_column(i % kColumns)];
       }
     }
     return;
@@ -189,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<
     float values[kVec];
 #pragma unroll
     for (int j = 0; j < kVec; j += 4) {
-      const Vec<float, 4> v = *reinterpret_cast<const Vec<float, 4>*>(result + local_m * kResultPitch + local_n + j);
+      const float* const from = result + local_m * kResultPitch + result_column(local_n) + j;
+      const Vec<float, 4> v = *reinterpret_cast<const Vec<float, 4>*>(from);
 #pragma unroll
       for (int l = 0; l < 4; ++l) values[j + l] = v.v[l];
     }
