@@ -728,7 +728,7 @@ BAD = {
     "%0 = input image\n%1 = mean %0 size=3\nreturn %1 image": "unknown field 'size'",
     "%0 = input image\n%1 = mean %0 K=3y\nreturn %1 image": "not a number: '3y'",
     "%0 = input image\n%1 = add %0\nreturn %1 image": "wrong number of values for 'add'",
-    "%0 = input image\n%1 = activate %0 act=elu\nreturn %1 image": "unknown activation 'elu'",
+    "%0 = input image\n%1 = activate %0 act=sawtooth\nreturn %1 image": "unknown activation 'sawtooth'",
     "%0 = input image\n%1 = mean %0": "the program returns nothing",
     "%0 = input image\nreturn %0 image": "an input, or a value that is returned already, is returned",
     "%0 = input image\n%1 = max_pool %0 stride=0x1\nreturn %1 image": "a size below its least one",
