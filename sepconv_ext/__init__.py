@@ -11,7 +11,7 @@ except ImportError as error:
     ) from error
 
 # The ops' Python half (fake kernels, flop formulas, shardings) registers itself on import; the rest is the public face.
-from . import _sharding, factorize, functional, nn, ops, packed, program  # noqa: F401
+from . import _sharding, causal_conv1d, factorize, functional, nn, ops, packed, program  # noqa: F401
 from .convert import convert_, revert_
 from .cost import cost
 from .functional import explain
@@ -20,6 +20,7 @@ from .version import __version__
 
 __all__ = [
     "__version__",
+    "causal_conv1d",
     "convert_",
     "cost",
     "explain",

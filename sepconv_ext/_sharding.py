@@ -32,9 +32,13 @@ _ROLES = {
     "separable_conv2d_training": ("bb", "brrrr"),
     "spatial_separable_conv2d": ("b", "brr"),
     "inverted_residual": ("b", "brrrrrrrrrr"),
+    "causal_conv1d": ("b", "brrbb"),
+    "causal_conv1d_grad_input": ("bb", "brb"),
+    "causal_conv1d_grad_weight": ("s", "bbbb"),
 }
 # Where an op's stride stands, which has an entry for each spatial dimension; the ops without one are for images.
 _STRIDE = {"conv2d": 3, "conv2d_grad_input": 4, "conv2d_grad_weight": 4, "conv2d_both_grads": 3}
+_FOR_SEQUENCES = {"causal_conv1d", "causal_conv1d_grad_input", "causal_conv1d_grad_weight"}
 # Sizes that an op is told of its result, and the strides: a shard's own are smaller.
 _SIZES = {"conv2d_grad_input": (2, 3)}
 
@@ -48,9 +52,11 @@ def register_strategies() -> None:
     sharded = {"b": Shard(0), "r": Replicate(), "s": Partial()}
     propagator = DTensor._op_dispatcher.sharding_propagator
 
-    def register(op: torch._ops.OpOverload, results: str, tensors: str, stride: int | None) -> None:
+    def register(name: str, results: str, tensors: str, stride: int | None) -> None:
+        op = getattr(torch.ops.sepconv_ext, name).default
+
         def strategies(*arguments: Any) -> Sequence[tuple[list, list]]:
-            dims = 2 if stride is None else len(arguments[stride])
+            dims = 1 if name in _FOR_SEQUENCES else 2 if stride is None else len(arguments[stride])
             given = [role if a is not None else None for role, a in zip_longest(tensors, arguments)]
 
             def placed(placement: dict) -> tuple[list, list]:
@@ -65,7 +71,7 @@ def register_strategies() -> None:
         propagator.op_to_schema_info[op] = RuntimeSchemaInfo(len(tensors), needs_pytree=True)
 
     for name, (results, tensors) in _ROLES.items():
-        register(getattr(torch.ops.sepconv_ext, name).default, results, tensors, _STRIDE.get(name))
+        register(name, results, tensors, _STRIDE.get(name))
     for name, places in _SIZES.items():
         propagator.op_to_shape_and_stride_idx[getattr(torch.ops.sepconv_ext, name).default] = places
 

@@ -17,6 +17,8 @@ for _name in ("depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"):
     torch.fx.wrap(_name)
 torch.fx.wrap("spatial_separable_conv2d")
 torch.fx.wrap("inverted_residual")
+torch.fx.wrap("causal_conv1d")
+torch.fx.wrap("causal_conv1d_update")
 
 IntOrPair = int | Sequence[int]
 IntOrSingle = int | Sequence[int]
@@ -128,14 +130,17 @@ def _padding_1d(
     return _single("padding", padding)
 
 
-def _conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode="zeros") -> Tensor:
+def _conv1d(
+    input, weight, bias, stride, padding, dilation, groups, padding_mode="zeros", activation="identity"
+) -> Tensor:
     """_C.conv1d's call, as _conv2d is _C.conv2d's."""
     if not torch.compiler.is_compiling():
-        return _C.conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+        names = dict(activation=activation, padding_mode=padding_mode)
+        return _C.conv1d(input, weight, bias, stride, padding, dilation, groups, **names)
     stride, dilation = _single("stride", stride), _single("dilation", dilation)
     padding = _padding_1d(padding, weight.shape, stride, dilation)
     op = torch.ops.sepconv_ext.conv2d
-    return op(input, weight, bias, stride, padding, dilation, groups, "identity", padding_mode)
+    return op(input, weight, bias, stride, padding, dilation, groups, activation, padding_mode)
 
 
 def conv1d(
@@ -189,6 +194,116 @@ def padded_conv1d(
 ) -> Tensor:
     """`conv1d` with something else than zeros at the ends, as `padded_conv2d` has it around an image."""
     return _conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+
+
+def causal_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    seq_idx: Tensor | None = None,
+    dilation: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The causal depthwise convolution of state-space models (Mamba, arXiv 2312.00752), with states and packing.
+
+    ``output[n, c, q]`` is ``activation(bias[c] + sum over s of weight[c, s] * input[n, c, q - reach + s * dilation])``
+    with ``reach = (S - 1) * dilation``. The channels may lie next to each other in memory: ``x.transpose(1, 2)`` of an
+    ``[N, L, C]`` tensor, or of a slice of a wider projection's channels, is computed where it lies. Differentiable to
+    any order by all tensors.
+
+    Args:
+        input: ``[N, C, L]``; any strides.
+        weight: ``[C, S]``, or ``[C, 1, S]`` as torch.nn.Conv1d has it; any width.
+        bias: ``[C]`` or None.
+        activation: a name that `depthwise_conv2d` lists, or None.
+        initial_states: ``[N, C, reach]``, what stands before the input; None is zeros.
+        return_final_states: return what a next call takes for its initial states, too. Default False.
+        seq_idx: ``[N, L]`` of whole numbers, for several sequences in one row: where the number changes, another one
+            begins, and no output sees another sequence. Where it is negative there is padding: the output is 0.
+            Initial states belong to the first sequence of a row, and final states are the last one's.
+        dilation: distance between the filter's taps. Default 1.
+
+    Returns:
+        ``[N, C, L]``, with its channels next to each other where the input's are; with `return_final_states` also the
+        final states ``[N, C, reach]``, contiguous.
+
+    Raises:
+        ValueError: an unknown activation.
+        RuntimeError: sizes, dtypes and devices that do not fit.
+    """
+    filters = weight.squeeze(1) if weight.dim() == 3 else weight
+    name = "identity" if activation is None else activation
+    if initial_states is None and seq_idx is None and input.dim() == 3 and filters.dim() == 2:
+        taps = weight if weight.dim() == 3 else weight.unsqueeze(1)
+        output = _conv1d(input, taps, bias, 1, "causal", dilation, filters.shape[0], activation=name)
+    else:
+        op = torch.ops.sepconv_ext.causal_conv1d
+        output = op(input, filters, bias, initial_states, seq_idx, dilation, name)
+    if not return_final_states:
+        return output
+    return output, _final_states(input, initial_states, seq_idx, (filters.shape[1] - 1) * dilation)
+
+
+def _final_states(input: Tensor, initial_states: Tensor | None, seq_idx: Tensor | None, reach: int) -> Tensor:
+    """The last `reach` positions of the input behind its states, in memory of their own."""
+    length, from_input = input.shape[2], min(reach, input.shape[2])
+    last = input.narrow(2, length - from_input, from_input)
+    if seq_idx is not None:
+        # A position is of the last sequence if no number changes behind it.
+        numbers = seq_idx.narrow(1, length - from_input, from_input)
+        changes = torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (0, 1))
+        later = changes.flip(1).cumsum(1).flip(1) > 0
+        last = last.masked_fill((later | (numbers < 0)).unsqueeze(1), 0)
+        if initial_states is not None and from_input < reach:
+            others = ((seq_idx != seq_idx[:, :1]).any(1) | (seq_idx[:, 0] < 0))[:, None, None]
+            initial_states = initial_states.masked_fill(others, 0)
+    if from_input == reach:
+        return last.clone(memory_format=torch.contiguous_format)
+    if initial_states is None:
+        return torch.nn.functional.pad(last, (reach - from_input, 0))
+    return torch.cat((initial_states.narrow(2, from_input, reach - from_input), last), 2)
+
+
+def causal_conv1d_update(
+    input: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    dilation: int = 1,
+) -> Tensor:
+    """`causal_conv1d` of the next token or tokens, with a state that is moved on in place: one step of decoding.
+
+    Not differentiable.
+
+    Args:
+        input: ``[N, C]``, one token, or ``[N, C, T]``; any strides.
+        state: ``[N, C, length]`` with ``length >= reach``: the inputs before these, the latest last. It is changed.
+        weight, bias, activation, dilation: as in `causal_conv1d`. Weight and bias may be float32 where the others are
+            of a half type.
+        cache_seqlens: ``[N]`` of whole numbers: how many tokens came before. The states are then rings: token i of a
+            sequence stands at ``i % length``. None: they are shifted.
+        state_indices: ``[N]`` of whole numbers: the row of `state`, which may have others, of each sequence; no two
+            alike. Where it is negative the output is 0 and no state changes. None: row n.
+
+    Returns:
+        ``[N, C]`` or ``[N, C, T]``, contiguous.
+
+    Raises:
+        IndexError: a row that `state` does not have.
+        ValueError: an unknown activation.
+        RuntimeError: sizes, dtypes and devices that do not fit.
+    """
+    filters = weight.squeeze(1) if weight.dim() == 3 else weight
+    tokens = input.unsqueeze(2) if input.dim() == 2 else input
+    name = "identity" if activation is None else activation
+    op = torch.ops.sepconv_ext.causal_conv1d_update
+    output = op(tokens, state, filters, bias, cache_seqlens, state_indices, dilation, name)
+    return output.squeeze(2) if input.dim() == 2 else output
 
 
 def padded_conv2d(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,15 @@ from .fold import Chain, Stage, is_depthwise, is_pointwise
 from .functional import PaddingMode
 from .reference import ACTIVATIONS
 
-__all__ = ["Conv1d", "Conv2d", "DepthwiseConv2d", "PointwiseConv2d", "SeparableConv2d", "SpatialSeparableConv2d"]
+__all__ = [
+    "CausalConv1d",
+    "Conv1d",
+    "Conv2d",
+    "DepthwiseConv2d",
+    "PointwiseConv2d",
+    "SeparableConv2d",
+    "SpatialSeparableConv2d",
+]
 
 
 class _Unscriptable:
@@ -114,6 +122,85 @@ def _check_activation(name: str, value: str) -> None:
 def _check_multiplier(value: int) -> None:
     if value < 1:
         raise ValueError(f"multiplier must be a positive integer, but is {value}")
+
+
+class CausalConv1d(_Unscriptable, nn.Module):
+    """A causal depthwise convolution of sequences, which can take them chunk by chunk.
+
+    Args:
+        channels: C of the input and of the output.
+        kernel_size: S, the width of the filters.
+        dilation: distance between their taps. Default: 1.
+        bias: whether there is one. Default: True.
+        activation: a name that `functional.depthwise_conv2d` lists. Default: "identity".
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown activation.
+
+    Input [N, C, L], output [N, C, L]; both may lie in memory as [N, L, C]. The weight is [C, 1, S]: the state_dict of
+    torch.nn.Conv1d(C, C, S, groups=C) loads. `layer(x)` begins with zeros, or with `state`. Streaming:
+    `y, state = layer.step(chunk, state)`, where the first state is None and the last one continues the next chunk: the
+    chunks' outputs are the whole's. `layer.initial_state(N)` is a state of zeros, for `layer.update`, which moves it on
+    in place, without gradients.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilation: int = 1,
+        bias: bool = True,
+        activation: str = "identity",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_activation("activation", activation)
+        # An nn.Conv1d knows how to read and refuse these arguments, and to initialise the parameters.
+        plan = nn.Conv1d(
+            channels, channels, kernel_size, dilation=dilation, groups=channels, bias=bias, device=device, dtype=dtype
+        )
+        self.channels, self.kernel_size, self.dilation = channels, plan.kernel_size[0], plan.dilation[0]
+        self.activation = activation
+        self.weight = plan.weight
+        self.register_parameter("bias", cast(Any, plan.bias))
+
+    @property
+    def reach(self) -> int:
+        """How many earlier inputs an output sees: the positions of a state."""
+        return (self.kernel_size - 1) * self.dilation
+
+    def initial_state(self, batch: int) -> Tensor:
+        """Zeros [batch, C, reach], as the weight's."""
+        return self.weight.new_zeros(batch, self.channels, self.reach, requires_grad=False)
+
+    def forward(self, input: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        """The output; `state` [N, C, reach] and `seq_idx` [N, L] are `functional.causal_conv1d`'s."""
+        arguments = (input, self.weight, self.bias, self.activation, state, False, seq_idx, self.dilation)
+        return cast(Tensor, functional.causal_conv1d(*arguments))
+
+    def step(self, input: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The output of a chunk of any length, and the state for the next one."""
+        arguments = (input, self.weight, self.bias, self.activation, state, True, seq_idx, self.dilation)
+        return cast(tuple[Tensor, Tensor], functional.causal_conv1d(*arguments))
+
+    @torch.no_grad()
+    def update(self, input: Tensor, state: Tensor) -> Tensor:
+        """The output of the next token [N, C], or of some [N, C, T]; `state` is moved on in place."""
+        return functional.causal_conv1d_update(
+            input, state, self.weight, self.bias, self.activation, dilation=self.dilation
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.channels}, kernel_size={self.kernel_size}"
+        if self.dilation != 1:
+            text += f", dilation={self.dilation}"
+        if self.bias is None:
+            text += ", bias=False"
+        return text if self.activation == "identity" else f"{text}, activation={self.activation}"
 
 
 class _FusedConv2d(Conv2d):

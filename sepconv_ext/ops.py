@@ -2,9 +2,10 @@
 
 The schemas and the kernels are registered by ``_C`` (csrc/ops/library.cpp); they are called as
 ``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input``, ``.conv2d_grad_weight``, ``.separable_conv2d``,
-``.spatial_separable_conv2d`` and ``.inverted_residual``. Two more serve autograd. ``conv2d_both_grads`` is the second
-and third in one call; whatever does not know it takes it apart into the two. ``separable_conv2d_training`` is the
-fourth as its gradient needs it, and has no gradient itself.
+``.spatial_separable_conv2d``, ``.inverted_residual``, and ``.causal_conv1d`` with ``.causal_conv1d_grad_input``,
+``.causal_conv1d_grad_weight`` and ``.causal_conv1d_update``. Two more serve autograd. ``conv2d_both_grads`` is the
+second and third in one call; whatever does not know it takes it apart into the two. ``separable_conv2d_training`` is
+the fourth as its gradient needs it, and has no gradient itself.
 """
 
 from __future__ import annotations
@@ -170,6 +171,46 @@ def _(input, expand, bias_e, depthwise, bias_d, project, bias_p, squeeze, bias_s
     return _forward(_forward(between, depthwise, stride, padding, dilation), project, (1, 1), (0, 0), (1, 1))
 
 
+def _check_states(states: Tensor | None, input: Tensor, reach: int) -> None:
+    if states is None:
+        return
+    expected = (input.shape[0], input.shape[1], reach)
+    torch._check(
+        states.dim() == 3 and all(n == m for n, m in zip(states.shape, expected, strict=True)),
+        lambda: f"initial_states must have size {list(expected)}, but has {list(states.shape)}",
+    )
+
+
+@torch.library.register_fake("sepconv_ext::causal_conv1d")
+def _(input, weight, bias, initial_states, seq_idx, dilation, activation):
+    _check_rank("input", input, 3)
+    _check_rank("weight", weight, 2)
+    torch._check(
+        weight.shape[0] == input.shape[1],
+        lambda: f"weight must be [C, S] of input's {input.shape[1]} channels, but has size {list(weight.shape)}",
+    )
+    _check_states(initial_states, input, (weight.shape[1] - 1) * dilation)
+    return _dense(input, input.shape, 1, _suggests_channels_last(input, 1))
+
+
+@torch.library.register_fake("sepconv_ext::causal_conv1d_grad_input")
+def _(grad_output, weight, seq_idx, input_stride, dilation, states):
+    N, C, _ = grad_output.shape
+    reach = (weight.shape[1] - 1) * dilation
+    by_input = _empty_like_strides(grad_output, grad_output.shape, input_stride, 1)
+    return by_input, grad_output.new_empty((N, C, reach) if states else (0,))
+
+
+@torch.library.register_fake("sepconv_ext::causal_conv1d_grad_weight")
+def _(grad_output, input, initial_states, seq_idx, width, dilation):
+    return input.new_empty((input.shape[1], width))
+
+
+@torch.library.register_fake("sepconv_ext::causal_conv1d_update")
+def _(x, state, weight, bias, cache_seqlens, state_indices, dilation, activation):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _batch(size: Sequence[int], weight: Sequence[int]) -> list[int]:
     """The size with its batch, which is one where the call has none."""
     return list(size) if len(size) == len(weight) else [1, *size]
@@ -209,6 +250,27 @@ def _(
     input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, act_d, act_p, output, intermediate, **__
 ) -> int:
     return _separable_flops(input, depthwise, pointwise, stride, padding, dilation, output)
+
+
+# Two operations a tap, the same number for the three.
+@register_flop_formula(torch.ops.sepconv_ext.causal_conv1d)
+def _(input, weight, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(input) * weight[1]
+
+
+@register_flop_formula(torch.ops.sepconv_ext.causal_conv1d_grad_input)
+def _(grad_output, weight, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(grad_output) * weight[1]
+
+
+@register_flop_formula(torch.ops.sepconv_ext.causal_conv1d_grad_weight)
+def _(grad_output, input, initial_states, seq_idx, width, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(input) * width
+
+
+@register_flop_formula(torch.ops.sepconv_ext.causal_conv1d_update)
+def _(x, state, weight, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x) * weight[1]
 
 
 # The column pass makes P rows of W columns, the row pass P rows of Q.

@@ -211,3 +211,52 @@ def grad_weight(
     for r, s, window in taps.windows(padded):
         result[..., r, s] = torch.einsum("ngkpq,ngcpq->gkc", gradient, window)
     return result.flatten(0, 1)
+
+
+def causal(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dilation: int = 1,
+    activation: str = "identity",
+) -> Tensor:
+    """The causal depthwise convolution in float64, one sequence, output and tap at a time. Differentiable.
+
+    Args:
+        input: [N, C, L], any dtype and strides.
+        weight: [C, S].
+        bias: [C], or None.
+        initial_states: [N, C, (S - 1) * dilation], or None.
+        seq_idx: [N, L], whole numbers, or None: where it changes a sequence begins, and negative is padding.
+        dilation: distance between taps.
+        activation: a key of ACTIVATIONS.
+
+    Returns:
+        [N, C, L], float64.
+    """
+    N, C, L = input.shape
+    reach = (weight.shape[1] - 1) * dilation
+    x, w = input.double(), weight.double()
+    before = x.new_zeros(N, C, reach) if initial_states is None else initial_states.double()
+    rows = []
+    for n in range(N):
+        numbers = [0] * L if seq_idx is None else seq_idx[n].tolist()
+        outputs, begin = [], 0
+        for q in range(L):
+            if q > 0 and numbers[q] != numbers[q - 1]:
+                begin = q
+            if numbers[q] < 0:
+                outputs.append(x.new_zeros(C))
+                continue
+            total = x.new_zeros(C) if bias is None else bias.double()
+            for s in range(weight.shape[1]):
+                p = q - reach + s * dilation
+                if p >= begin:
+                    total = total + w[:, s] * x[n, :, p]
+                elif p < 0 and begin == 0:
+                    total = total + w[:, s] * before[n, :, reach + p]
+            outputs.append(ACTIVATIONS[activation](total))
+        rows.append(torch.stack(outputs, 1))
+    return torch.stack(rows)

@@ -65,6 +65,7 @@ ROOMS = {
     "cpu/grouped": "any groups",
     "cpu/separable": "depthwise and 1x1 in one pass",
     "cpu/spatial": "a vertical and a horizontal filter in one pass",
+    "cpu/sequences": "causal: from a state, packed side by side, decoding",
     "cpu/network": "whole networks: programs of steps over one arena",
     "cpu/borders": "reflected, replicated and circular borders",
     "cuda": "the GPU's bindings, plan and run",
@@ -114,6 +115,7 @@ def test_kernels_see_no_torch():
     bindings = {f"csrc/{name}/bindings.cpp": f"the {name} dispatch key" for name in ("cpu", "cuda")}
     bindings["csrc/cpu/packed_bindings.cpp"] = "the packed products' dispatch key"
     bindings["csrc/cpu/separable/inverted_residual_bindings.cpp"] = "the dispatch key of one op, whose weights it packs"
+    bindings["csrc/cpu/sequences/bindings.cpp"] = "the causal ops' dispatch key"
     bindings["csrc/cpu/network/bindings.cpp"] = "the programs' dispatch key"
     torch_headers = r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)(?!/Parallel\.h)\b"
     assert not found(torch_headers, CUDA + CPU, bindings, keep_strings=True)
@@ -260,6 +262,7 @@ def test_arguments_are_validated_in_one_place():
     allowed = {
         "csrc/ops/checks.cpp": "the place",
         "csrc/ops/checks.h": "its helpers",
+        "csrc/ops/checks_causal.cpp": "the place, for the causal ops",
         "csrc/ops/checks_program.cpp": "the place, for programs",
         "csrc/ops/runtime.cpp": "SEPCONV_STRICT's own error",
         "csrc/cuda/bindings.cpp": "a launch that fails",

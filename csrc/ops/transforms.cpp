@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "ops/aten_route.h"
+#include "ops/causal.h"
 #include "ops/inverted_residual.h"
 #include "ops/ops.h"
 #include "ops/runtime.h"
@@ -61,6 +62,7 @@ void register_autocast(torch::Library& m) {
   m.impl("spatial_separable_conv2d",
          RulesOf<ops::spatial_separable_conv2d>::autocast<ops::spatial_separable_conv2d, device, key>);
   m.impl("inverted_residual", RulesOf<ops::inverted_residual>::autocast<ops::inverted_residual, device, key>);
+  m.impl("causal_conv1d", RulesOf<ops::causal_conv1d>::autocast<ops::causal_conv1d, device, key>);
 }
 
 template <const char* reason>
@@ -85,7 +87,15 @@ TORCH_LIBRARY_IMPL(sepconv_ext, AutocastCUDA, m) { register_autocast<at::kCUDA, 
 
 // torch.func traces through differentiable functions; C++ autograd functions are closed to it. So a call is made of
 // ATen's functions at the door of the outermost transform.
-TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) { register_aten<kTransform>(m); }
+TORCH_LIBRARY_IMPL(sepconv_ext, FuncTorchDynamicLayerFrontMode, m) {
+  register_aten<kTransform>(m);
+  m.impl("causal_conv1d", RulesOf<ops::causal_conv1d>::by_aten<causal::composite, kTransform>);
+  m.impl("causal_conv1d_grad_input",
+         RulesOf<ops::causal_conv1d_grad_input>::by_aten<causal::composite_grad_input, kTransform>);
+  m.impl("causal_conv1d_grad_weight",
+         RulesOf<ops::causal_conv1d_grad_weight>::by_aten<causal::composite_grad_weight, kTransform>);
+  m.impl("causal_conv1d_update", RulesOf<ops::causal_conv1d_update>::by_aten<causal::composite_update, kTransform>);
+}
 
 // A backend without kernels here, oneDNN's own tensors for example: autograd asks too, but not in inference mode.
 TORCH_LIBRARY_IMPL(sepconv_ext, CompositeExplicitAutograd, m) { register_aten<kNoBackend>(m); }
