@@ -21,6 +21,7 @@ from harness import (
     grad_like_output,
     only_our_kernels,
     random,
+    strictness,
     tensors,
     untouched_memory,
 )
@@ -359,6 +360,27 @@ def test_offsets_beyond_32_bits(case: Case, which: str, device: str) -> None:
             near = ops.conv2d_grad_weight(g, x, w.shape, w.stride(), *case.op_geometry)
             far = ops.conv2d_grad_weight(far_g, far_x, w.shape, w.stride(), *case.op_geometry)
     torch.testing.assert_close(far, near, rtol=2e-2, atol=2e-2)  # another kernel may take the strided images
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "weight_size", "groups", "stride", "map", "taken"),
+    [
+        (torch.float64, (2, 64, 28, 28), (64, 32, 3, 3), 2, 1, "grad_weight", True),
+        (torch.float64, (2, 64, 28, 28), (64, 32, 3, 3), 2, 1, "forward", False),
+        (torch.float64, (2, 64, 28, 28), (64, 16, 3, 3), 4, 1, "grad_weight", False),
+        (torch.float64, (2, 64, 28, 28), (64, 16, 1, 1), 4, 1, "forward", True),
+        (torch.float64, (2, 64, 28, 28), (64, 8, 1, 1), 8, 1, "forward", False),
+        (torch.float32, (4, 8, 7, 7), (16, 4, 5, 5), 2, 2, "grad_weight", True),
+        (torch.float32, (4, 8, 7, 7), (16, 4, 5, 5), 2, 2, "grad_input", False),
+        (torch.float32, (1, 8, 7, 7), (16, 4, 5, 5), 2, 2, "grad_weight", False),
+    ],
+)
+def test_groups_that_the_plan_gives_to_torch(dtype, size, weight_size, groups, stride, map, taken) -> None:
+    """float64 of many channels a group, and small weight gradients whose lanes take longer than a call of torch's."""
+    x, w = torch.empty(size, dtype=dtype), torch.empty(weight_size, dtype=dtype)
+    with strictness(False):
+        said = functional.explain(x, w, None, stride, weight_size[-1] // 2, 1, groups, map=map)
+    assert (said.kernel == "aten") == taken, said.reason
 
 
 @pytest.mark.slow

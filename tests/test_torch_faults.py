@@ -134,5 +134,8 @@ def test_plan_of_strided_gradients_in_bfloat16() -> None:
     for map, stride, taken in (("grad_input", 2, False), ("grad_input", 1, True), ("forward", 2, True)):
         plan = kernel(map, torch.bfloat16, (8, 256, 56, 56), (256, 1, 3, 3), 256, stride)
         assert (plan.kernel == "aten") == taken, f"{map}, stride {stride}: {plan.reason}"
+    for taps, taken in ((7, False), (9, True)):
+        plan = kernel("forward", torch.bfloat16, (1, 48, 56, 56), (48, 1, taps, taps), 48, 2)
+        assert (plan.kernel == "aten") == taken, f"{taps} taps a row: {plan.reason}"
     small = kernel("forward", torch.bfloat16, (1, 116, 40, 40), (116, 1, 3, 3), 116)
     assert small.kernel == "cpu_depthwise_nhwc", small.reason

@@ -86,13 +86,14 @@ void grad_weight(const ConvShape& shape, const Tensor& grad_output, const Tensor
   // In half types one product sums over the whole batch, for which planes are copied side by side: a sum of rounded
   // products would be less exact than torch's.
   const bool planes_apart = call_layout(Map::grad_weight, shape) == Layout::nchw && shape.H * shape.W > 1;
+  Tensor gw = matrix(grad_weight);  // a view: the last two dimensions are of size 1
   if (by_planes(shape) && grad_output.element_size() > 2) {
     const Tensor per_image = at::bmm(planes(grad_output), planes(input).transpose(1, 2));
-    grad_weight.copy_(per_image.sum(0).view(grad_weight.sizes()));
+    at::sum_out(gw, per_image, at::IntArrayRef{0});
   } else if (planes_apart) {
-    grad_weight.copy_(at::mm(channels(grad_output), channels(input).t()).view(grad_weight.sizes()));
+    at::mm_out(gw, channels(grad_output), channels(input).t());
   } else {
-    grad_weight.copy_(at::mm(pixels(grad_output).t(), pixels(input)).view(grad_weight.sizes()));
+    at::mm_out(gw, pixels(grad_output).t(), pixels(input));
   }
 }
 

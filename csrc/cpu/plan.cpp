@@ -3,7 +3,7 @@
 //
 // oneDNN is behind torch's own call. The rules that give a call to it hold in float32 and, where they say so, in
 // bfloat16: the only types that oneDNN has kernels for here. In float64 and float16 torch has slow loops, and the
-// kernels of this package win by factors.
+// kernels of this package win by factors, but for groups of many channels in float64.
 #include "cpu/plan.h"
 
 #include <algorithm>
@@ -25,6 +25,8 @@ constexpr int64_t kFewPixels = 32, kFewProducts = 16 * 1024;
 // host-time.md. Multiply-adds that a kernel here does in the time that a call of oneDNN costs before it computes
 // anything, and in the time that it takes to go from one plane to the next.
 constexpr int64_t kCallProducts = 128 * 1024, kPlaneProducts = 256;
+// The same for the lanes of one weight's gradient, which are added up for each image.
+constexpr int64_t kWeightProducts = 24;
 
 // depthwise-nchw.md, "blocks of channels". Vectors of 16 channels of both images, and of one row of them, that fit some
 // cache. A sequence is one row, and needs less beside it.
@@ -56,17 +58,15 @@ constexpr int64_t kFewChannels = 16, kPartialChannels = 96, kLanes = 16;
 constexpr int64_t kStridedChannels = 480, kStridedPixels = 19 * 19;
 // oneDNN multiplies bfloat16 without widening, but so many numbers of a 3x3 take each thread here as long as a call.
 constexpr int64_t kBfloat16Outputs = 280'000, kBfloat16OutputsStrided = 190'000, kBfloat16Gradients = 400'000;
+constexpr int64_t kBfloat16TapsStrided = 7 * 7;
 
 // grouped.md. Channels of a group up to which vectors along rows beat oneDNN's products on large planes.
 constexpr int64_t kGroupPixels = 28 * 28, kGroupChannels = 8, kGroupChannelsStridedGradInput = 16;
 constexpr int64_t kGroupChannelsStridedGradWeight = 4, kGroupChannelsOfOneTap = 4;
 // torch's float32 call for half types is not measured: there half types cost the kernels here nothing.
 constexpr int64_t kHalfGroupPixels = 14 * 14, kHalfGroupChannels = 8;
-
-// separable.md. Two calls are faster on small planes, where the first is blocks of channels and the second oneDNN's.
-constexpr int64_t kPairPixels = 20 * 20, kPairProducts = 30'000'000;
-constexpr int64_t kNarrowingPixels = 28 * 28, kNarrowing = 8;
-constexpr int64_t kPairBfloat16Channels = 128;
+// In float64 torch calls a matrix library for each group.
+constexpr int64_t kFloat64GroupChannels = 32, kFloat64GroupChannelsOfOneTap = 16;
 
 // A call whose images are dense, both in `layout` (see plan()).
 struct Question {
@@ -155,9 +155,11 @@ bool takes_blocks(const Question& q) { return nchw_blocked_can_run(q) && nchw_bl
 
 // torch's own call, by oneDNN.
 
-bool is_tiny(const ConvShape& s) {
-  const int64_t products = s.output_elements() * s.channels_per_group() * s.R * s.S;
-  return products + s.N * s.K * kPlaneProducts <= kCallProducts;
+bool is_tiny(Map map, const ConvShape& s) {
+  const int64_t weights = s.K * s.channels_per_group() * s.R * s.S, products = s.N * s.P * s.Q * weights;
+  const bool adds_lanes = map == Map::grad_weight && !s.is_depthwise();
+  const int64_t beside = s.K * kPlaneProducts + (adds_lanes ? weights * kWeightProducts : 0);
+  return products + s.N * beside <= kCallProducts;
 }
 
 const char* onednn_is_faster_nchw(const Question& q) {
@@ -200,6 +202,9 @@ const char* onednn_is_faster_channels_last(const Question& q) {
   if (q.dtype == DType::bfloat16 && taps <= 3 * 3 && much_is_multiplied(q)) {
     return "bfloat16 3x3 on many channels_last pixels: oneDNN multiplies without widening";
   }
+  if (q.dtype == DType::bfloat16 && forward && is_strided(s) && taps > kBfloat16TapsStrided && taps <= kMostTaps) {
+    return "bfloat16 8x8 to 13x13 on channels_last with a stride: oneDNN multiplies without widening";
+  }
   if (!forward) return nullptr;
   if (is_dilated(s)) return "dilated channels_last: oneDNN is faster";
   if (s.stride_h > 1 && s.C >= kStridedChannels && pixels >= kStridedPixels) {
@@ -230,10 +235,18 @@ const char* onednn_is_faster_grouped(const Question& q) {
   return "groups of several channels: oneDNN's products are faster, but of few channels on large contiguous planes";
 }
 
+const char* products_are_faster_float64(const Question& q) {
+  const bool one_tap = q.s.R == 1 && q.s.S == 1;
+  if (q.s.channels_per_group() < (one_tap ? kFloat64GroupChannelsOfOneTap : kFloat64GroupChannels)) return nullptr;
+  const bool faster = one_tap || q.map != Map::forward;
+  return faster ? "float64 groups of many channels: torch's products are faster" : nullptr;
+}
+
 // Why torch's own call would be the faster one; null where it would not.
 const char* torch_is_faster(const Question& q) {
-  if (is_tiny(q.s)) return nullptr;
+  if (is_tiny(q.map, q.s)) return nullptr;
   if (q.s.groups == 1 && q.s.C > 1) return "a dense convolution: oneDNN's matrix kernels are faster";
+  if (q.dtype == DType::float64 && !q.s.is_depthwise()) return products_are_faster_float64(q);
   if (q.dtype != DType::float32 && q.dtype != DType::bfloat16) return nullptr;
   if (!q.s.is_depthwise()) return onednn_is_faster_grouped(q);
   return q.layout == Layout::nhwc ? onednn_is_faster_channels_last(q) : onednn_is_faster_nchw(q);
@@ -311,26 +324,6 @@ Plan plan_dense(const Question& q) {
   return {};  // not reached: the last rule takes every call
 }
 
-// Why the fourth op is made of two calls; null where the fused kernel was measured faster.
-const char* two_calls_are_faster(const SeparableShape& s, DType dtype) {
-  if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
-  const ConvShape &d = s.depthwise, &p = s.pointwise;
-  const bool measured = d.R == d.S && (d.R == 3 || d.R == 5) && !is_dilated(d) && d.K == d.C;
-  if (!measured) {
-    return "another kernel than 3x3 or 5x5, a dilation or a multiplier: the fused depthwise stage is not made for it";
-  }
-  const bool channels_last = output_layout(p) == Layout::nhwc;
-  if (dtype == DType::bfloat16 && (channels_last || is_strided(d) || d.C > kPairBfloat16Channels)) {
-    return "bfloat16: oneDNN multiplies without widening";
-  }
-  if (channels_last) return nullptr;
-  const int64_t pixels = d.P * d.Q, products = p.output_elements() * d.C;
-  const bool small = pixels <= kPairPixels && (d.R == 5 || products >= kPairProducts);
-  const bool narrowing = pixels <= kNarrowingPixels && d.C >= kNarrowing * p.K;
-  if (!small && !narrowing) return nullptr;
-  return "small planes: blocks of channels and oneDNN's product, one after the other, are faster";
-}
-
 // Every pixel is the same one: a gradient behind sum or mean.
 bool is_one_pixel(const ImageShape& image) {
   const bool rows_are = image.rows <= 1 || image.strides.h == 0;
@@ -349,8 +342,11 @@ bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape&
       return is_dense_along(layout, image) || (map != Map::grad_weight && is_one_pixel(image));
     case Kernel::pointwise:
       return image.rows * image.columns == 1 ? is_dense_along(Layout::nhwc, image) : is_dense(layout, image);
-    // In half types one product over all pixels, for which bindings.cpp copies what it has to.
-    case Kernel::pointwise_matmul: return (map == Map::grad_weight && is_half(dtype)) || is_dense(layout, image);
+    // In half types one product over all pixels, for which bindings.cpp copies pixels or rows where it has to. From the
+    // other layout its copy would go number by number.
+    case Kernel::pointwise_matmul:
+      return is_dense(layout, image) ||
+             (map == Map::grad_weight && is_half(dtype) && (is_dense_along(layout, image) || is_one_pixel(image)));
     case Kernel::aten:
     case Kernel::aten_float32:  // torch copies, slowly from another layout, as which it takes an expanded batch, too
       return own_layout(image) == Layout::strided ||
@@ -377,13 +373,6 @@ Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
     chosen.copies.weight = map == Map::grad_weight && s.C > 1 && s.w.c != 1;
   }
   return chosen;
-}
-
-Plan plan_separable(const SeparableShape& s, DType dtype, bool strict) {
-  const char* reason = strict ? nullptr : two_calls_are_faster(s, dtype);
-  if (reason != nullptr) return {Kernel::composite, "composite", reason};
-  return {Kernel::separable, "cpu_separable", "the intermediate stays in cache",
-          separable_copies(s.depthwise, output_layout(s.pointwise))};
 }
 
 }  // namespace sepconv::cpu
