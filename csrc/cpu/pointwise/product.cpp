@@ -137,12 +137,14 @@ struct PixelRows {
     return y;
   }
 
-  void block(int64_t begin, int64_t end, const Part& part) const {
+  // `last`: the end of the task's pixels.
+  void block(int64_t begin, int64_t end, int64_t last, const Part& part) const {
     ThreadScratch scratch(ScratchUse::pixels);
     const Factors x = rows(begin, end, scratch);
+    const float* next = end < last && p.x_grid.even(begin, end) ? p.x + p.x_grid.offset(end) : nullptr;
     const Outputs y = outputs(begin);
     const Panels w{p.packed, p.C};
-    multiply_pixels(x, w, y, end - begin, part.begin, part.end);
+    multiply_pixels(x, w, y, end - begin, part.begin, part.end, next);
   }
 
   void operator()(int64_t task) const {
@@ -151,7 +153,7 @@ struct PixelRows {
     const int64_t count = pixels.end - pixels.begin;
     const Pieces blocks(count, block_pixels(p.C, p.K, p.y_grid.count()));
     for (int64_t i = 0; i < blocks.count; ++i) {
-      block(pixels.begin + blocks.begin(i), pixels.begin + blocks.begin(i + 1), part);
+      block(pixels.begin + blocks.begin(i), pixels.begin + blocks.begin(i + 1), pixels.end, part);
     }
   }
 };

@@ -42,13 +42,18 @@ struct Panels {
   int64_t terms;
   // How far ahead, in numbers, a line is fetched with each term, beside those of the panels themselves. A product of
   // few pixels passes over a weight that lies in memory far away once, and waits for it where it is not asked for
-  // early.
+  // early; one of many pixels passes over them once.
   int64_t ahead = 0;
   Panels from(int64_t j) const { return {data + j / kPanelColumns * kPanelColumns * terms + j % kPanelColumns, terms}; }
   // The same, of which piece `piece` of `pieces` fetches its share of the next `columns`, or a part of it.
   Panels before(int64_t columns, int64_t piece, int64_t pieces) const {
     const int64_t lines = ceil_div(columns, kPanelColumns) * terms;
     return {data, terms, (lines + lines * piece / pieces) * kPanelColumns};
+  }
+  // The same, which fetches what lies at `next`, a line with each term.
+  Panels before(const float* next) const {
+    const intptr_t bytes = reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(data);
+    return {data, terms, bytes / static_cast<intptr_t>(sizeof(float))};
   }
 };
 
@@ -161,6 +166,12 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
     }
 #pragma GCC unroll 14
     for (int i = 0; i < kI; ++i) sums[i][v] = out.row_bias != nullptr ? broadcast<float>(out.row_bias[i]) : bias;
+  }
+  // The output's lines are asked for before the terms: else the stores wait for each of them, where it is far away.
+#pragma GCC unroll 14
+  for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; v += kPanelColumns / L) __builtin_prefetch(out.data + i * out.row + v * L, 1);
   }
   const int64_t row = factors.row, term = factors.term, panel = kPanelColumns * panels.terms, ahead = panels.ahead;
   const float *starts[kStarts], *columns = panels.data;
