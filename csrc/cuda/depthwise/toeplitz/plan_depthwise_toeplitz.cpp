@@ -90,7 +90,7 @@ int whole_stores(const ConvShape& s, const Written& out, const Strides& t, int64
 // False where it cannot run, or where depthwise_nchw.cu and depthwise_grad_weight_nchw.cu are predicted to be as fast:
 // 3x3 on rows that are no whole 8-byte pieces, and where tiles would be mostly empty.
 bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  constexpr int64_t kMost = 48 << 10, kMultiprocessorShared = 224 << 10, kWarps = kNchwMmaThreads / 32;
+  constexpr int64_t kMost = 50 << 10, kMultiprocessorShared = 224 << 10, kWarps = kNchwMmaThreads / 32;
   constexpr double kTile = 16 * 16 * kNchwMmaPhases;  // pixels of a warp's tile
   if (s.R != s.S || !has_window(s.R, s.stride_h)) return false;
   const bool sums = map == Map::grad_weight;
