@@ -1,10 +1,10 @@
 """convert_ and revert_: a model's own convolutions on the kernels of this package, and back.
 
 A module is converted by giving it another class, not by putting another module in its place: `nn.Conv2d` becomes
-`sepconv_ext.nn.Conv2d` and `nn.Conv1d` becomes `sepconv_ext.nn.Conv1d`, which have the same attributes and differ in
-one method. So the Parameter objects, buffers, hooks, training and requires_grad flags, device and names stay exactly
-what they were. So does every reference that anyone holds to the module: an optimiser's, a second name that it is
-registered under, the model itself where it is a single Conv2d.
+`sepconv_ext.nn.Conv2d`, and so it is with `nn.Conv1d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d`. Both classes have
+the same attributes and differ in one method. So the Parameter objects, buffers, hooks, training and requires_grad
+flags, device and names stay exactly what they were. So does every reference that anyone holds to the module: an
+optimiser's, a second name that it is registered under, the model itself where it is a single Conv2d.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn import Conv1d, Conv2d
+from .nn import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert_", "revert_"]
 
-_OURS: dict[type, type] = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
+_OURS: dict[type, type] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+}
+_NAMES = tuple(cls.__name__ for cls in _OURS)
 _TORCHS: dict[type, type] = {ours: torchs for torchs, ours in _OURS.items()}
 
 # The class that a converted module had, kept on the module so that a copy or an unpickled model can be reverted too.
@@ -34,13 +40,13 @@ def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | Non
     """Moves a model's grouped, depthwise and pointwise convolutions to this package's kernels, in place.
 
     Args:
-        model: any module. It may itself be an nn.Conv2d or nn.Conv1d: then it is converted in place like any other.
+        model: any module. It may itself be a convolution: then it is converted in place like any other.
         filter_fn: called with (name, module) for each convolution that could be replaced; False keeps it as it is. A
             module that is registered under several names is asked about once, under its first name. Default: all.
 
     Returns:
         A Report: which convolutions were replaced, and which were skipped and why. Skipped are dense convolutions
-        (groups = 1 with a kernel of several taps, or with padding) and subclasses of nn.Conv2d and nn.Conv1d. So are
+        (groups = 1 with a kernel of several taps, with padding, or transposed) and subclasses of torch's layers. So are
         lazy, quantised and scripted modules, and modules whose forward was replaced on the instance. So are weights
         that are tensor subclasses, integer or complex.
 
@@ -86,8 +92,8 @@ def revert_(model: nn.Module) -> int:
 
 def _is_convolution(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
-        return getattr(module, "original_name", "") in ("Conv1d", "Conv2d")
-    named = _is_quantised(module) and type(module).__name__.startswith(("Conv1d", "Conv2d"))
+        return getattr(module, "original_name", "") in _NAMES
+    named = _is_quantised(module) and type(module).__name__.startswith(_NAMES)
     return isinstance(module, tuple(_OURS)) or named
 
 
@@ -95,14 +101,20 @@ def _is_quantised(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.ao.")
 
 
+def _is_transposed(module: Any) -> bool:
+    return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d))
+
+
 def _family(module: Any) -> str:
     groups = getattr(module, "groups", None)
     if groups is None:
         return "unknown"
-    if groups == module.in_channels:
+    if groups == module.in_channels and (groups > 1 or not _is_transposed(module) or module.out_channels == 1):
         return "depthwise"
     if groups > 1:
         return "grouped"
+    if _is_transposed(module):
+        return "dense"
     unpadded = isinstance(module.padding, str) or not any(module.padding)
     return "pointwise" if set(module.kernel_size) == {1} and unpadded else "dense"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .transposed import conv_transpose as _conv_transpose
 
 # torch.fx keeps these calls whole, as it does F.conv2d, so that a converted model still traces.
 for _name in ("_conv2d", "conv1d", "conv2d", "padded_conv1d", "padded_conv2d"):
@@ -19,6 +20,8 @@ torch.fx.wrap("spatial_separable_conv2d")
 torch.fx.wrap("inverted_residual")
 torch.fx.wrap("causal_conv1d")
 torch.fx.wrap("causal_conv1d_update")
+torch.fx.wrap("conv_transpose1d")
+torch.fx.wrap("conv_transpose2d")
 
 IntOrPair = int | Sequence[int]
 IntOrSingle = int | Sequence[int]
@@ -337,6 +340,73 @@ def padded_conv2d(
         RuntimeError: as `conv2d`, and for padding that the mode forbids, as ``F.pad``.
     """
     return _conv2d(input, weight, bias, stride, padding, dilation, groups, "identity", padding_mode)
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrSingle = 1,
+    padding: IntOrSingle = 0,
+    output_padding: IntOrSingle = 0,
+    groups: int = 1,
+    dilation: IntOrSingle = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose1d` by this package's kernels: `conv_transpose2d` of sequences.
+
+    Args:
+        input: ``[N, K, Q]`` or ``[K, Q]``; any strides.
+        weight: ``[K, C / groups, S]``.
+        bias, stride, padding, output_padding, groups, dilation: as in `conv_transpose2d`, one value each.
+
+    Returns:
+        ``[N, C, L]`` with ``L = (Q - 1) * stride - 2 * padding + dilation * (S - 1) + output_padding + 1``.
+
+    Raises:
+        TypeError: arguments of a wrong type, as in `torch.nn.functional.conv_transpose1d`.
+        RuntimeError: sizes, dtypes and devices that do not fit, as there.
+    """
+    values = dict(stride=stride, padding=padding, output_padding=output_padding, dilation=dilation)
+    stride, padding, output_padding, dilation = (_single(name, value) for name, value in values.items())
+    return _conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    output_padding: IntOrPair = 0,
+    groups: int = 1,
+    dilation: IntOrPair = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose2d` by this package's kernels: the same arguments, result and errors.
+
+    It is the gradient by the input of the convolution with the same weight, and is computed as that; so its own
+    gradients are that convolution and its gradient by the weight.
+
+    Args:
+        input: ``[N, K, P, Q]`` or ``[K, P, Q]``; any strides.
+        weight: ``[K, C / groups, R, S]``.
+        bias: ``[C]`` or None; added in a pass of its own, so a half type is rounded before and after.
+        stride: one value or (height, width). Default 1.
+        padding: rows and columns that are left out at all sides, one value or (height, width). Default 0.
+        output_padding: more of them at the bottom and the right; below the stride or the dilation. Default 0.
+        groups: divides K and C; ``groups == K`` is depthwise. Default 1.
+        dilation: distance between the kernel's taps, one value or (height, width). Default 1.
+
+    Returns:
+        ``[N, C, H, W]`` with ``H = (P - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1`` and W
+        alike; in channels_last where the input or the weight is.
+
+    Raises:
+        TypeError: arguments of a wrong type, as in `torch.nn.functional.conv_transpose2d`.
+        RuntimeError: sizes, dtypes and devices that do not fit, as there.
+    """
+    values = dict(stride=stride, padding=padding, output_padding=output_padding, dilation=dilation)
+    stride, padding, output_padding, dilation = (_pair(name, value) for name, value in values.items())
+    return _conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def depthwise_conv2d(

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.utils import _pair
 
 from . import functional
@@ -19,6 +20,8 @@ __all__ = [
     "CausalConv1d",
     "Conv1d",
     "Conv2d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
     "DepthwiseConv2d",
     "PointwiseConv2d",
     "SeparableConv2d",
@@ -112,6 +115,47 @@ class Conv1d(_Unscriptable, nn.Conv1d):
         if self.padding_mode == "zeros":
             return functional.conv1d(*arguments)
         return functional.padded_conv1d(*arguments, padding_mode=self.padding_mode)
+
+
+class ConvTranspose1d(_Unscriptable, nn.ConvTranspose1d):
+    """A torch.nn.ConvTranspose1d whose convolution is `sepconv_ext.functional.conv_transpose1d`.
+
+    As `ConvTranspose2d`, of sequences: input [N, K, Q] or [K, Q], output [N, C, L] or [C, L].
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if F.conv_transpose1d is not torch.conv_transpose1d or self.padding_mode != "zeros":
+            return super().forward(input, output_size)
+        return _transposed(self, functional.conv_transpose1d, input, output_size, 1)
+
+
+class ConvTranspose2d(_Unscriptable, nn.ConvTranspose2d):
+    """A torch.nn.ConvTranspose2d whose convolution is `sepconv_ext.functional.conv_transpose2d`.
+
+    Arguments, defaults, attributes, initialisation, state_dict and printed form are torch.nn.ConvTranspose2d's, and so
+    is `layer(input, output_size)`. Input [N, K, P, Q] or [K, P, Q]; output [N, C, H, W] or [C, H, W]. While
+    torch.nn.functional.conv_transpose2d is another function than torch's, that one is called.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if F.conv_transpose2d is not torch.conv_transpose2d or self.padding_mode != "zeros":
+            return super().forward(input, output_size)
+        return _transposed(self, functional.conv_transpose2d, input, output_size, 2)
+
+
+def _transposed(layer: Any, function: Any, input: Tensor, output_size: list[int] | None, dims: int) -> Tensor:
+    geometry = (layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation)
+    output_padding = _output_padding(input, output_size, layer.output_padding, geometry)
+    arguments = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
+    return function(input, layer.weight, layer.bias, *arguments)
+
+
+@torch.fx.wrap  # whether there is an output_size is not known where it is traced
+def _output_padding(input: Tensor, output_size: Any, output_padding: tuple, geometry: tuple) -> Any:
+    """The layer's own, or what gives this size, as torch's layers find it."""
+    if output_size is None:
+        return output_padding
+    return _ConvTransposeNd._output_padding(cast(Any, None), input, output_size, *geometry)
 
 
 def _check_activation(name: str, value: str) -> None:

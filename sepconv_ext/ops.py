@@ -53,11 +53,17 @@ def _dense(like: Tensor, size: Sequence[int], dims: int, channels_last: bool) ->
     """An image or a sequence without gaps, contiguous or with its channels next to each other in memory."""
     if not channels_last:
         return torch.empty(size, dtype=like.dtype, device=like.device)
+    return torch.empty_strided(size, _dense_strides(size, dims, True), dtype=like.dtype, device=like.device)
+
+
+def _dense_strides(size: Sequence[int], dims: int, channels_last: bool) -> list[int]:
     channel = len(size) - dims - 1
+    pixels = range(channel + 1, len(size))
+    inside = (channel, *reversed(pixels)) if channels_last else (*reversed(pixels), channel)
     strides, step = [0] * len(size), 1
-    for i in (channel, *reversed(range(channel + 1, len(size))), *range(channel)):  # from the innermost out
+    for i in (*inside, *range(channel)):  # from the innermost out
         strides[i], step = step, step * size[i]
-    return torch.empty_strided(size, strides, dtype=like.dtype, device=like.device)
+    return strides
 
 
 def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
