@@ -30,6 +30,8 @@ KERNELS = CSRC / "cuda"
 PLAN = tuple(sorted(KERNELS.rglob("plan*.cpp")))
 CACHE = Path(os.environ.get("SEPCONV_EMULATOR_CACHE", ROOT / ".emulator-cache"))
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+# Copied once: cases run in threads, and pytest writes the environment at each test, between two names of a copy.
+ENVIRONMENT = dict(os.environ)
 
 RUNTIME_CORE = ("fiber", "machine", "shared_memory", "synchronise", "race", "async_copy", "bulk_copy", "matrix")
 RUNTIME = (*RUNTIME_CORE, "tensor", "reference", "case")
@@ -256,7 +258,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """One case in a process of its own, standard error merged into the output."""
     environment = {
-        **os.environ,
+        **ENVIRONMENT,
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_segv=1:exitcode=99:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=0",
         "EMULATOR_SECONDS": str(int(timeout) + 5),
