@@ -1,11 +1,11 @@
-"""`make gpu`: everything that a GPU should say, in nine minutes on a machine that is there for a quarter of an hour.
+"""`make gpu`: everything that a GPU should say, within nine minutes.
 
     python3 tests/gpu_record.py --out gpu            the first command: ours
     python3 tests/gpu_record.py --out gpu --peers    the second: who else is there, and compute-sanitizer
 
 A plan is a list of steps in the order of their worth, each in a process group of its own and with a limit. What a step
-prints goes to a file as it comes, and its end to steps.jsonl at once: whenever the machine goes away, what was done
-stands there. A step that hangs is asked to stop, then killed with its children; the next one begins. A plan has a limit
+prints goes to a file as it comes, and its end to steps.jsonl at once: wherever a run is cut off, what was done stands
+there. A step that hangs is asked to stop, then killed with its children; the next one begins. A plan has a limit
 too: late steps get what is left of it. No GPU is needed to rehearse that (test_gpu_record.py).
 """
 
