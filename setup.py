@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from setuptools import setup
 
-DEFAULT_ARCHS = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
+DEFAULT_ARCHS = ["8.0+PTX", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
 NO_GPU = ["9.0a"]  # "native" where there is no GPU: one architecture, so that a development build is short
 
 

@@ -13,7 +13,21 @@ from pathlib import Path
 
 import torch
 
-from . import console, layer_runs, layers, machine, models, networks, overhead, pairs, peers, predict, report, views
+from . import (
+    console,
+    layer_runs,
+    layers,
+    machine,
+    models,
+    networks,
+    overhead,
+    pairs,
+    peers,
+    predict,
+    report,
+    sweep,
+    views,
+)
 from . import record as records
 from .timing import Clock, clock_for
 
@@ -86,6 +100,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"measure nothing, predict layers on a GPU, of {', '.join(predict.gpus())}; --layers, --kinds, --maps, "
         "--dtype, --batch, --sample and --all choose them",
     )
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        nargs="?",
+        const=LATEST / "sweep.jsonl",
+        metavar="FILE",
+        help="other kernels and cuts than the plan's for each layer: on a GPU by time, else as --predict (H100); goes "
+        "on where the file ends",
+    )
+    parser.add_argument("--fit", type=Path, nargs="+", metavar="FILE", help="make the CUDA plan's table of sweeps")
     parser.add_argument("--layer", metavar="WORDS", help='with --predict: one layer, such as "C=96 H=56 R=7"')
     parser.add_argument("--read", type=Path, metavar="FOLDER", help="show a record again and measure nothing")
     options = parser.parse_args(arguments)
@@ -115,11 +139,12 @@ def _list_of(known):
 
 
 def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
-    cuda = options.device.type == "cuda" or options.predict is not None
+    cuda = options.device.type == "cuda" or options.predict is not None or options.sweep is not None
     whole = (options.models is not None, options.training is not None)
     parts = (bool(options.layers), options.separable, options.overhead, options.views, *whole)
     everything = not any(parts)
     bar_check = options.layers == "bars" and options.quick and not cuda
+    options.sweep_batches = [options.batch] if options.batch else [1, 64]
     options.layers = "bars" if everything else options.layers
     options.separable |= everything
     options.overhead |= everything
@@ -252,17 +277,42 @@ def _rate(device: torch.device, clock: Clock, thread_count: int, name: str) -> f
     return machine.matmul_rate(device, clock, thread_count, machine.DTYPES[name])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def without_record(options: argparse.Namespace) -> int | None:
+    """What is no measurement of this machine against torch; None: something else is asked for."""
     if options.read:
         report.show(records.read(options.read))
         return 0
-    if options.predict:
-        found = layers.load(half=options.layers or "bars")
-        chosen = layers.select(found, options.kinds, options.all)
-        chosen = layers.drawn(chosen, options.sample) if options.sample else chosen
-        chosen = [predict.layer_of(options.layer)] if options.layer else chosen
-        return predict.show(options.predict, chosen, options.maps, options.dtype, options.layouts, options.batch)
+    if options.fit:
+        return sweep.fit_files(options.fit)
+    if not options.predict and not options.sweep:
+        return None
+    found = layers.load(half=options.layers or "bars")
+    kinds = ["depthwise"] if options.sweep else options.kinds
+    chosen = layers.select(found, kinds, options.all)
+    chosen = layers.drawn(chosen, options.sample) if options.sample else chosen
+    chosen = [predict.layer_of(options.layer)] if options.layer else chosen
+    if options.sweep:
+        return run_sweep(options, chosen)
+    return predict.show(options.predict, chosen, options.maps, options.dtype, options.layouts, options.batch)
+
+
+def run_sweep(options: argparse.Namespace, chosen: Sequence[layers.Layer]) -> int:
+    work = sweep.cells(chosen, options.maps, options.dtype, options.layouts, options.sweep_batches)
+    if options.device.type == "cuda" and not options.predict:
+        gpu = torch.cuda.get_device_properties(options.device)
+        facts = (gpu.name, gpu.major * 10 + gpu.minor, gpu.multi_processor_count)
+        sweep.run(options.sweep, *facts, "measured", work, sweep.by_time(options.budget))
+    else:
+        known = predict.gpus()[options.predict or "H100"]
+        facts = (known.name, known.capability, known.multiprocessors)
+        sweep.run(options.sweep, *facts, "predicted", work, sweep.by_prediction(known))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if (done := without_record(options)) is not None:
+        return done
     began = time.monotonic()
     record = {
         "format": records.FORMAT,

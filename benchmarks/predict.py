@@ -6,8 +6,11 @@ to be executed, fewer images and channels are, with the same cut: its blocks do 
 number of blocks is counted too. Each resource then has a time that the launch cannot beat; the prediction is the
 longest of them, and what a launch costs before it.
 
-What the model does not have: latency that too few warps leave open, what ptxas makes of the PTX, caches but for "each
-sector once", clocks below the boost clock.
+Few warps leave latency open: a block takes at least the clocks of its warps' instructions, one after the other, and
+the blocks that a multiprocessor has no room for begin, with first loads, when others are done.
+
+What the model does not have: loads that are waited for in a block's middle, what ptxas makes of the PTX, caches but for
+"each sector once", clocks below the boost clock.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from . import layers
 
@@ -49,6 +53,7 @@ class Gpu:
     copied_share: float
     launch_us: float
     latency_us: float
+    warp_clocks: float  # of a warp's instruction
 
 
 @functools.cache
@@ -174,6 +179,9 @@ def predict_launch(gpu: Gpu, counted: Counted, blocks: int, memory_scale: float)
         "L2 to a multiprocessor": counted.l2_sectors * SECTOR / 64,
     }
     bounds = {name: value * scale / (gpu.clock_ghz * 1e3) for name, value in clocks.items() if value}
+    of_a_warp = sum(units.values()) / (counted.blocks * warps) * gpu.warp_clocks / (gpu.clock_ghz * 1e3)
+    rounds = math.ceil(math.ceil(blocks / gpu.multiprocessors) / resident)
+    bounds["latency"] = rounds * (of_a_warp + gpu.latency_us) - gpu.latency_us  # the first is part of the overhead
     moved = counted.memory_sectors * SECTOR * memory_scale
     bounds["memory"] = moved / (gpu.memory_gbs * 1e3 * gpu.copied_share)
     return Launch(
@@ -190,6 +198,17 @@ def predict_launch(gpu: Gpu, counted: Counted, blocks: int, memory_scale: float)
 
 
 # ---- layers on the machine
+
+
+@functools.cache
+def emulate():
+    """tests/emulator/emulate.py: the plan, compiled alone."""
+    sys.path.insert(0, str(TESTS / "emulator"))
+    import emulate
+
+    if reason := emulate.why_not():
+        raise SystemExit(f"the plan is asked in a program of its own: {reason}")
+    return emulate
 
 
 @functools.cache
@@ -218,10 +237,12 @@ def words(arguments: dict[str, object]) -> list[str]:
     return [f"{key}={value}" for key, value in arguments.items()]
 
 
-def smaller(arguments: dict[str, object], tile: dict[str, int], macs: int) -> dict[str, object]:
+def smaller(
+    arguments: dict[str, object], tile: dict[str, int], macs: int, executed: float = EXECUTED
+) -> dict[str, object]:
     """The same layer with fewer images and channels, as few as are executed in seconds. Blocks that share the work of
     a channel become fewer with the images, so that each does what it does in the whole."""
-    if macs <= EXECUTED:
+    if macs <= executed:
         return {}
     N, C, K = (int(arguments[key]) for key in ("N", "C", "K"))
     splits = tile.get("splits", 1)
@@ -258,17 +279,37 @@ def files_of(kernel: str, map: str) -> list[Path]:
     return [path for path in ptx.kernel_sources() if path.stem in stems]
 
 
-def predict(gpu: Gpu, layer: layers.Layer, map: str, dtype: str, layout: str, batch: int) -> Prediction | str:
-    """A prediction, or why there is none."""
+@functools.cache
+def runner(kernel: str, map: str, arch: str):
     ptx = machine()
-    arguments = arguments_of(layer, map, dtype, layout, batch)
-    arguments |= {"sm": gpu.capability, "multiprocessors": gpu.multiprocessors}
-    planned = ptx.emulate.plans([words(arguments)])[0]
+    return ptx.runner(files_of(kernel, map), ptx.ARCHITECTURES if arch in ptx.ARCHITECTURES else (arch,))
+
+
+def planned_for(gpu: Gpu, arguments: dict[str, object]) -> dict[str, object]:
+    return arguments | {"sm": gpu.capability, "multiprocessors": gpu.multiprocessors}
+
+
+def predict(
+    gpu: Gpu,
+    layer: layers.Layer,
+    map: str,
+    dtype: str,
+    layout: str,
+    batch: int,
+    chosen: Any = None,
+    executed: float = EXECUTED,
+) -> Prediction | str:
+    """A prediction, or why there is none. `chosen` (emulate.Planned): another kernel and cut than the plan's."""
+    ptx = machine()
+    arguments = planned_for(gpu, arguments_of(layer, map, dtype, layout, batch))
+    planned = chosen or ptx.emulate.plans([words(arguments)])[0]
     kernel = planned.kernel.removeprefix("cuda_")
     if not planned.kernel.startswith("cuda_"):
         return f"{layer.label} {map} {dtype} {layout}: {planned.kernel}, which is torch's"
-    used = ptx.runner(files_of(kernel, map), ptx.ARCHITECTURES if gpu.ptx in ptx.ARCHITECTURES else (gpu.ptx,))
-    less = smaller(arguments, planned.tile, layer.macs(batch))
+    if chosen:
+        arguments |= {"kernel": kernel, **planned.tile}
+    used = runner(kernel, map, gpu.ptx)
+    less = smaller(arguments, planned.tile, layer.macs(batch), executed)
     whole = read_counts(used.run(words(arguments), gpu.ptx, timeout=300, dry=True).stdout)
     pinned = {"kernel": kernel, **planned.tile} if less else {}
     done = used.run(words(arguments | pinned | less), gpu.ptx, counts=True, timeout=300)

@@ -72,12 +72,14 @@ def first_plan(out: Path) -> list[Step]:
         pytest_step("golden", 25, "what the inline PTX means", "tests/test_golden_ptx.py"),
         pytest_step("fill", 60, "layers that fill a GPU", "tests/test_functional.py", "-k", "layers_that_fill_a_gpu"),
         pytest_step("maps", 100, "every map, the rest of the tests", "tests", *PARALLEL),
-        Step("ncu", (*ncu, PYTHON, str(Path(__file__).resolve()), "--launches"), 85, "what 25 launches count",
+        Step("ncu", (*ncu, PYTHON, str(Path(__file__).resolve()), "--launches"), 60, "what 25 launches count",
              tool="ncu", after="build"),
-        bench_step("ours", 110, "times of ours, torch beside them", out, "--layers", "--all", "--kinds", "depthwise",
+        bench_step("ours", 80, "times of ours, torch beside them", out, "--layers", "--all", "--kinds", "depthwise",
                    "--peers", "torch", "--quick"),
-        bench_step("small", 50, "the same of one image", out, "--layers", "--kinds", "depthwise", "--peers", "torch",
+        bench_step("small", 35, "the same of one image", out, "--layers", "--kinds", "depthwise", "--peers", "torch",
                    "--quick", "--batch", "1"),
+        bench_step("sweep", 80, "other kernels and cuts than the plan's, for --fit", out,
+                   "--sweep", str(out / "sweep.jsonl"), "--budget", "0.02"),
     ]  # fmt: skip
 
 

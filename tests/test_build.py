@@ -130,8 +130,8 @@ CUDA_13 = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 
 
 def test_default_architectures_follow_the_toolkit(setup_py):
-    assert setup_py.choose_archs(None, CUDA_13) == ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
-    assert setup_py.choose_archs("", CUDA_13[:-2]) == ["8.0", "8.6", "8.9", "9.0a"]
+    assert setup_py.choose_archs(None, CUDA_13) == ["8.0+PTX", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
+    assert setup_py.choose_archs("", CUDA_13[:-2]) == ["8.0+PTX", "8.6", "8.9", "9.0a"]
 
 
 @pytest.mark.parametrize(

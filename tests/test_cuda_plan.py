@@ -84,6 +84,30 @@ def test_the_layers_of_the_gpu_tests_have_the_tiles_of_large_problems(map: str, 
     )
 
 
+@pytest.mark.parametrize(
+    "archs, sm, runs",
+    [
+        ("8.0+PTX,8.6,8.9,9.0a,10.0,12.0+PTX", 75, False),
+        ("8.0+PTX,8.6,8.9,9.0a,10.0,12.0+PTX", 110, True),  # by the PTX of 8.0
+        ("8.0+PTX,8.6,8.9,9.0a,10.0,12.0+PTX", 121, True),
+        ("8.0,9.0a,12.0+PTX", 110, False),
+        ("8.0", 89, True),
+        ("8.6", 80, False),
+        ("9.0a", 100, False),
+        ("10.0f", 103, True),
+        ("native", 90, False),
+    ],
+)
+def test_a_gpu_that_the_build_has_no_code_for_gets_torchs_call(archs: str, sm: int, runs: bool) -> None:
+    for map in ("forward", "grad_input", "grad_weight"):
+        for strict in (0, 1):
+            plan = depthwise(8, 96, 14, 3, map=map, sm=sm, archs=archs, strict=strict)
+            assert plan.kernel.startswith("cuda_") == runs
+            assert runs or "no code for the GPU" in plan.reason
+    pair = depthwise(64, 96, 56, 3, sm=sm, archs=archs, op="separable", outputs=64)
+    assert (pair.kernel == "composite") != runs
+
+
 # --- depthwise, channels_last ---
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import gpu_record
+from benchmarks import __main__ as benchmarks
 from gpu_record import Step, first_plan, run_plan, second_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,5 +116,12 @@ def test_plans_fit(made, tmp_path: Path) -> None:
         for word in s.command:
             if word.startswith("tests") or word.endswith(".py"):
                 assert (ROOT / word).exists(), word
+        if "benchmarks" in s.command:
+            words = list(s.command[s.command.index("benchmarks") + 1 :])
+            where = words.index("--device")
+            options = benchmarks.parse([*words[:where], *words[where + 2 :]])  # without the GPU that is not here
+            assert options.out.is_relative_to(tmp_path)
+            assert options.sweep is None or options.sweep.is_relative_to(tmp_path)
     if made is first_plan:
         assert names[0] == "build" and all(s.after == "build" for s in plan[1:])
+        assert names[-1] == "sweep"  # what there is time for; its rows are written as they come

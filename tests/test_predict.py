@@ -45,6 +45,7 @@ def test_bounds_of_a_launch() -> None:
     }  # fmt: skip
     want = {name: clocks * 2 / 4 / (1.83 * 1e3) for name, clocks in of_two_blocks.items()}
     want["memory"] = 960 * 32 * 49.5 / (3350 * 1e3 * 0.9)
+    want["latency"] = 1000 / (4 * 4) * 2 / (1.83 * 1e3)  # two blocks of a multiprocessor are there at once
     assert made.bounds == pytest.approx(want)
     assert made.bound == "memory" and made.microseconds == pytest.approx(want["memory"] + 2.8)
     assert made.bank_conflicts == 2 and made.in_flight_kb == 12
@@ -56,6 +57,13 @@ def test_multiprocessors_of_48_warps_and_100_kb() -> None:
     assert predict.predict_launch(predict.gpus()["RTX 4090"], counted, 10, 1).resident == 3  # 48 warps of 16
     counted.shared_bytes = 40 << 10
     assert predict.predict_launch(predict.gpus()["RTX 4090"], counted, 10, 1).resident == 2
+
+
+def test_blocks_that_have_no_room_begin_later() -> None:
+    gpu = predict.gpus()["H100"]
+    (counted,) = predict.read_counts(OUTPUT)
+    once, thrice = (predict.predict_launch(gpu, counted, blocks, 1).bounds["latency"] for blocks in (3 * 132, 7 * 132))
+    assert thrice == pytest.approx(3 * once + 2 * gpu.latency_us)
 
 
 def test_every_rate_has_a_source() -> None:

@@ -7,7 +7,7 @@
 namespace sepconv::cuda {
 namespace {
 
-constexpr int64_t kWideGroup = 32;  // channels a group from which tensor cores are worth more than anything else
+constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason, {}, 0}; }
 
 Plan pointwise(Map map, const ConvShape& s, DType dtype, const Device& device) {
   const bool mma = is_half(dtype) && device.compute_capability >= 80;
@@ -21,8 +21,6 @@ Plan pointwise(Map map, const ConvShape& s, DType dtype, const Device& device) {
   }
   return p;
 }
-
-constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason, {}, 0}; }
 
 bool pointwise_can_run(Map map, const ConvShape& s) {
   // Padding at the bottom and the right alone does not show in pad_h and pad_w: every pixel read must exist.
@@ -58,9 +56,9 @@ Plan plan_in_place(Map map, const ConvShape& s, DType dtype, const Device& devic
   if (!strict && s.groups == 1) {
     return aten("a dense convolution: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
   }
-  if (!strict && is_half(dtype) && s.channels_per_group() >= kWideGroup) {
+  if (!strict && is_half(dtype) && static_cast<double>(s.channels_per_group()) >= device.tuning().wide_group) {
     return aten(
-        "a half type and 32 or more channels a group: cuDNN's tensor-core kernels are predicted to be faster (not "
+        "a half type and many channels a group: cuDNN's tensor-core kernels are predicted to be faster (not "
         "measured)");
   }
   return plan_grouped(map, s, dtype, s.groups == 1 ? "one group" : "groups of several channels");
@@ -77,6 +75,7 @@ bool is_general(const Plan& p) {
 // general one (predicted, not measured: a copy is a read and a write, and the general kernels read every element once a
 // tap).
 Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
+  if (!device.has_code) return aten("this build has no code for the GPU: TORCH_CUDA_ARCH_LIST names what it is for");
   const Layout layout = call_layout(map, s);
   const ImageShape x = input_image(s), y = output_image(s);
   const auto with = [&](const Copies& copies) {
@@ -98,6 +97,7 @@ Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_
 Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& device, bool strict) {
   const ConvShape &d = shape.depthwise, &p = shape.pointwise;
   const auto composite = [](const char* reason) { return Plan{Kernel::composite, "composite", reason, {}, 0}; };
+  if (!device.has_code) return composite("this build has no code for the GPU: two calls of torch's");
   if (!narrow_images(d) || !narrow_images(p) || d.N * d.P * d.Q >= kNarrowLimit / 64) {
     return composite("an image of 2^31 elements or more");
   }
@@ -109,7 +109,8 @@ Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& devi
   const int64_t tiles = ceil_div(p.K, widest);
   if (!strict) {  // predicted, not measured: benchmarks/notes
     if (tiles > 1) return composite("more output channels than a block holds: the depthwise stage would be repeated");
-    if (ceil_div(d.N * d.P * d.Q, 64) < device.multiprocessors) return composite("too few pixels to fill the GPU");
+    const double wanted = device.tuning().separable_pixels * device.multiprocessors;
+    if (static_cast<double>(d.N * d.P * d.Q) < wanted) return composite("too few pixels to fill the GPU");
   }
   int64_t columns = widest;
   while (columns > 64 && p.K <= columns / 2) columns /= 2;

@@ -3,11 +3,16 @@
 // microsecond.
 #pragma once
 
+#include <map>
+#include <string>
+#include <vector>
+
 #include "core/conv_shape.h"
 #include "core/explain.h"
 #include "core/operand_layout.h"
 #include "cuda/cut.h"
 #include "cuda/launch.h"
+#include "cuda/tuning.h"
 
 namespace sepconv::cuda {
 
@@ -37,8 +42,12 @@ enum class Kernel : int {
 
 struct Device {
   int multiprocessors = 0;
-  int compute_capability = 0;  // 90 for 9.0
-  bool copies_boxes = false;   // has_depthwise_nhwc_tma()
+  int compute_capability = 0;     // 90 for 9.0
+  bool copies_boxes = false;      // has_depthwise_nhwc_tma()
+  bool has_code = true;           // architectures.h
+  const Tuning* tuned = nullptr;  // in the place of the table's row
+
+  const Tuning& tuning() const { return tuned != nullptr ? *tuned : tuning_for(compute_capability); }
 };
 
 struct Plan {
@@ -62,6 +71,18 @@ Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool s
 Plan plan_separable(const SeparableShape&, DType, const Device&, bool strict);
 
 Explanation explain(Map, const Plan&);
+
+// ---- plan_overrule.cpp: another kernel or cut than the plan's, to try what it would take. Private: a kernel may be
+// named that cannot run the call.
+
+// The numbers of a cut by name; throws std::invalid_argument for a name that there is not. With the kernel's plain name
+// ("depthwise_nhwc"), what is not named is 1; without, it is the plan's.
+using CutNumbers = std::map<std::string, int64_t>;
+Plan overruled(Plan, Map, const ConvShape&, DType, const std::string& kernel, const CutNumbers&);
+
+// The plan's choice, the same kernel with the other cuts that make sense, and each other kernel that can run a
+// depthwise call, as it would be planned.
+std::vector<Plan> alternatives(Map, const ConvShape&, DType, const Device&, int64_t alignment);
 
 // run.cpp: launches what the plan says. Kernel::aten is not launched here: cudaErrorNotSupported.
 cudaError_t run(const Plan&, Map, const Launch&);

@@ -48,12 +48,15 @@ inline bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t 
 inline bool near_images(const ConvShape& s, int64_t images) { return images * std::max(s.x.n, s.y.n) < kNarrowLimit; }
 
 Plan plan_depthwise(Map, const ConvShape&, DType, const Device&, int64_t alignment);
+// Each kernel that can run a depthwise call, with its own cut.
+std::vector<Plan> depthwise_plans(Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // forward and grad_input on tensor cores, for images of whole vectors of eight channels: whether they can run, and how.
 bool nhwc_mma_can_run(const ConvShape&, DType, const Device&);
 Plan plan_depthwise_nhwc_mma(Map, const ConvShape&, const Device&);
 // Images of rows (NCHW) in half types, stride 1, on tensor cores. False: not where plain kernels are predicted to be as
 // fast.
 bool plan_depthwise_tensor_cores(Plan&, Map, const ConvShape&, DType, const Device&, int64_t alignment);
+std::vector<Plan> depthwise_tensor_core_plans(Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // The part of what depthwise_nhwc.cu can run that the copy engine serves, where that is predicted to be faster.
 std::optional<Plan> plan_depthwise_nhwc_tma(Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // Large kernels of stride 1 in plain arithmetic: whether they can run, and how.

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cuda/architectures.h"
 #include "tensor.h"
 
 namespace emulator {
@@ -97,109 +98,59 @@ Case read_pointwise(const Arguments& a, const Case& depthwise) {
 bool is_separable(const Arguments& a) { return a.text("op", "conv2d") == "separable"; }
 
 static sepconv::cuda::Device make_device(const Arguments& a) {
+  using sepconv::cuda::Tuning;
   const int sm = static_cast<int>(a.number("sm", 90));
-  return {static_cast<int>(a.number("multiprocessors", 132)), sm, sm >= 90 && a.number("copies_boxes", 1) != 0};
+  static thread_local Tuning tuned;  // which the device points to
+  tuned = sepconv::cuda::tuning_for(sm);
+  bool overruled = false;
+  Tuning::each(tuned, [&](const std::string& name, double& value) {
+    const std::string text = a.text("tuning." + name, "");
+    if (!text.empty()) value = std::stod(text), overruled = true;
+  });
+  const std::string archs = a.text("archs", "");  // of a build, with commas between
+  std::string spaced = archs;
+  std::replace(spaced.begin(), spaced.end(), ',', ' ');
+  return {static_cast<int>(a.number("multiprocessors", 132)), sm, sm >= 90 && a.number("copies_boxes", 1) != 0,
+          archs.empty() || sepconv::cuda::has_code_for(spaced, sm), overruled ? &tuned : nullptr};
 }
 
 // The numbers of a cut that the command line names.
-static void overrule(sepconv::cuda::Cut& cut, const Arguments& a) {
-  std::visit(
-      [&](auto& own) {
-        own.each(own, [&](const char* name, auto& value) {
-          value = static_cast<std::remove_reference_t<decltype(value)>>(a.number(name, value));
-        });
-      },
-      cut);
-}
-
-// A kernel's cut where nothing is chosen, in the order of the enum.
-static sepconv::cuda::Cut plain_cut(sepconv::cuda::Kernel kernel) {
-  using namespace sepconv::cuda;
-  switch (kernel) {
-    case Kernel::depthwise_nhwc: return NhwcCut{};
-    case Kernel::depthwise_nhwc_mma: return NhwcMmaCut{};
-    case Kernel::depthwise_nhwc_tma: return NhwcTmaCut{};
-    case Kernel::depthwise_nchw: return NchwCut{};
-    case Kernel::depthwise_nchw_mma: return NchwMmaCut{};
-    case Kernel::depthwise_direct: return DirectCut{};
-    case Kernel::depthwise_grad_weight: return GradWeightCut{};
-    case Kernel::depthwise_grad_weight_nhwc:
-    case Kernel::depthwise_grad_weight_nhwc_mma:
-    case Kernel::depthwise_grad_weight_nchw: return GradWeightRowsCut{};
-    case Kernel::depthwise_toeplitz: return ToeplitzCut{};
-    case Kernel::depthwise_large: return LargeCut{};
-    case Kernel::pointwise:
-    case Kernel::pointwise_mma:
-    case Kernel::grouped: return SplitsCut{};
-    case Kernel::separable:
-    case Kernel::separable_mma: return SeparableCut{};
-    case Kernel::aten:
-    case Kernel::composite: return NoCut{};
-  }
-  return NoCut{};
-}
-
-// Partial sums of a grad_weight.
-static int splits_of(const sepconv::cuda::Cut& cut) {
-  int splits = 1;
+static sepconv::cuda::CutNumbers named_numbers(const sepconv::cuda::Cut& cut, const Arguments& a) {
+  sepconv::cuda::CutNumbers numbers;
   std::visit(
       [&](const auto& own) {
-        own.each(own, [&](const char* name, auto value) {
-          if (std::string(name) == "splits") splits = static_cast<int>(value);
+        own.each(own, [&](const char* name, auto) {
+          if (!a.text(name, "").empty()) numbers[name] = a.number(name, 1);
         });
       },
       cut);
-  return splits;
+  return numbers;
 }
 
 sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& pointwise, const Arguments& a) {
   using namespace sepconv::cuda;
   const Device device = make_device(a);
-  Plan p = plan_separable({depthwise.shape, pointwise.shape}, depthwise.dtype, device, a.number("strict", 1) != 0);
-  overrule(p.cut, a);
-  return p;
+  const Plan p =
+      plan_separable({depthwise.shape, pointwise.shape}, depthwise.dtype, device, a.number("strict", 1) != 0);
+  return overruled(p, Map::forward, depthwise.shape, depthwise.dtype, "", named_numbers(p.cut, a));
+}
+
+static int64_t alignment_of(const Case& c) {
+  const int64_t unit = c.offset * static_cast<int64_t>(dtype_bytes(c.dtype));
+  return unit ? std::min<int64_t>(unit & -unit, 16) : 16;
 }
 
 sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   using namespace sepconv::cuda;
   if (c.spatial) return {Kernel::aten, "cuda_spatial_separable", "", {}, 0};
-  const Device device = make_device(a);
-  const int64_t unit = c.offset * static_cast<int64_t>(dtype_bytes(c.dtype));
-  const int64_t alignment = unit ? std::min<int64_t>(unit & -unit, 16) : 16;
-  Plan p = plan(c.map, c.shape, c.dtype, device, alignment, a.number("strict", 1) != 0);
+  Plan p = plan(c.map, c.shape, c.dtype, make_device(a), alignment_of(c), a.number("strict", 1) != 0);
   const std::string kernel = a.text("kernel", "auto");
-  if (kernel != "auto") {
-    static constexpr const char* kKernels[] = {"depthwise_nhwc",
-                                               "depthwise_nhwc_mma",
-                                               "depthwise_nhwc_tma",
-                                               "depthwise_nchw",
-                                               "depthwise_nchw_mma",
-                                               "depthwise_direct",
-                                               "depthwise_grad_weight",
-                                               "depthwise_grad_weight_nhwc",
-                                               "depthwise_grad_weight_nhwc_mma",
-                                               "depthwise_grad_weight_nchw",
-                                               "depthwise_toeplitz",
-                                               "depthwise_large",
-                                               "pointwise",
-                                               "pointwise_mma",
-                                               "grouped"};  // in the order of the enum
-    static_assert(std::size(kKernels) == static_cast<size_t>(Kernel::aten));
-    p.kernel = static_cast<Kernel>(index_of(kKernels, kernel));
-    p.name = "chosen by hand";
-    p.cut = plain_cut(p.kernel);
-    p.copies = {};
-  }
-  const int planned_splits = splits_of(p.cut);
-  overrule(p.cut, a);
-  const int splits = splits_of(p.cut);
-  if (kernel == "auto" && splits == planned_splits) return p;  // with the workspace that the plan asked for
-  if (c.map == Map::grad_weight) {
-    p.workspace_bytes = splits * c.shape.weight_elements() * (c.dtype == DType::float64 ? 8 : 4);
-  } else if (p.kernel == Kernel::grouped) {
-    p.workspace_bytes = grouped_workspace_bytes(c.shape, c.dtype, c.map == Map::grad_input);
-  }
-  return p;
+  if (kernel != "auto") p = overruled(p, c.map, c.shape, c.dtype, kernel, {});
+  return overruled(p, c.map, c.shape, c.dtype, "", named_numbers(p.cut, a));
+}
+
+std::vector<sepconv::cuda::Plan> make_alternatives(const Case& c, const Arguments& a) {
+  return alternatives(c.map, c.shape, c.dtype, make_device(a), alignment_of(c));
 }
 
 }  // namespace emulator

@@ -40,8 +40,11 @@ Case read_case(const Arguments&);
 Case read_pointwise(const Arguments&, const Case& depthwise);
 bool is_separable(const Arguments&);
 
-// The plan of the call, as csrc/cuda/bindings.cpp makes it, with what the command line overrules.
+// The plan of the call, as csrc/cuda/bindings.cpp makes it, with what the command line overrules: kernel=, numbers of
+// its cut, and "tuning." before numbers of the plan's table.
 sepconv::cuda::Plan make_plan(const Case&, const Arguments&);
+// Other kernels and cuts, the plan's own first.
+std::vector<sepconv::cuda::Plan> make_alternatives(const Case&, const Arguments&);
 sepconv::cuda::Plan make_separable_plan(const Case& depthwise, const Case& pointwise, const Arguments&);
 
 }  // namespace emulator

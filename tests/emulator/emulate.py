@@ -235,17 +235,39 @@ class Planned:
     reason: str
 
 
-def plans(cases: Sequence[Sequence[str]]) -> list[Planned]:
-    """The plan of each case; compiles the plan alone, in a few seconds, once."""
+@functools.cache
+def planner() -> Path:
+    """Compiles the plan alone, in a few seconds, once."""
     parts = (*PLAN, HERE / "tensor.cpp", HERE / "case.cpp", HERE / "planner.cpp")
-    planner = link([compile_object(p, "race") for p in parts], "race", "planner")
-    lines = "".join(" ".join(case) + "\n" for case in cases)
-    output = subprocess.run([str(planner)], input=lines, text=True, capture_output=True, check=True).stdout
-    planned = []
-    for line in output.splitlines():
-        kernel, tile, reason = line.split("\t")
-        planned.append(Planned(kernel, {k: int(v) for k, v in re.findall(r"(\w+) (\d+)", tile)}, reason))
-    return planned
+    with ThreadPoolExecutor(JOBS) as pool:
+        return link(pool.map(lambda p: compile_object(p, "race"), parts), "race", "planner")
+
+
+def ask_plan(lines: Iterable[str]) -> str:
+    """What planner.cpp answers to these lines."""
+    asked = "".join(f"{line}\n" for line in lines)
+    return subprocess.run([str(planner())], input=asked, text=True, capture_output=True, check=True).stdout
+
+
+def _planned(line: str) -> Planned:
+    kernel, tile, reason = line.split("\t")
+    return Planned(kernel, {k: int(v) for k, v in re.findall(r"(\w+) (\d+)", tile)}, reason)
+
+
+def plans(cases: Sequence[Sequence[str]]) -> list[Planned]:
+    """The plan of each case."""
+    return [_planned(line) for line in ask_plan(" ".join(case) for case in cases).splitlines()]
+
+
+def alternatives(case: Sequence[str]) -> list[Planned]:
+    """Each kernel that can run a case, with the cuts that make sense; the plan's own choice is the first."""
+    return [_planned(line) for line in ask_plan([" ".join([*case, "alternatives=1"])]).splitlines() if line]
+
+
+def tuning() -> dict[int, dict[str, float]]:
+    """The plan's table (csrc/cuda/tuning.h): its numbers for each architecture; 0 has the defaults."""
+    rows = [line.split() for line in ask_plan(["tuning"]).splitlines()]
+    return {int(row[0]): {k: float(v) for k, _, v in (word.partition("=") for word in row[1:])} for row in rows}
 
 
 def planned_kernels(cases: Sequence[Sequence[str]]) -> list[str]:

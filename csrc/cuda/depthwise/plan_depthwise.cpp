@@ -37,21 +37,21 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
   // them. A multiprocessor works off `busy` blocks as fast as fewer (3x3 waits for memory, 7x7 for arithmetic), and
   // more than that one after the other. So problems that leave multiprocessors without work are cut into single rows,
   // and into single channels where that is clearly less.
-  int64_t busy = 1;
-  if (s.R == 3) busy = 4;
-  if (s.R == 5) busy = 2;
+  const Tuning& tuned = device.tuning();
+  const double busy = tuned.nhwc_busy(s.R);
   const int64_t shared = map == Map::forward ? s.R / s.stride_h : s.R;
   const bool pairs = whole_vectors(s, 2, dtype, alignment);
-  int64_t least = std::numeric_limits<int64_t>::max();
+  double least = std::numeric_limits<double>::max();
   for (int vec = pairs ? 2 : 1; vec > 0; --vec) {
     const int64_t vectors = s.C / vec, lanes = nhwc_lanes(vectors), slots = kNhwcThreads / lanes;
-    const int64_t step = (vec * s.R * s.S + 12) * (pairs && vec == 1 ? 5 : 4);
-    int64_t load = 0;  // blocks of the fullest multiprocessor; with many of them it no longer matters how they come out
+    const double step =
+        (static_cast<double>(vec * s.R * s.S) + tuned.nhwc_step) * (pairs && vec == 1 ? tuned.nhwc_single : 1);
+    double load = 0;  // blocks of the fullest multiprocessor; with many of them it no longer matters how they come out
     for (int64_t strips = 1, last = 0; strips != last && load < 8 * busy;) {
       const int64_t rows = ceil_div(phase_rows, strips * even) * even;
       const int64_t blocks = ceil_div(vectors, lanes) * ceil_div(tiles * ceil_div(phase_rows, rows), slots);
-      load = ceil_div(blocks, device.multiprocessors);
-      const int64_t time = (rows + shared) * step * std::max(load, busy);
+      load = static_cast<double>(ceil_div(blocks, device.multiprocessors));
+      const double time = static_cast<double>(rows + shared) * step * std::max(load, busy);
       if (time < least) least = time, cut = {vec, static_cast<int>(rows)};
       last = strips;
       strips = std::min(strips + std::max<int64_t>(strips / 3, 1), phase_rows);
@@ -73,19 +73,19 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
 // takes one unit for a step, part of one for a row that its strip shares with the next, and a few to begin with; twelve
 // warps keep a multiprocessor busy, and fewer take as long. Idle lanes, last blocks and waves show as what they cost.
 Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& device) {
-  constexpr int32_t kSharedBytes = 220 << 10;
-  constexpr int64_t kBusy = 12;
+  const Tuning& tuned = device.tuning();
   NchwCut cut;
   const NchwWork work = nchw_work(map, s);
   const bool dense_planes = (s.C == 1 || s.x.c == s.H * s.W) && (s.K == 1 || s.y.c == s.P * s.Q);
-  const double begin = s.R == 3 ? 3 : 1.5,
-               shared = 0.6 * static_cast<double>(s.R - 1) / static_cast<double>(s.stride_h);
+  const double begin = s.R == 3 ? tuned.nchw_begin_3 : tuned.nchw_begin,
+               shared = tuned.nchw_shared * static_cast<double>(s.R - 1) / static_cast<double>(s.stride_h);
   // All numbers fit in 31 bits (nchw_can_run), and a division of 64 is several times slower: this is done at every
   // call.
   const auto parts = [](int64_t size, int64_t part) -> int64_t {
     return (static_cast<uint32_t>(size) + static_cast<uint32_t>(part) - 1) / static_cast<uint32_t>(part);
   };
   const auto evenly = [&](int64_t size, int64_t most) { return parts(size, parts(size, most)); };
+  const auto shared_bytes = static_cast<int32_t>(tuned.shared_kb * 1024);
   double best = 0;
   bool full = false;  // the best so far keeps every multiprocessor busy
   const auto consider = [&](int64_t rows, int64_t strips, int64_t planes) {
@@ -93,7 +93,8 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
     if (bytes > kMostShared) return;
     const int64_t warps = parts(planes * strips * work.runs, 32);
     const int64_t blocks = s.N * parts(work.channels, planes) * parts(work.steps, rows * strips);
-    const auto resident = static_cast<double>(std::min(kSharedBytes / static_cast<int32_t>(bytes) * warps, kBusy));
+    const double resident =
+        std::min(static_cast<double>(shared_bytes / static_cast<int32_t>(bytes + 1024) * warps), tuned.nchw_busy);
     const auto share = static_cast<double>(parts(blocks, device.multiprocessors) * warps);  // of a multiprocessor
     const double warp = begin + static_cast<double>(rows) + (rows < work.steps ? shared : 0);
     const double time = warp * std::max(share / resident, 1.);
@@ -148,10 +149,10 @@ void cut_rows(Plan& p, int vec, const ConvShape& s, int64_t chunks, int64_t plac
   if (cut.splits > 1) p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(DType::float32);
 }
 
-// What all blocks of an H100 at once are: not the device's, so that every device adds in the same order.
-constexpr int64_t kMultiprocessors = 132;
+// About so many blocks for each multiprocessor of a large GPU.
+int64_t sum_blocks(double each) { return static_cast<int64_t>(each * static_cast<double>(kSumMultiprocessors)); }
 
-Plan depthwise_grad_weight_nhwc(const ConvShape& s, DType dtype, int64_t alignment) {
+Plan depthwise_grad_weight_nhwc(const ConvShape& s, DType dtype, const Tuning& tuned, int64_t alignment) {
   Plan p{Kernel::depthwise_grad_weight_nhwc,
          "cuda_depthwise_grad_weight_nhwc",
          "depthwise, channels dense, 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass",
@@ -160,11 +161,12 @@ Plan depthwise_grad_weight_nhwc(const ConvShape& s, DType dtype, int64_t alignme
   const GradWeightNhwc block = grad_weight_nhwc_block(s);
   const int vec16 = static_cast<int>(16 / element_size(dtype));
   const bool whole = whole_vectors(s, vec16, dtype, alignment) && near_images(s, block.images * (32 / block.lanes));
-  cut_rows(p, whole ? vec16 : 1, s, block.chunks, block.places, (s.R == 7 ? 3 : 2) * kMultiprocessors);
+  cut_rows(p, whole ? vec16 : 1, s, block.chunks, block.places,
+           sum_blocks(s.R == 7 ? tuned.grad_weight_nhwc_7 : tuned.grad_weight_nhwc));
   return p;
 }
 
-Plan depthwise_grad_weight_nchw(const ConvShape& s, DType dtype, int64_t alignment) {
+Plan depthwise_grad_weight_nchw(const ConvShape& s, DType dtype, const Tuning& tuned, int64_t alignment) {
   Plan p{Kernel::depthwise_grad_weight_nchw,
          "cuda_depthwise_grad_weight_nchw",
          "depthwise, 3x3, 5x5 or 7x7, stride 1 or 2: every tap in one pass",
@@ -172,12 +174,12 @@ Plan depthwise_grad_weight_nchw(const ConvShape& s, DType dtype, int64_t alignme
          0};
   const bool pieces = s.K == s.C && alignment % 16 == 0 && dense_rows(s);
   const int vec = pieces ? static_cast<int>(16 / element_size(dtype)) : 1;
-  cut_rows(p, vec, s, grad_weight_nchw_block(s, dtype).chunks, s.N, (s.R == 7 ? 3 : 4) * kMultiprocessors);
+  cut_rows(p, vec, s, grad_weight_nchw_block(s, dtype).chunks, s.N,
+           sum_blocks(s.R == 7 ? tuned.grad_weight_nchw_7 : tuned.grad_weight_nchw));
   return p;
 }
 
-Plan depthwise_grad_weight_nhwc_mma(const ConvShape& s) {
-  constexpr int64_t kWarps = 16;  // of a multiprocessor
+Plan depthwise_grad_weight_nhwc_mma(const ConvShape& s, const Tuning& tuned) {
   Plan p{
       Kernel::depthwise_grad_weight_nhwc_mma,
       "cuda_depthwise_grad_weight_nhwc_mma",
@@ -185,18 +187,12 @@ Plan depthwise_grad_weight_nhwc_mma(const ConvShape& s) {
       {},
       0};
   const MmaBlock block = grad_weight_mma_block(s);
-  cut_rows(p, 1, s, block.slices, block.image_groups * block.column_tiles, kWarps / block.groups * kMultiprocessors);
+  cut_rows(p, 1, s, block.slices, block.image_groups * block.column_tiles,
+           static_cast<int64_t>(tuned.grad_weight_nhwc_mma) / block.groups * kSumMultiprocessors);
   return p;
 }
 
-Plan depthwise_grad_weight(const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  if (whole_vectors(s, 4, dtype, alignment) && nhwc_mma_can_run(s, dtype, device)) {
-    return depthwise_grad_weight_nhwc_mma(s);
-  }
-  if (window(s) && dtype != DType::float64) {
-    if (outputs_dense(s)) return depthwise_grad_weight_nhwc(s, dtype, alignment);
-    if (s.Q <= kGradWeightColumns * kGradWeightThreads) return depthwise_grad_weight_nchw(s, dtype, alignment);
-  }
+Plan depthwise_grad_weight_in_passes(const ConvShape& s, DType dtype, int64_t alignment) {
   constexpr int64_t kThreads = 256;
   GradWeightCut cut;
   cut.vec = whole_vectors(s, 2, dtype, alignment) ? 2 : 1;
@@ -223,7 +219,47 @@ Plan depthwise_grad_weight(const ConvShape& s, DType dtype, const Device& device
           cut.splits * s.weight_elements() * acc_size(dtype)};
 }
 
+Plan depthwise_grad_weight(const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
+  if (whole_vectors(s, 4, dtype, alignment) && nhwc_mma_can_run(s, dtype, device)) {
+    return depthwise_grad_weight_nhwc_mma(s, device.tuning());
+  }
+  if (window(s) && dtype != DType::float64) {
+    if (outputs_dense(s)) return depthwise_grad_weight_nhwc(s, dtype, device.tuning(), alignment);
+    if (s.Q <= kGradWeightColumns * kGradWeightThreads)
+      return depthwise_grad_weight_nchw(s, dtype, device.tuning(), alignment);
+  }
+  return depthwise_grad_weight_in_passes(s, dtype, alignment);
+}
+
 }  // namespace
+
+std::vector<Plan> depthwise_plans(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
+  const bool narrow = narrow_images(s);
+  if (!narrow) return {plan_depthwise(map, s, dtype, device, alignment)};
+  std::vector<Plan> plans = depthwise_tensor_core_plans(map, s, dtype, device, alignment);
+  if (large_can_run(map, s, device)) plans.push_back(plan_depthwise_large(map, s, dtype, device));
+  const bool eights = whole_vectors(s, map == Map::grad_weight ? 4 : 8, dtype, alignment);
+  const bool mma = eights && nhwc_mma_can_run(s, dtype, device);
+  if (map == Map::grad_weight) {
+    const Tuning& tuned = device.tuning();
+    if (mma) plans.push_back(depthwise_grad_weight_nhwc_mma(s, tuned));
+    const bool one_pass = window(s) && dtype != DType::float64;
+    if (one_pass && outputs_dense(s)) plans.push_back(depthwise_grad_weight_nhwc(s, dtype, tuned, alignment));
+    if (one_pass && !outputs_dense(s) && s.Q <= kGradWeightColumns * kGradWeightThreads) {
+      plans.push_back(depthwise_grad_weight_nchw(s, dtype, tuned, alignment));
+    }
+    plans.push_back(depthwise_grad_weight_in_passes(s, dtype, alignment));
+    return plans;
+  }
+  if (mma) plans.push_back(plan_depthwise_nhwc_mma(map, s, device));
+  if (nhwc_can_run(map, s, dtype)) {
+    if (const auto p = plan_depthwise_nhwc_tma(map, s, dtype, device, alignment)) plans.push_back(*p);
+    plans.push_back(depthwise_nhwc(map, s, dtype, device, alignment));
+  }
+  if (nchw_can_run(map, s, dtype)) plans.push_back(depthwise_nchw(map, s, dtype, device));
+  plans.push_back(depthwise_direct(map, s, dtype, alignment, narrow));
+  return plans;
+}
 
 Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   const bool narrow = narrow_images(s);

@@ -10,8 +10,8 @@ namespace {
 // From so many taps on laying an image into shared memory costs less than reading it from the first-level cache for
 // every product: by the disassembly about 1.5 instructions a tap and 25 a result, where depthwise_direct.cu needs 16 a
 // tap in contiguous images, 6 (half types: 4) with vectors of channels, and depthwise_grad_weight.cu 3 a tap.
-int64_t large_from(Map map, const ConvShape& s) {
-  return map == Map::grad_weight || correlation(map, s).channels_dense ? 16 : 8;
+double large_from(Map map, const ConvShape& s, const Tuning& tuned) {
+  return map == Map::grad_weight || correlation(map, s).channels_dense ? tuned.large_from_dense : tuned.large_from;
 }
 
 int64_t up(int64_t size, int64_t whole) { return ceil_div(size, whole) * whole; }
@@ -73,7 +73,7 @@ LargeCut forward_cut(const Correlation& c, DType dtype, const Device& device) {
 // The share of a multiprocessor's arithmetic that a cut of grad_weight is expected to use; 0: it cannot run.
 double grad_weight_value(const Correlation& c, const LargeCut& cut, const LargeBlock& block, int64_t blocks) {
   constexpr int64_t kMultiprocessorShared = 224 << 10;
-  constexpr double kWarps = 8, kAllWarps = kWarps * 132;  // that keep a multiprocessor busy, and an H100
+  constexpr double kWarps = 8, kAllWarps = kWarps * kSumMultiprocessors;  // that keep one busy, and all
   const double warps = block.threads / 32;
   const double resident = static_cast<double>(kMultiprocessorShared / block.smem_bytes) * warps;
   const double results = static_cast<double>(c.result_h * c.result_w * block.planes() * block.parts);
@@ -129,8 +129,9 @@ LargeCut grad_weight_cut(const Correlation& c, DType dtype) {
 bool large_can_run(Map map, const ConvShape& s, const Device& device) {
   // Tiles are cut out of planes that exist.
   return s.input_elements() > 0 && s.output_elements() > 0 && device.compute_capability >= 80 && s.stride_h == 1 &&
-         s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.R * s.S >= large_from(map, s) &&
-         s.R <= kLargeSide && s.S <= kLargeSide && (map != Map::grad_input || s.K == s.C) &&
+         s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
+         static_cast<double>(s.R * s.S) >= large_from(map, s, device.tuning()) && s.R <= kLargeSide &&
+         s.S <= kLargeSide && (map != Map::grad_input || s.K == s.C) &&
          s.N * s.K * std::max(s.P * s.Q, s.H * s.W) < kNarrowLimit * 64;
 }
 

@@ -17,14 +17,15 @@ bool nhwc_mma_can_run(const ConvShape& s, DType dtype, const Device& device) {
 // rows, and of what it does before the first. Images are cut into strips where that leaves fewer multiprocessors
 // without work.
 Plan plan_depthwise_nhwc_mma(Map map, const ConvShape& s, const Device& device) {
-  constexpr int64_t kWarps = 12, kSharedBytes = 220 << 10;  // of a multiprocessor
-  constexpr int64_t kBegin = 2;                             // batches that the beginning is worth
+  const Tuning& tuned = device.tuning();
   NhwcMmaCut cut;
   const NhwcMmaBlock block = nhwc_mma_block(map, s);
   const int64_t rows = std::max<int64_t>(map == Map::forward ? s.P : s.H, 1);
-  const int64_t resident = std::min(kWarps / block.groups, kSharedBytes / block.bytes()) * device.multiprocessors;
+  const int64_t resident =
+      std::min(static_cast<int64_t>(tuned.nhwc_mma_busy) / block.groups, tuned.blocks(block.bytes())) *
+      device.multiprocessors;
   const int64_t most = std::max<int64_t>(resident / block.slices, 1);
-  int64_t least = std::numeric_limits<int64_t>::max();
+  double least = std::numeric_limits<double>::max();
   int64_t turns = 0;  // with many of them it no longer matters how they come out
   for (int64_t strips = 1, last = 0; strips != last && turns < 8;) {
     const int64_t strip = ceil_div(rows, strips), shared = strip < rows ? s.R - 1 : s.R / 2;
@@ -32,7 +33,8 @@ Plan plan_depthwise_nhwc_mma(Map map, const ConvShape& s, const Device& device) 
     turns = ceil_div(places, most);
     const int64_t parts = ceil_div(places, turns);
     const int64_t waves = ceil_div(parts * block.slices, resident);
-    const int64_t time = waves * (kBegin + ceil_div(turns * (strip + shared) + s.R - 1 - shared, block.rows));
+    const auto batches = static_cast<double>(ceil_div(turns * (strip + shared) + s.R - 1 - shared, block.rows));
+    const double time = static_cast<double>(waves) * (tuned.nhwc_mma_begin + batches);
     if (time < least) least = time, cut = {static_cast<int>(strip), static_cast<int>(parts)};
     last = strips;
     strips = std::min(strips + std::max<int64_t>(strips / 3, 1), rows);

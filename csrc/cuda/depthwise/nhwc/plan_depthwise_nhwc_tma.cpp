@@ -51,7 +51,7 @@ std::optional<Plan> plan_depthwise_nhwc_tma(Map map, const ConvShape& s, DType d
   // strip repeats the rows that the next one reads too. Where only strips of less than twice the kernel would fill the
   // GPU, the problem is one for the other kernel, which cuts finer.
   const int64_t resident = nhwc_tma_blocks(s.R), tiles = ceil_div(columns, nhwc_columns(1) * (32 / lanes));
-  const int64_t lowest = std::min(rows, 2 * s.R);
+  const int64_t lowest = std::min(rows, static_cast<int64_t>(device.tuning().nhwc_tma_rows * static_cast<double>(s.R)));
   int64_t least = std::numeric_limits<int64_t>::max(), best_load = 0, load = 0;
   for (int64_t strips = 1, height = rows; height >= lowest && load < 4 * resident; height = ceil_div(rows, ++strips)) {
     const int64_t warps = s.N * ceil_div(rows, height) * tiles;

@@ -6,11 +6,6 @@
 namespace sepconv::cuda {
 namespace {
 
-// From this size on (both ways) a kernel has too many taps for plain arithmetic to keep up with memory in half types,
-// even for a kernel that lays rows of any width into shared memory: 12 operations a byte at 5x5, 25 at 7x7, and about
-// 20 are what an H100 has of each in the same time.
-constexpr int64_t kToeplitzFrom = 7;
-
 bool toeplitz_can_run(Map map, const ConvShape& s, DType dtype, const Device& device) {
   // The outputs of a block's images are numbered in 31 bits, and so are all its places.
   return is_half(dtype) && device.compute_capability >= 80 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
@@ -69,7 +64,8 @@ Plan depthwise_toeplitz(Map map, const ConvShape& s, DType dtype, const Device& 
   choose_place(cut, s.N, out.rows, (s.R - 1) * row, row, s.R * 2 * toeplitz_row_elements(static_cast<int>(steps)));
   const int64_t places = ceil_div(s.N, cut.images) * ceil_div(out.rows, cut.rows) * ceil_div(out.columns, 8 * tiles);
   // The filter is laid out once a block: few blocks more than the multiprocessors hold twice over.
-  cut.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(8 * device.multiprocessors, s.K), 1, places));
+  cut.splits = static_cast<int>(std::clamp<int64_t>(
+      ceil_div(static_cast<int64_t>(device.tuning().toeplitz_blocks * device.multiprocessors), s.K), 1, places));
   return planned(0);
 }
 
@@ -90,7 +86,7 @@ int whole_stores(const ConvShape& s, const Written& out, const Strides& t, int64
 // False where it cannot run, or where depthwise_nchw.cu and depthwise_grad_weight_nchw.cu are predicted to be as fast:
 // 3x3 on rows that are no whole 8-byte pieces, and where tiles would be mostly empty.
 bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  constexpr int64_t kMost = 50 << 10, kMultiprocessorShared = 224 << 10, kWarps = kNchwMmaThreads / 32;
+  constexpr int64_t kMost = 50 << 10, kWarps = kNchwMmaThreads / 32;
   constexpr double kTile = 16 * 16 * kNchwMmaPhases;  // pixels of a warp's tile
   if (s.R != s.S || !has_window(s.R, s.stride_h)) return false;
   const bool sums = map == Map::grad_weight;
@@ -108,10 +104,11 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
                  : whole_stores(s, out, map == Map::forward ? s.y : s.x, alignment);
   if (cut.vec < 2 || out.rows < 1) return false;
   // grad_weight adds in the same order on every device.
-  const int64_t multiprocessors = sums ? 132 : device.multiprocessors;
-  // Rows and images of a place: the least time for a row by a simple reckoning in clocks of a multiprocessor, 13 bytes
-  // of memory each (rows that places share come from L2, at half of that), and the products of whole rounds of the four
-  // warps, which other blocks hide for the most part. Larger places have to be clearly better.
+  const int64_t multiprocessors = sums ? kSumMultiprocessors : device.multiprocessors;
+  const Tuning& tuned = sums ? tuning_for(90) : device.tuning();
+  // Rows and images of a place: the least time for a row by a simple reckoning in clocks of a multiprocessor: bytes of
+  // memory (of rows that places share, from L2, half of them), and the products of whole rounds of the four warps,
+  // which other blocks hide for the most part. Larger places have to be clearly better.
   double least = 0, use = 0;
   NchwMmaBlock block;
   int64_t places = 1;
@@ -123,9 +120,10 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
     const int64_t tiles = int64_t{c.sets} * c.blocks, rounds = ceil_div(tiles, kWarps);
     const auto all = static_cast<double>(rows * images);
     const double shared = rows < out.rows ? static_cast<double>(s.R - 1) / 2 * static_cast<double>(images) : 0;
-    const double memory = (2 * all + shared) * static_cast<double>(out.columns) * 2 / 13;
-    const double time = (memory + static_cast<double>(rounds * kWarps * (16 * s.R + 40)) / 2) / all;
-    if (least != 0 && time > least * 0.97) return true;
+    const double memory = (2 * all + shared) * static_cast<double>(out.columns) * 2 / tuned.bytes_a_clock;
+    const double tile = static_cast<double>(16 * s.R) + tuned.nchw_mma_tile;
+    const double time = (memory + static_cast<double>(rounds * kWarps) * tile / 2) / all;
+    if (least != 0 && time > least * tuned.nchw_mma_better) return true;
     least = time, cut = tried, block = c,
     places = ceil_div(std::max<int64_t>(s.N, 1), images) * ceil_div(out.rows, rows);
     use = all * static_cast<double>(out.columns) / (static_cast<double>(tiles) * kTile);
@@ -139,15 +137,15 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
     const int64_t rows = ceil_div(out.rows, strips * kNchwMmaPhases) * kNchwMmaPhases;
     if (rows < out.rows) fitting += consider(rows, 1);
   }
-  if (use < 1. / 3 || (s.R == 3 && (block.in.piece != 4 || (sums && block.other.piece != 4)))) return false;
+  if (use < tuned.nchw_mma_use || (s.R == 3 && (block.in.piece != 4 || (sums && block.other.piece != 4)))) return false;
   // Parts of a channel's places: one wave of blocks or several, whichever is done first; a block begins with about the
   // work of one place.
-  const int64_t blocks =
-      std::min<int64_t>(6 - (sums ? 1 : 0) - (s.R == 7 ? 1 : 0), kMultiprocessorShared / block.smem_bytes);
-  int64_t soonest = std::numeric_limits<int64_t>::max();
+  const int64_t blocks = std::min<int64_t>(6 - (sums ? 1 : 0) - (s.R == 7 ? 1 : 0), tuned.blocks(block.smem_bytes));
+  double soonest = std::numeric_limits<double>::max();
   for (int64_t waves = 1; waves <= 8; ++waves) {
     const int64_t parts = std::clamp<int64_t>(waves * multiprocessors * blocks / s.K, 1, places);
-    const int64_t time = ceil_div(parts * s.K, multiprocessors * blocks) * (ceil_div(places, parts) + 1);
+    const double time = static_cast<double>(ceil_div(parts * s.K, multiprocessors * blocks)) *
+                        (static_cast<double>(ceil_div(places, parts)) + tuned.nchw_mma_begin);
     if (time < soonest) soonest = time, cut.splits = static_cast<int>(parts);
   }
   p.cut = cut;
@@ -157,11 +155,22 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
 
 }  // namespace
 
+std::vector<Plan> depthwise_tensor_core_plans(Map map, const ConvShape& s, DType dtype, const Device& device,
+                                              int64_t alignment) {
+  std::vector<Plan> plans;
+  if (!toeplitz_can_run(map, s, dtype, device)) return plans;
+  if (Plan p; depthwise_nchw_mma(p, map, s, dtype, device, alignment)) plans.push_back(p);
+  plans.push_back(depthwise_toeplitz(map, s, dtype, device, alignment));
+  return plans;
+}
+
 bool plan_depthwise_tensor_cores(Plan& p, Map map, const ConvShape& s, DType dtype, const Device& device,
                                  int64_t alignment) {
   if (!toeplitz_can_run(map, s, dtype, device)) return false;
   if (depthwise_nchw_mma(p, map, s, dtype, device, alignment)) return true;
-  if (std::min(s.R, s.S) < kToeplitzFrom) return false;
+  // Of fewer taps plain arithmetic keeps up with memory in half types, even for a kernel that lays rows of any width
+  // into shared memory: 12 operations a byte at 5x5, 25 at 7x7, and about 20 are what an H100 has in the same time.
+  if (static_cast<double>(std::min(s.R, s.S)) < device.tuning().toeplitz_from) return false;
   p = depthwise_toeplitz(map, s, dtype, device, alignment);
   return true;
 }
