@@ -200,7 +200,7 @@ SEPCONV_INLINE void copy(const Vector<float> (&from)[kI][kV], Vector<float> (&to
   }
 }
 
-// a * b + c. Written so, GCC keeps the sums of unrolled terms in AVX2's 16 registers; from an expression it spills some.
+// a * b + c. Written so, GCC keeps the sums of unrolled terms in AVX2's 16 registers; else it spills some.
 SEPCONV_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
 #if SEPCONV_ISA_LEVEL == 1
   return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
