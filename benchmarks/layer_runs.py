@@ -128,7 +128,7 @@ def _contest(plan: Plan, layer: Layer, dtype: torch.dtype, map: str, thread_coun
             "share_of_floor": _ratio(base.seconds, seconds.get(mine)),
             **peers.explain(layer, map, operands[0]),
             "difference": apart[layout],
-            "agrees": apart[layout] <= peers.TOLERANCE[dtype],
+            "agrees": apart[layout] <= peers.tolerance(dtype, operands[0].x.device),
             "measured_again": again,
             "rotated_sets": count,
             "samples_us": {name: [round(1e6 * s, 3) for s in samples] for name, samples in timing.samples.items()},

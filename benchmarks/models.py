@@ -1,7 +1,8 @@
 """Times whole networks on photographs: as torch runs them, and converted by sepconv_ext.convert_.
 
-With `compile`, training steps are those of torch.compile with this package's backend, and its own is a peer. Then what
-is compared is what was compiled, too.
+With `compile`, training steps are those of torch.compile with this package's backend, and its own is a peer; inference
+is that of the converted network compiled, and the network compiled is a peer, both with torch.compile's longest search.
+Then what is compared is what was compiled, too.
 
 No weights are downloaded: the networks start from seeded random weights, and their BatchNorm statistics are taken from
 the photographs, so that activations have the sizes that they have in a trained network.
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import sepconv_ext
 
 from .memory import memory_of
-from .peers import LAYOUTS, OURS
+from .peers import LAYOUTS, OURS, tolerance
 from .timing import Clock, threads
 
 MODELS = (
@@ -207,16 +208,22 @@ def _contest(plan: Plan, facts: dict, variants: dict, images: Tensor, dtype: tor
     labels = torch.arange(len(images), device=images.device) * 37 % 1000
     layouts = list(dict.fromkeys(layout for _, layout in variants.values()))
     make = _training_step if training else _inference
+    search = "max-autotune-no-cudagraphs"  # graphs are captured of all contenders, by the clock
     agree = steps_agree if training and plan.compile else gradients_agree if training else logits_agree
     entrants, agreement = {}, {}
     for layout in layouts:
         placed = images.contiguous(memory_format=LAYOUTS[layout])
         mine, theirs = variants[f"{OURS} {layout}"][0], variants[f"torch {layout}"][0]
+        if not training:  # once, and not at every call as under autocast
+            mine, theirs, placed = (copy.deepcopy(t).to(dtype) for t in (mine, theirs, placed))
         entrants[f"torch {layout}"] = make(theirs, placed, labels, dtype)
         if training and plan.compile:
             mine = copy.deepcopy(mine)
             sepconv_ext.revert_(mine)  # the backend finds the convolutions by itself
             mine, theirs = torch.compile(mine, backend="sepconv_ext"), torch.compile(copy.deepcopy(theirs))
+            entrants[f"compile {layout}"] = make(theirs, placed, labels, dtype)
+        elif plan.compile:
+            mine, theirs = torch.compile(mine, mode=search), torch.compile(copy.deepcopy(theirs), mode=search)
             entrants[f"compile {layout}"] = make(theirs, placed, labels, dtype)
         entrants[f"{OURS} {layout}"] = make(mine, placed, labels, dtype)
         agreement[layout] = agree(mine, theirs, placed, labels, dtype)
@@ -249,7 +256,7 @@ def _autocast(images: Tensor, dtype: torch.dtype):
 def _inference(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype):
     def run(_: int) -> Tensor:
         model.eval()
-        with torch.no_grad(), _autocast(images, dtype):
+        with torch.no_grad():
             return model(images)
 
     return run
@@ -274,7 +281,7 @@ def logits_agree(mine: nn.Module, theirs: nn.Module, images: Tensor, labels: Ten
 
     Where two logits are closer than the rounding, their order means nothing: a swap of such neighbours is not counted
     against us."""
-    with torch.no_grad(), _autocast(images, dtype):
+    with torch.no_grad():
         a, b = (model.eval()(images).float() for model in (mine, theirs))
     apart = ((a - b).abs().max() / b.abs().max()).item()
     top_a, top_b = a.topk(5).indices, b.topk(5).indices
@@ -282,7 +289,7 @@ def logits_agree(mine: nn.Module, theirs: nn.Module, images: Tensor, labels: Ten
     return {
         "difference": apart,
         "same_top5": bool((top_a == top_b).all()),
-        "agrees": apart <= LOGITS_TOLERANCE[dtype] and not bool(swapped.any()),
+        "agrees": apart <= tolerance(dtype, images.device, LOGITS_TOLERANCE) and not bool(swapped.any()),
     }
 
 
@@ -330,7 +337,7 @@ def _within_rounding(
 
     expected = gradient(theirs, images)
     difference = apart(gradient(mine, images), expected)
-    agrees = difference <= GRADIENT_TOLERANCE[dtype]
+    agrees = difference <= tolerance(dtype, images.device, GRADIENT_TOLERANCE)
     if not agrees:
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
         changed = images * (1 + torch.finfo(dtype).eps * noise)

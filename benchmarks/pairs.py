@@ -20,7 +20,7 @@ from sepconv_ext import functional
 
 from .layers import CSV
 from .memory import memory_of
-from .peers import LAYOUTS, TOLERANCE, difference
+from .peers import LAYOUTS, difference, tolerance
 from .timing import Clock, threads
 
 MODELS = ("mobilenetv1_100", "mobilenet_v2", "legacy_xception@299")
@@ -184,7 +184,7 @@ def _rows(plan: Plan, pair: Pair, tensors: dict[str, Tensor], layout: str, count
             "peak_bytes": memory,
             "held_bytes": held,
             "difference": apart,
-            "agrees": apart <= TOLERANCE[x.dtype],
+            "agrees": apart <= tolerance(x.dtype, x.device),
             "samples_us": {name: [round(1e6 * s, 3) for s in samples] for name, samples in timing.samples.items()},
             "errors": timing.errors,
         }

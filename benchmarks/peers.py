@@ -204,6 +204,17 @@ def explain(layer: Layer, map: str, operands: Operands) -> dict:
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+def rounds_to_tf32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch may round float32 operands to TF32 there, whose mantissa is as short as float16's."""
+    allowed = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return dtype == torch.float32 and device.type == "cuda" and allowed
+
+
+def tolerance(dtype: torch.dtype, device: torch.device, of: dict[torch.dtype, float] = TOLERANCE) -> float:
+    """What rounding may cost, of the table `of`."""
+    return of[torch.float16 if rounds_to_tf32(dtype, device) else dtype]
+
+
 def difference(result: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over largest absolute expected value; nan or a wrong shape is infinity."""
     if result.shape != expected.shape:

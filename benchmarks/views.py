@@ -17,7 +17,7 @@ import sepconv_ext
 
 from . import peers
 from .layers import MAPS, Layer
-from .peers import LAYOUTS, OURS, TOLERANCE, Operands, difference
+from .peers import LAYOUTS, OURS, Operands, difference, tolerance
 from .record import VIEW_BAR
 from .timing import MAX_ROUNDS, Clock, Contender, Timing, threads
 
@@ -277,7 +277,7 @@ def _contest(plan: Plan, case: Case, view: View, layout: str, map: str, thread_c
         "over_torch": over_torch,
         **case.explain(map, sets[0]),
         "difference": apart,
-        "agrees": apart <= TOLERANCE[dtype],
+        "agrees": apart <= tolerance(dtype, sets[0].x.device),
         "measured_again": again,
         "errors": timing.errors,
     }
