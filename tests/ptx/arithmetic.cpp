@@ -218,7 +218,11 @@ float flushed(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysi
 
 // Within two units in the last place of 2^a: here the nearest.
 void ex2(Step& s) {
-  one<float>(s, [](float a) { return flushed(static_cast<float>(std::exp2(static_cast<double>(flushed(a))))); });
+  const bool flush = s.in.has("ftz");
+  one<float>(s, [flush](float a) {
+    if (flush) return flushed(static_cast<float>(std::exp2(static_cast<double>(flushed(a)))));
+    return static_cast<float>(std::exp2(static_cast<double>(a)));
+  });
 }
 void rcp(Step& s) {
   const bool coarse = s.in.has("approx");
@@ -416,7 +420,7 @@ Meaning arithmetic(const Instruction& in) {
       {"max", extreme<true>}, {"copysign", copysign}, {"rcp", rcp},   {"and", and_},  {"or", or_},
       {"xor", xor_},          {"not", not_},          {"shl", shift}, {"shr", shift}, {"bfi", bfi},
       {"popc", popc},         {"setp", setp},         {"selp", selp}, {"mov", mov},   {"cvt", cvt}};
-  if (in.opcode == "ex2.approx.ftz.f32") return ex2;
+  if (in.opcode == "ex2.approx.ftz.f32" || in.opcode == "ex2.approx.f32") return ex2;
   const bool half = in.type.bits == 16 && (in.type.kind == Kind::floating || in.type.kind == Kind::bfloat);
   if (half && in.words[0] != "cvt" && !(in.words[0] == "fma" && in.type.packed)) return nullptr;
   for (const char* unknown : {"cc", "sat", "rz", "rp"}) {

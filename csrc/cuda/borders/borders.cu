@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  out[n * a.out.n + channel * a.out.c + row * a.out.h + column * a.out.w] = from_acc<T>(activate(activation, sum));
+  out[n * a.out.n + channel * a.out.c + row * a.out.h + column * a.out.w] =
+      from_acc<T>(activate_as<T>(activation, sum));
 }
 
 struct BorderProductArgs {

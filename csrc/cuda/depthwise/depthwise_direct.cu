@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2
 #pragma unroll
     for (int i = 0; i < kRows * kVec; ++i) sums[i] += add[i % kVec];
   }
-  activate_all(activation, sums);
+  activate_all<T>(activation, sums);
   T* to = out + n * a.out_n + channel * a.out_c + column * a.out_w;
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {

@@ -27,7 +27,7 @@ struct SingleOutput {
         sum += to_acc(x[static_cast<int64_t>(h) * x_h + column]) * to_acc(w[tap]);
       }
     }
-    return from_acc<T>(activate(activation, sum));
+    return from_acc<T>(activate_as<T>(activation, sum));
   }
 };
 

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<T, Index>)
       for (int i = 0; i < kColumns; ++i) sums[i * kChannels + j] += b;
     }
   }
-  activate_all(activation, sums);
+  activate_all<T>(activation, sums);
   const Index pixel = n * a.to.n + row * a.to.h;
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {

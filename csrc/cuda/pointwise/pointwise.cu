@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 4 ? 4 : 2)
         }
       }
     }
-    activate_all(p.activation, sums);
+    activate_all<T>(p.activation, sums);
     constexpr int kOut = kVec16<T> < kColumns ? kVec16<T> : kColumns;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

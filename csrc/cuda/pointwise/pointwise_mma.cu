@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<
         if (n + j < n_size) values[j] += to_acc(p.bias[p.bias_along_n ? n + j : m]);
       }
     }
-    activate_all(p.activation, values);
+    activate_all<T>(p.activation, values);
     T* const out = p.out + p.out_m.offset(m);
     if (p.out_vectors) {
       store_vec<kVec>(out + p.out_n.offset(n), values);

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 1 : 2) separ
         const bool add = a.v_bias != nullptr && k + j < a.outputs;
         values[j] = sums[i][4 * g + j] + (add ? to_acc(a.v_bias[k + j]) : A(0));
       }
-      activate_all(a.y_activation, values);
+      activate_all<T>(a.y_activation, values);
       const int64_t out = table.out[pixel0 + i];
       if (out < 0) continue;
       if (a.y_vectors && k + 4 <= a.outputs) {

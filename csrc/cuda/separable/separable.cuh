@@ -117,7 +117,7 @@ __device__ __forceinline__ void depthwise_stage(const SeparableArgs<T>& a, const
 #pragma unroll
         for (int i = 0; i < kVec; ++i) sums[i] += to_acc(a.w_bias[channel + i]);
       }
-      activate_all(a.h_activation, sums);
+      activate_all<T>(a.h_activation, sums);
     }
     put(pixel, local, sums);
   }

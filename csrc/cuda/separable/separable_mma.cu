@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, blocks_a_multiprocessor(kColumns))
       for (int i = 0; i < 2; ++i) sums[i][j][e] += bias, sums[i][j][e + 2] += bias;
     }
   }
-  activate_all(a.y_activation, reinterpret_cast<float (&)[2 * kFragments * 4]>(sums));
+  activate_all<T>(a.y_activation, reinterpret_cast<float (&)[2 * kFragments * 4]>(sums));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll

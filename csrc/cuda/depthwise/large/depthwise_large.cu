@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kLargeThreads, sizeof(T) == 8 || kKeep == 7 ? 
   const A add = bias != nullptr ? to_acc(bias[k]) : A(0);
 #pragma unroll
   for (int i = 0; i < kKeep * kLargeColumns; ++i) sums[i] += add;
-  activate_all(activation, sums);
+  activate_all<T>(activation, sums);
   T* const to = out + n * results.n + k * results.c + p * results.h + q * results.w;
 #pragma unroll
   for (int i = 0; i < kKeep; ++i) {

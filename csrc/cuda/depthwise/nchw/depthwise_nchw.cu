@@ -23,7 +23,7 @@ __device__ __forceinline__ void write_sums(T* __restrict__ to, const float* tile
   for (int i = pieces.whole + static_cast<int>(threadIdx.x); i < pieces.whole_end; i += static_cast<int>(blockDim.x)) {
     float values[4];
     load_vec<4>(values, tile + i * 4);
-    if (activation != Activation::identity) activate_all(activation, values);
+    if (activation != Activation::identity) activate_all<T>(activation, values);
     Vec<T, 4> piece;
 #pragma unroll
     for (int j = 0; j < 4; ++j) piece.v[j] = from_acc<T>(values[j]);
@@ -33,7 +33,7 @@ __device__ __forceinline__ void write_sums(T* __restrict__ to, const float* tile
   }
   if (pieces.single >= 0) {
     float value[1] = {tile[pieces.single]};
-    activate_all(activation, value);
+    activate_all<T>(activation, value);
     base[pieces.single] = from_acc<T>(value[0]);
   }
 }

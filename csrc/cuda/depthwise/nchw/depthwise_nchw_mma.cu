@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, forward_blocks(kKernel))
           for (int t = 0; t < 2; ++t) mma_m16n8k16<T>(sums[phase][t], left[t], right[r]);
         }
       }
-      activate_all(activation, reinterpret_cast<float (&)[kPhases * 8]>(sums));
+      activate_all<T>(activation, reinterpret_cast<float (&)[kPhases * 8]>(sums));
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const int q = own.column + 8 * t + lane % 4 * 2;

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kNhwcThreads, (blocks_of<kVec, W>()))
       float sums[W::kColumns * kVec];
 #pragma unroll
       for (int k = 0; k < W::kColumns * kVec; ++k) sums[k] = ring[i][k / kVec][k % kVec];
-      if constexpr (kUp == 1) activate_all(activation, sums);
+      if constexpr (kUp == 1) activate_all<T>(activation, sums);
 #pragma unroll
       for (int o = 0; o < W::kColumns; ++o) {
         float values[kVec];

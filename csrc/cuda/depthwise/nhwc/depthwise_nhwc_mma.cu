@@ -241,7 +241,7 @@ struct Stores {
             v[kPiece - 1] = sum;
           }
         }
-        activate_all(activation, v);
+        activate_all<T>(activation, v);
         store_vec<kPiece>(to, v);
       }
       to += a.out_h;

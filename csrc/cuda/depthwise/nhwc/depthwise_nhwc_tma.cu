@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_row(char* to, int64_t step, int inside, co
   float sums[kColumns * 2];
 #pragma unroll
   for (int k = 0; k < kColumns * 2; ++k) sums[k] = row[k / 2][k % 2];
-  if (activation != Activation::identity) activate_all(activation, sums);  // the usual case in two instructions
+  if (activation != Activation::identity) activate_all<float>(activation, sums);  // the usual case in two instructions
 #pragma unroll
   for (int o = 0; o < kColumns; ++o, to += step) {
     store64_if(to, {__float_as_uint(sums[2 * o]), __float_as_uint(sums[2 * o + 1])}, inside & 1 << o);

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kToeplitzThreads, 4)
       }
 #pragma unroll
       for (int v = 0; v < kTiles * 4; ++v) sums[v] += add;
-      activate_all(activation, sums);
+      activate_all<T>(activation, sums);
       bool again = false;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
