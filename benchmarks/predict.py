@@ -241,15 +241,17 @@ def smaller(
     arguments: dict[str, object], tile: dict[str, int], macs: int, executed: float = EXECUTED
 ) -> dict[str, object]:
     """The same layer with fewer images and channels, as few as are executed in seconds. Blocks that share the work of
-    a channel become fewer with the images, so that each does what it does in the whole."""
+    a channel, or the tiles of a product, become fewer with the images, so that each does what it does in the whole."""
     if macs <= executed:
         return {}
     N, C, K = (int(arguments[key]) for key in ("N", "C", "K"))
-    splits = tile.get("splits", 1)
+    shared = "blocks" if "blocks" in tile else "splits"
+    splits = tile.get(shared, 1)
     images = min(max(tile.get("images", 1), math.ceil(2 * N / splits) if splits > 1 else 1), N)
     less: dict[str, object] = {"N": images}
     if splits > 1:
-        less["splits"] = max(round(splits * images / N), 2)  # whose sums another kernel adds, as in the whole
+        # At least two splits, whose sums another kernel adds, as in the whole.
+        less[shared] = max(round(splits * images / N), 2 if shared == "splits" else 1)
     if arguments["groups"] == C and C > 64:
         channels = next((c for c in (64, 96, 48, 40, 32) if C % c == 0), 64)
         less |= {"C": channels, "K": channels * (K // C), "groups": channels}
@@ -304,7 +306,7 @@ def predict(
     arguments = planned_for(gpu, arguments_of(layer, map, dtype, layout, batch))
     planned = chosen or ptx.emulate.plans([words(arguments)])[0]
     kernel = planned.kernel.removeprefix("cuda_")
-    if not planned.kernel.startswith("cuda_"):
+    if not planned.kernel.startswith("cuda_") or kernel == "pointwise_matmul":
         return f"{layer.label} {map} {dtype} {layout}: {planned.kernel}, which is torch's"
     if chosen:
         arguments |= {"kernel": kernel, **planned.tile}

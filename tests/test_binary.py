@@ -170,6 +170,7 @@ EXPECTED = {
         {},
         ("HMMA.16816.F32", "LDSM.16.MT88", "LDGSTS.64"),
     ),
+    "pointwise_nhwc_mma": ("pointwise_nhwc_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.128", "STG.128")),
     "pointwise_mma": ("pointwise_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.128")),
     "separable_mma": ("separable_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
 }

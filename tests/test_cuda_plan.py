@@ -611,3 +611,136 @@ def test_products_and_groups_of_two_layouts(map: str) -> None:
             x, y = ("layout", "y_layout") if map == "forward" else ("y_layout", "layout")
             plan = planned(**case, **rest, **{x: other, y: layout})
             assert plan.kernel == planned(**case, **rest, layout=layout).kernel and "is copied to" in plan.reason
+
+
+# --- what is handed to torch ---
+
+
+def product(**rest: object) -> emulate.Planned:
+    """A 1x1 layer as users run it: not strict, in channels_last and float16 unless `rest` says otherwise."""
+    case = {"map": "forward", "dtype": "float16", "layout": "channels_last", "N": 128, "C": 96, "H": 14, "W": 14}
+    return planned(**case | {"K": 24, "R": 1, "S": 1, "strict": 0} | rest)
+
+
+@pytest.mark.parametrize("map", ["forward", "grad_input"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_that_wait_for_memory_keep_their_weights_in_shared_memory(map: str, dtype: str) -> None:
+    case = {"map": map, "dtype": dtype}
+    for layer in ({}, {"C": 24, "K": 144}, {"sm": 80}, {"sm": 120}, {"layout": "sliced_last"}):
+        plan = product(**case, **layer)
+        assert plan.kernel == "cuda_pointwise_nhwc_mma" and "kept in shared memory" in plan.reason, layer
+    assert product(**case, stride="2,2").kernel == ("cuda_pointwise_nhwc_mma" if map == "forward" else "aten")
+    assert product(**case, layout="contiguous").kernel == "aten"
+    pixel = product(**case, H=1, W=1)  # of grad_input, three parts of the 96 channels that are written would read again
+    assert pixel.kernel == ("cuda_pointwise_nhwc_mma" if map == "forward" else "aten")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_other_products_of_half_types_are_torchs_with_the_bias_in_the_product(dtype: str) -> None:
+    for layer, why in (
+        ({"C": 320, "K": 320}, "bound by arithmetic"),
+        ({"C": 480, "K": 80}, "read again"),
+        ({"C": 960, "K": 960}, "half type"),  # weights of more than shared memory
+        ({"C": 100}, "half type"),
+        ({"offset": 1}, "half type"),
+        ({"sm": 75}, "half type"),
+    ):
+        plan = product(dtype=dtype, **layer)
+        assert plan.kernel == "cuda_pointwise_matmul" and why in plan.reason, layer
+        assert product(dtype=dtype, **layer, map="grad_input").kernel == "aten"
+    few = product(dtype=dtype, N=1, C=672, K=8, H=1, W=1)
+    assert few.kernel == "cuda_pointwise_matmul" and "too few tiles" in few.reason
+    assert product(dtype=dtype, layout="sliced_last", C=100).kernel == "aten"  # no view of pixels
+    for map in MAPS:
+        assert product(dtype=dtype, map=map, strict=1).kernel == "cuda_pointwise_nhwc_mma"
+        assert product(dtype=dtype, map=map, strict=1, layout="contiguous").kernel == "cuda_pointwise_mma"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_of_products_read_both_images_once_in_one_order(dtype: str) -> None:
+    case = {"map": "grad_weight", "dtype": dtype}
+    for C, K, tiles in ((96, 24, 1), (24, 144, 2), (64, 128, 1), (384, 64, 3), (128, 128, 1)):
+        plan = product(**case, C=C, K=K, H=56, W=56)
+        assert plan.kernel == "cuda_pointwise_nhwc_mma" and "both images read once" in plan.reason
+        assert plan.tile["splits"] == -(-264 // tiles)
+        assert plan == product(**case, C=C, K=K, H=56, W=56, multiprocessors=8, sm=86)
+    assert product(**case, N=1).tile.get("splits", 1) == 1
+    assert product(**case, w_layout="strided", stride="2,2", layout="sliced_last").kernel == "cuda_pointwise_nhwc_mma"
+    for layer, why in (({"C": 256, "K": 256}, "arithmetic"), ({"C": 960, "K": 80}, "read again"), ({"C": 100}, "half")):
+        plan = product(**case, **layer)
+        assert plan.kernel == "aten" and why in plan.reason
+    assert product(**case, layout="contiguous").kernel == "aten"
+
+
+@pytest.mark.parametrize("N", [1, 8, 128])
+@pytest.mark.parametrize("channels", [(16, 96), (24, 144), (144, 24), (64, 384), (384, 64), (240, 80), (128, 128)])
+def test_products_share_out_their_tiles_evenly(N: int, channels: tuple[int, int]) -> None:
+    C, K = channels
+    for size in (7, 14, 28, 56):
+        tile = product(N=N, C=C, K=K, H=size, W=size, strict=1).tile
+        outputs, blocks = tile["outputs"], tile.get("blocks", 1)
+        tiles, parts = -(-N * size * size // 128), -(-K // outputs)
+        assert (3 * 128 + -(-C // 64) * outputs) * 128 <= 96 << 10
+        assert blocks <= tiles and (blocks * parts <= 2 * H100 or blocks == 1)
+        assert -(-tiles // blocks) * blocks - tiles < blocks  # no block has two tiles more than another
+        if tiles >= 2 * H100:
+            assert parts == -(-K // 128) or C > 128
+        else:
+            assert tiles * parts >= H100 or outputs == 32
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_float32_products_are_torchs_where_tf32_is_allowed_or_arithmetic_is_the_bound(map: str, layout: str) -> None:
+    case = {"map": map, "layout": layout, "dtype": "float32"}
+    assert product(**case).kernel == product(**case, C=40, K=40).kernel == "cuda_pointwise"
+    tf32 = product(**case, tf32=1)
+    assert tf32.kernel == "aten" and "TF32" in tf32.reason
+    wide = product(**case, C=320, K=256)
+    assert wide.kernel == "aten" and "bound by arithmetic" in wide.reason
+    for layer in ({"tf32": 1}, {"C": 320, "K": 256}):
+        assert product(**case, **layer, strict=1).kernel == "cuda_pointwise"
+    # float64 has no such flag.
+    assert product(**case | {"dtype": "float64"}, tf32=1).kernel == "cuda_pointwise"
+
+
+def test_few_tiles_with_long_sums_are_torchs() -> None:
+    few = {"dtype": "float32", "N": 1, "C": 1280, "K": 4, "H": 1, "W": 1}
+    plan = product(**few)
+    assert plan.kernel == "aten" and "too few tiles" in plan.reason
+    assert product(**few, map="grad_weight").kernel == "cuda_pointwise"  # its sums are split
+    assert product(**few | {"C": 64}).kernel == product(**few, multiprocessors=1).kernel == "cuda_pointwise"
+
+
+@pytest.mark.parametrize("map", MAPS)
+def test_groups_are_torchs_where_it_has_tensor_cores_and_these_have_none(map: str) -> None:
+    case = {"map": map, "N": 32, "C": 128, "H": 28, "W": 28, "K": 128, "R": 3, "S": 3, "padding": "1,1,1,1"}
+
+    def kernel(groups: int, **rest: object) -> str:
+        return planned(**case | {"strict": 0, "groups": groups} | rest).kernel
+
+    for dtype in ("float16", "bfloat16"):
+        for groups, layout, name in (
+            (64, "channels_last", "cuda_grouped"),
+            (32, "channels_last", "aten"),
+            (32, "contiguous", "cuda_grouped"),
+            (4, "contiguous", "aten"),
+        ):
+            assert kernel(groups, dtype=dtype, layout=layout) == name
+            assert kernel(groups, dtype=dtype, layout=layout, strict=1) == "cuda_grouped"
+    for layout in ("contiguous", "channels_last"):
+        assert kernel(4, dtype="float32", layout=layout) == kernel(32, dtype="float32", layout=layout, tf32=1)
+        assert kernel(4, dtype="float32", layout=layout, tf32=1) == "aten"
+        assert kernel(4, dtype="float64", layout=layout, tf32=1) == "cuda_grouped"
+
+
+def test_a_separable_pair_is_two_calls_but_for_stride_2_in_channels_last() -> None:
+    case = {"N": 128, "C": 96, "H": 56, "W": 56, "K": 96, "R": 3, "S": 3, "groups": 96, "padding": "1,1,1,1"}
+    case |= {"op": "separable", "outputs": 96, "strict": 0, "layout": "channels_last", "stride": "2,2"}
+    for dtype, fused in (("float16", "cuda_separable_mma"), ("float32", "cuda_separable")):
+        assert planned(**case, dtype=dtype).kernel == fused
+        for rest in ({"stride": "1,1"}, {"stride": "1,2"}, {"layout": "contiguous"}):
+            assert planned(**case | {"dtype": dtype} | rest).kernel == "composite"
+            assert planned(**case | {"dtype": dtype, "strict": 1} | rest).kernel == fused
+    assert planned(**case, dtype="float32", tf32=1).kernel == "composite"
+    assert planned(**case, dtype="float16", tf32=1).kernel == "cuda_separable_mma"

@@ -77,6 +77,17 @@ EDGES = (
     Case("depthwise_one_more", 1, 33, 6, 5, 33, 3, 3, padding=(1, 1), groups=33),
 )
 
+# 1x1 in channels_last on tensor cores: an odd number of pieces, slices of 64 channels with a rest, several tiles of
+# pixels and a rest, several parts of the outputs and a rest, images of one pixel, a strided input.
+PRODUCTS = (
+    Case("product_c24_k144", 3, 24, 7, 9, 144, 1, 1, bias=True),
+    Case("product_c136_k40", 1, 136, 13, 21, 40, 1, 1, bias=True),
+    Case("product_c64_k128", 2, 64, 16, 16, 128, 1, 1),
+    Case("product_c72_k136", 1, 72, 9, 15, 136, 1, 1),
+    Case("product_c8_k8_one_pixel", 5, 8, 1, 1, 8, 1, 1, bias=True),
+    Case("product_stride2", 2, 16, 21, 19, 72, 1, 1, stride=(2, 2), bias=True),
+)
+
 # Walks of the channels_last kernels: phases of a dilation (some without a row), outputs that meet no row of the image,
 # odd and even padding at stride 2, one block of channels more than whole ones, one channel a thread.
 WALKS = (
@@ -341,6 +352,17 @@ def _runs() -> Iterator[Run]:
     for index, rows, images, splits in ((0, 19, 2, 3), (1, 14, 5, 1), (2, 16, 1, 4), (3, 8, 1, 6)):
         cut = {"kernel": "depthwise_nchw_mma", "rows": rows, "images": images, "splits": splits, "vec": 8}
         yield made(CORES[index], "grad_weight", "contiguous", "float16", **cut)
+    for case in PRODUCTS:
+        for map in ("forward", "grad_input") if case.stride == (1, 1) else ("forward",):
+            yield made(case, map, "channels_last", "float16")
+            yield made(case, map, "channels_last", "bfloat16", outputs=64, blocks=2, w_layout="channels_last")
+            yield made(case, map, "sliced_last", "float16", outputs=96, blocks=1)
+            yield made(case, map, "channels_last", "float16", outputs=128, blocks=2)
+            yield made(case, map, "channels_last", "float16", kernel="pointwise_mma")
+        yield made(case, "grad_weight", "channels_last", "float16")
+        yield made(case, "grad_weight", "channels_last", "bfloat16", splits=2)
+        yield made(case, "grad_weight", "sliced_last", "float16", splits=5, w_layout="strided")
+        yield made(case, "grad_weight", "channels_last", "float16", kernel="pointwise_mma", splits=2)
     for case in PLANES:
         for map in ("forward", "grad_input") if case.K == case.C else ("forward",):
             # The GPU that is planned for: so small that tiles are large, without tensor cores, or an H100.

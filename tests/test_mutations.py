@@ -41,6 +41,7 @@ KEPT = (
     *test_emulated.CORES,
     *test_emulated.BOXES,
     *test_emulated.PLANES,
+    *test_emulated.PRODUCTS,
     *test_emulated.PLAIN,
     *test_emulated.SPATIAL,
 )
@@ -55,6 +56,7 @@ HEADERS = {
     "depthwise_toeplitz.cu": ("depthwise_toeplitz.cuh",),
     "depthwise_nchw.cu": ("depthwise_nchw.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
+    "pointwise_nhwc_mma.cu": ("pointwise_nhwc_mma.cuh",),
     "separable.cu": ("separable.cuh",),
 }
 

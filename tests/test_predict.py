@@ -79,6 +79,9 @@ def test_a_smaller_launch_keeps_the_cut() -> None:
         "N": 8, "splits": 2, "C": 64, "K": 64, "groups": 64,
     }  # fmt: skip
     assert predict.smaller(arguments, {"images": 4}, 10**9)["N"] == 4
+    product = {"N": 128, "C": 24, "K": 144, "groups": 1}
+    assert predict.smaller(product, {"outputs": 128, "blocks": 132}, 10**9) == {"N": 2, "blocks": 2}
+    assert predict.smaller(product, {"outputs": 32, "blocks": 3}, 10**9) == {"N": 86, "blocks": 2}
     assert predict.smaller({**arguments, "groups": 1}, {}, 10**9) == {"N": 1}
 
 

@@ -39,8 +39,8 @@ pytestmark = [
 # What is compiled and run by default: every family, every way of copying and multiplying, in a minute of nvcc.
 DEFAULT = (
     "depthwise_nhwc_mma", "depthwise_nhwc_tma", "depthwise_nchw_mma", "depthwise_grad_weight_nhwc_mma",
-    "depthwise_grad_weight", "pointwise_mma", "grouped", "grouped_grad_weight", "separable_mma", "spatial_separable",
-    "borders", "sum_partials",
+    "depthwise_grad_weight", "pointwise_mma", "pointwise_nhwc_mma", "grouped", "grouped_grad_weight", "separable_mma",
+    "spatial_separable", "borders", "sum_partials",
 )  # fmt: skip
 EACH = 2  # default cases of a kernel and map
 

@@ -5,6 +5,7 @@
 // every call; scratch memory comes from the caching allocator and goes back to it when the call returns, in stream
 // order.
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -18,6 +19,7 @@
 #include "cuda/plan.h"
 #include "cuda/spatial/cut.h"
 #include "ops/convolve.h"
+#include "ops/matmul.h"
 #include "ops/runtime.h"
 
 namespace sepconv::cuda {
@@ -39,13 +41,19 @@ bool copies_boxes(int index) {
   return answer == yes;
 }
 
+// What torch's own convolution asks, at every call: users may change it at any time.
+bool allows_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
+
 // The driver holds these: a question costs a few nanoseconds, and may be asked while a graph is captured.
 Device device_facts(int index) {
   int multiprocessors = 0, major = 0, minor = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-  return {multiprocessors, major * 10 + minor, major >= 9 && copies_boxes(index)};
+  return {.multiprocessors = multiprocessors,
+          .compute_capability = major * 10 + minor,
+          .copies_boxes = major >= 9 && copies_boxes(index),
+          .tf32 = allows_tf32()};
 }
 
 // The largest power of two, up to kBestAlignment, that divides every address. Results come from the caching allocator,
@@ -92,6 +100,7 @@ struct Cuda {
   static void copy_image(const Tensor& to, const Tensor& from) { to.copy_(from); }
 
   static void run(const Plan& plan, const Call& c, const Tensor& out) {
+    if (plan.kernel == Kernel::pointwise_matmul) return matmul::run(c, out);
     Tensor workspace;
     if (plan.workspace_bytes > 0) workspace = at::empty({plan.workspace_bytes}, out.options().dtype(at::kByte));
     raise_if(cuda::run(plan, c.map, launch_of(c, out, workspace)), plan.name);
@@ -131,7 +140,9 @@ Explanation explain(const SeparableShape& shape, DType dtype, int device) {
 }
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int multiprocessors, int compute_capability) {
-  return explain(map, plan(map, shape, dtype, {multiprocessors, compute_capability}, kBestAlignment, strict()));
+  const Device device{
+      .multiprocessors = multiprocessors, .compute_capability = compute_capability, .tf32 = allows_tf32()};
+  return explain(map, plan(map, shape, dtype, device, kBestAlignment, strict()));
 }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) { register_ops<Cuda>(m); }

@@ -63,6 +63,7 @@ struct GradWeightRowsCut;
 struct ToeplitzCut;
 struct LargeCut;
 struct SplitsCut;
+struct ProductCut;
 struct SeparableCut;
 
 // What depthwise_nhwc.cu, depthwise_nchw.cu and their two companions for grad_weight keep a window in registers for:
@@ -154,6 +155,16 @@ cudaError_t launch_pointwise_grad_weight(const Launch&, const SplitsCut&);
 cudaError_t launch_pointwise_mma_forward(const Launch&, const SplitsCut&);
 cudaError_t launch_pointwise_mma_grad_input(const Launch&, const SplitsCut&);
 cudaError_t launch_pointwise_mma_grad_weight(const Launch&, const SplitsCut&);
+
+// pointwise_nhwc_mma.cu: forward and grad_input on tensor cores, for what waits for memory. Requires what
+// pointwise_mma.cu requires, channels of x and y dense and in whole vectors of eight, every pixel, the weight's rows
+// and the bias on 16 bytes, the weight dense along one of its channels, and product_bytes (pointwise/cut.h) of shared
+// memory.
+cudaError_t launch_pointwise_nhwc_mma_forward(const Launch&, const ProductCut&);
+cudaError_t launch_pointwise_nhwc_mma_grad_input(const Launch&, const ProductCut&);
+// pointwise_nhwc_mma_grad_weight.cu: the same of x and grad_y, any weight. cut.splits and workspace: as for
+// launch_pointwise_grad_weight.
+cudaError_t launch_pointwise_nhwc_mma_grad_weight(const Launch&, const SplitsCut&);
 
 // grouped.cu: any groups, any strides, any dtype, any size: the kernels that take what no other kernel takes.
 // workspace: grouped_workspace_bytes (grouped/cut.h); it holds the weight, packed for the map.

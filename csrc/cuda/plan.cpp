@@ -5,31 +5,6 @@
 #include "cuda/plan_parts.h"
 
 namespace sepconv::cuda {
-namespace {
-
-constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason, {}, 0}; }
-
-Plan pointwise(Map map, const ConvShape& s, DType dtype, const Device& device) {
-  const bool mma = is_half(dtype) && device.compute_capability >= 80;
-  Plan p{mma ? Kernel::pointwise_mma : Kernel::pointwise, mma ? "cuda_pointwise_mma" : "cuda_pointwise",
-         mma ? "1x1, one group, a half type: a matrix product on tensor cores"
-             : "1x1, one group: a matrix product over pixels",
-         SplitsCut{}, 0};
-  if (map == Map::grad_weight) {
-    const SplitsCut cut{pointwise_grad_weight_splits(s)};
-    p.cut = cut, p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(dtype);
-  }
-  return p;
-}
-
-bool pointwise_can_run(Map map, const ConvShape& s) {
-  // Padding at the bottom and the right alone does not show in pad_h and pad_w: every pixel read must exist.
-  const bool inside = (s.P - 1) * s.stride_h < s.H && (s.Q - 1) * s.stride_w < s.W;
-  return s.is_pointwise() && inside && s.N * s.H * s.W < kNarrowLimit &&
-         (map != Map::grad_input || (s.stride_h == 1 && s.stride_w == 1));
-}
-
-}  // namespace
 
 Plan plan_grouped(Map map, const ConvShape& s, DType dtype, const char* reason) {
   Plan p{Kernel::grouped, "cuda_grouped", reason, SplitsCut{}, 0};
@@ -44,6 +19,10 @@ Plan plan_grouped(Map map, const ConvShape& s, DType dtype, const char* reason) 
 
 namespace {
 
+// Channels a group from which torch's tensor-core kernels are predicted to be faster in channels_last, where grouped.cu
+// reads half types two bytes at a time.
+constexpr int64_t kWideGroupLast = 4;
+
 // The best kernel for tensors where they are.
 Plan plan_in_place(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
   if (s.N == 0) {  // nothing is launched, and the question is answered for one image
@@ -51,15 +30,22 @@ Plan plan_in_place(Map map, const ConvShape& s, DType dtype, const Device& devic
     one.N = 1;
     return plan_in_place(map, one, dtype, device, alignment, strict);
   }
-  if (pointwise_can_run(map, s)) return pointwise(map, s, dtype, device);
+  if (pointwise_can_run(map, s)) return plan_pointwise(map, s, dtype, device, alignment, strict);
   if (s.is_depthwise()) return plan_depthwise(map, s, dtype, device, alignment);
   if (!strict && s.groups == 1) {
     return aten("a dense convolution: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
   }
-  if (!strict && is_half(dtype) && static_cast<double>(s.channels_per_group()) >= device.tuning().wide_group) {
+  const bool tensor_cores = is_half(dtype) || (dtype == DType::float32 && device.tf32);
+  const auto channels = static_cast<double>(s.channels_per_group());
+  if (!strict && tensor_cores && channels >= device.tuning().wide_group) {
     return aten(
-        "a half type and many channels a group: cuDNN's tensor-core kernels are predicted to be faster (not "
+        "a half type or TF32, and many channels a group: cuDNN's tensor-core kernels are predicted to be faster (not "
         "measured)");
+  }
+  if (!strict && is_half(dtype) && s.channels_per_group() >= kWideGroupLast && call_layout(map, s) == Layout::nhwc) {
+    return aten(
+        "a half type and 4 or more channels a group in channels_last: cuDNN's tensor-core kernels are predicted to be "
+        "faster (not measured)");
   }
   return plan_grouped(map, s, dtype, s.groups == 1 ? "one group" : "groups of several channels");
 }
@@ -111,6 +97,12 @@ Plan plan_separable(const SeparableShape& shape, DType dtype, const Device& devi
     if (tiles > 1) return composite("more output channels than a block holds: the depthwise stage would be repeated");
     const double wanted = device.tuning().separable_pixels * device.multiprocessors;
     if (static_cast<double>(d.N * d.P * d.Q) < wanted) return composite("too few pixels to fill the GPU");
+    if (d.stride_h * d.stride_w < 4 || output_layout(p) != Layout::nhwc) {
+      return composite("two calls: each chunk of channels would wait for nine loads, one after the other");
+    }
+    if (dtype == DType::float32 && device.tf32) {
+      return composite("two calls: torch's product may use TF32, which the fused kernel never does");
+    }
   }
   int64_t columns = widest;
   while (columns > 64 && p.K <= columns / 2) columns /= 2;

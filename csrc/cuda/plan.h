@@ -32,8 +32,10 @@ enum class Kernel : int {
   depthwise_large,
   pointwise,
   pointwise_mma,
+  pointwise_nhwc_mma,
   grouped,
   aten,
+  pointwise_matmul,  // torch's product on views, which bindings.cpp makes
   // separable_conv2d
   separable,
   separable_mma,
@@ -45,6 +47,7 @@ struct Device {
   int compute_capability = 0;     // 90 for 9.0
   bool copies_boxes = false;      // has_depthwise_nhwc_tma()
   bool has_code = true;           // architectures.h
+  bool tf32 = false;              // torch's own convolutions may round float32 operands to TF32
   const Tuning* tuned = nullptr;  // in the place of the table's row
 
   const Tuning& tuning() const { return tuned != nullptr ? *tuned : tuning_for(compute_capability); }

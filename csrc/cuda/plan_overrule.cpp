@@ -30,6 +30,7 @@ const Named kNamed[] = {
     {"cuda_depthwise_large", LargeCut{}},
     {"cuda_pointwise", SplitsCut{}},
     {"cuda_pointwise_mma", SplitsCut{}},
+    {"cuda_pointwise_nhwc_mma", ProductCut{}},
     {"cuda_grouped", SplitsCut{}},
 };
 static_assert(std::size(kNamed) == static_cast<size_t>(Kernel::aten));
@@ -58,6 +59,7 @@ Plan overruled(Plan p, Map map, const ConvShape& s, DType dtype, const std::stri
     if (index == std::size(kNamed)) throw std::invalid_argument("kernel: there is none of the name '" + kernel + "'");
     p.kernel = static_cast<Kernel>(index), p.name = kNamed[index].name, p.reason = "chosen by hand";
     p.cut = kNamed[index].cut, p.copies = {};
+    if (p.kernel == Kernel::pointwise_nhwc_mma && map == Map::grad_weight) p.cut = SplitsCut{};
   }
   CutNumbers unknown = numbers;
   std::visit(

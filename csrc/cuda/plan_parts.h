@@ -62,6 +62,10 @@ std::optional<Plan> plan_depthwise_nhwc_tma(Map, const ConvShape&, DType, const 
 // Large kernels of stride 1 in plain arithmetic: whether they can run, and how.
 bool large_can_run(Map, const ConvShape&, const Device&);
 Plan plan_depthwise_large(Map, const ConvShape&, DType, const Device&);
+constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason, {}, 0}; }
+// 1x1 of one group: whether the products can run, and which. With `strict`, torch's are left out.
+bool pointwise_can_run(Map, const ConvShape&);
+Plan plan_pointwise(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict);
 // The kernel that runs any groups: what is left over.
 Plan plan_grouped(Map, const ConvShape&, DType, const char* reason);
 

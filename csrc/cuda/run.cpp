@@ -50,6 +50,8 @@ constexpr Doors kDoors[] = {
      enter<SplitsCut, launch_pointwise_grad_weight>},
     {Kernel::pointwise_mma, enter<SplitsCut, launch_pointwise_mma_forward>,
      enter<SplitsCut, launch_pointwise_mma_grad_input>, enter<SplitsCut, launch_pointwise_mma_grad_weight>},
+    {Kernel::pointwise_nhwc_mma, enter<ProductCut, launch_pointwise_nhwc_mma_forward>,
+     enter<ProductCut, launch_pointwise_nhwc_mma_grad_input>, enter<SplitsCut, launch_pointwise_nhwc_mma_grad_weight>},
     {Kernel::grouped, enter<SplitsCut, launch_grouped_forward>, enter<SplitsCut, launch_grouped_grad_input>,
      enter<SplitsCut, launch_grouped_grad_weight>},
 };

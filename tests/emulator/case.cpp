@@ -110,8 +110,12 @@ static sepconv::cuda::Device make_device(const Arguments& a) {
   const std::string archs = a.text("archs", "");  // of a build, with commas between
   std::string spaced = archs;
   std::replace(spaced.begin(), spaced.end(), ',', ' ');
-  return {static_cast<int>(a.number("multiprocessors", 132)), sm, sm >= 90 && a.number("copies_boxes", 1) != 0,
-          archs.empty() || sepconv::cuda::has_code_for(spaced, sm), overruled ? &tuned : nullptr};
+  return {static_cast<int>(a.number("multiprocessors", 132)),
+          sm,
+          sm >= 90 && a.number("copies_boxes", 1) != 0,
+          archs.empty() || sepconv::cuda::has_code_for(spaced, sm),
+          a.number("tf32", 0) != 0,
+          overruled ? &tuned : nullptr};
 }
 
 // The numbers of a cut that the command line names.

@@ -75,6 +75,14 @@ LAYERS: dict[str, dict[str, list[str]]] = {
         "64 to 64 14x14": _layer("forward", "float16", LAST, 1, 64, 14, 1, groups=1),
         "64 to 64 14x14 planes": _layer("forward", "float16", PLANES, 1, 64, 14, 1, groups=1),
     },
+    "pointwise_nhwc_mma": {
+        "24 to 144 14x14": _layer("forward", "float16", LAST, 4, 24, 14, 1, groups=1, K=144),
+        "144 to 24 14x14": _layer("forward", "float16", LAST, 4, 144, 14, 1, groups=1, K=24),
+        "64 to 64 14x14": _layer("grad_input", "float16", LAST, 4, 64, 14, 1, groups=1),
+    },
+    "pointwise_nhwc_mma_grad_weight sum_partials": {
+        "24 to 144 14x14": _layer("grad_weight", "float16", LAST, 4, 24, 14, 1, groups=1, K=144)
+    },
     "pointwise": {"64 to 64 14x14": _layer("forward", "float32", LAST, 1, 64, 14, 1, groups=1)},
     "grouped": {"k3 7x7": _layer("forward", "float16", LAST, 1, 32, 7, 3, groups=4)},
     "grouped_grad_weight sum_partials": {"k3 7x7": _layer("grad_weight", "float16", LAST, 1, 32, 7, 3, groups=4)},
