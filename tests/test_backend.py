@@ -158,6 +158,39 @@ def test_a_training_step_of_a_network() -> None:
     assert set(kernel_counts()) - {"aten"}
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_graph_for_all_sizes_has_the_kernels(name: str, layout: torch.memory_format) -> None:
+    """From the second size of batch on, and with images of another size, torch.compile makes one with symbols."""
+    conv, size = copy.deepcopy(CONVOLUTIONS[name][0]), CONVOLUTIONS[name][1]
+    seen: list[fx.Graph] = []
+    compiled = torch.compile(conv, backend=eager_pass(seen), dynamic=True)
+    for n, more in ((5, 0), (2, 0), (3, 4)):  # rows and columns alike: two sizes that are equal have one symbol
+        x = random((n, size[1], size[2] + more, size[3] + more), torch.float32, "cpu").to(memory_format=layout)
+        conv.zero_grad()
+        assert_gradients(conv, compiled, x)
+    assert len(seen) == 2, "one graph for all sizes"
+    forward, backward = map(calls, seen)
+    assert forward == {"sepconv_ext.conv2d.default": 1}
+    assert backward == {"sepconv_ext.conv2d_grad_input.default": 1, "sepconv_ext.conv2d_grad_weight.default": 1}
+
+
+@pytest.mark.slow
+def test_by_inductor_with_batches_of_any_size() -> None:
+    model = Net()
+    expected = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="sepconv_ext", dynamic=True)
+    for n in (4, 6):
+        x = random((n, 3, 20, 18), torch.float32, "cpu")
+        for network in (compiled, expected):
+            reset_kernel_counts()
+            network(x).square().mean().backward()
+            assert network is expected or set(kernel_counts()) - {"aten"}
+        for actual, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, wanted.grad, rtol=1e-3, atol=1e-3)
+            actual.grad = wanted.grad = None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_by_inductor(layout: torch.memory_format) -> None:

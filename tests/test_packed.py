@@ -14,7 +14,7 @@ from sepconv_ext import reference
 ops = torch.ops.sepconv_ext
 
 # (N, C, H, W, K): one channel, one row, one pixel; vectors and panels not full; more pixels and more weight than a
-# block of either holds; nothing.
+# block of either holds; unrolled terms with some left over, in one chain and in the last of three; nothing.
 SIZES = (
     (2, 24, 7, 7, 58),
     (1, 1, 19, 5, 3),
@@ -23,6 +23,8 @@ SIZES = (
     (5, 40, 1, 1, 200),
     (1, 33, 31, 30, 33),
     (2, 640, 14, 14, 48),
+    (1, 99, 7, 5, 40),
+    (1, 614, 4, 4, 21),
     (0, 8, 4, 4, 8),
 )
 by_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))

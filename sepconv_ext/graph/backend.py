@@ -147,9 +147,11 @@ def replace_convolutions(graph: fx.Graph) -> None:
 
 
 def _is_ours(map: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor | None, *place: object) -> bool:
-    """Whether the plan has a kernel for a call on such tensors. Inductor lays images channels_last on a CPU."""
-    sizes = [*input.shape, *weight.shape]
-    if input.dim() != 4 or not all(isinstance(n, int) for n in sizes) or 0 in sizes:
+    """Whether the plan has a kernel for a call on such tensors. Inductor lays images channels_last on a CPU.
+
+    Of a graph for all sizes the plan is asked for those of the call that it was traced with."""
+    sizes = _of_the_call([*input.shape, *weight.shape])
+    if input.dim() != 4 or None in sizes or 0 in sizes:
         return False
 
     def made(tensor: Tensor | None) -> Tensor | None:
@@ -157,8 +159,8 @@ def _is_ours(map: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad:
             return None
         options = dict(dtype=tensor.dtype, device=tensor.device)  # of a real tensor, which empty_like would not give
         if tensor is input and map == "forward" and input.device.type == "cpu":
-            return torch.empty(tensor.shape, memory_format=torch.channels_last, **options)
-        return torch.empty_strided(tensor.shape, tensor.stride(), **options)
+            return torch.empty(_of_the_call(tensor.shape), memory_format=torch.channels_last, **options)
+        return torch.empty_strided(_of_the_call(tensor.shape), _of_the_call(tensor.stride()), **options)
 
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -172,6 +174,11 @@ def _is_ours(map: str, input: Tensor, weight: Tensor, bias: Tensor | None, grad:
     return not said.aten
 
 
+def _of_the_call(numbers: Sequence[int | torch.SymInt]) -> list[int | None]:
+    """Symbols as the numbers that they stood for in the traced call; None for those that depend on data."""
+    return [n if isinstance(n, int) else n.node.hint for n in numbers]
+
+
 def _value(node: fx.Node | None) -> Tensor | None:
     return None if node is None else node.meta["val"]
 
@@ -182,6 +189,19 @@ def _call(graph: fx.Graph, at: fx.Node, target: Callable, *args: object) -> fx.N
     node.meta = {key: value for key, value in at.meta.items() if key != "val"}
     node.meta["val"] = target(*fx.map_arg(args, _value))
     return node
+
+
+def _numbers(graph: fx.Graph, at: fx.Node, of: fx.Node, read: Callable, values: Sequence) -> list[int | fx.Node]:
+    """Sizes or strides of a tensor as arguments of a call: symbols are read off the tensor, by `read`."""
+    numbers: list[int | fx.Node] = []
+    for d, value in enumerate(values):
+        if isinstance(value, int):
+            numbers.append(value)
+            continue
+        with graph.inserting_before(at):
+            numbers.append(graph.call_function(read, (of, d)))
+        numbers[-1].meta["val"] = value
+    return numbers
 
 
 def _replace_forward(graph: fx.Graph, node: fx.Node) -> None:
@@ -216,7 +236,8 @@ def _replace_backward(graph: fx.Graph, node: fx.Node) -> None:
         if is_ours[i]:
             op = (ours.conv2d_grad_input, ours.conv2d_grad_weight)[i].default
             other = (weight, input)[i]
-            size, strides = list(_value(like).shape), list(_value(like).stride())
+            size = _numbers(graph, node, like, aten.sym_size.int, _value(like).shape)
+            strides = _numbers(graph, node, like, aten.sym_stride.int, _value(like).stride())
             results[i] = _call(graph, node, op, grad, other, size, strides, *place)
     torchs = [mask[i] and not is_ours[i] for i in (0, 1)]
     if mask[2] and not any(torchs):  # else torch's call makes the bias's gradient along with its own

@@ -22,6 +22,12 @@ inline constexpr int64_t columns_of(int64_t rows) { return rows <= kFewRows ? 2 
 inline constexpr int64_t kChain = 256;         // terms that are added one by one: longer sums are less exact
 inline constexpr int64_t kPrefetchTerms = 32;  // how far ahead panels are fetched: 2 KiB
 
+// Terms that follow each other are unrolled in AVX2's large blocks, and one line is fetched for all of them. A term has
+// 12 multiply-adds there beside 8 loads, 2 fetches and the loop's own instructions: too many where another thread takes
+// every other turn of the core's front end. AVX-512's term has 28 multiply-adds beside as many others.
+inline constexpr int kUnrolledTerms = 4;
+inline constexpr int64_t kLeastUnrolled = 96;  // terms: of fewer, sums in memory before and behind them cost as much
+
 struct Factors {
   const float* data;
   int64_t row, term;  // strides in elements, here and below
@@ -151,12 +157,10 @@ SEPCONV_INLINE void add(Vector<float> (&sums)[kI][kV], const Vector<float> (&bef
   }
 }
 
-// kI rows of kV vectors, the last of which has `rest` columns. The rows of factors are reached from every third
-// pointer, which the address modes of the processor can do without a register for each.
+// The sums of kI rows of kV vectors, the last of which has `rest` columns, before the first term; and behind the last.
 template <int kI, int kV>
-void multiply_block(const Factors& factors, const Panels& panels, const Outputs& out, int rest) {
-  constexpr int L = kLanes<float>, kStarts = (kI + 2) / 3;
-  Vector<float> sums[kI][kV];
+SEPCONV_INLINE void begin_sums(Vector<float> (&sums)[kI][kV], const Outputs& out, int rest) {
+  constexpr int L = kLanes<float>;
 #pragma GCC unroll 4
   for (int v = 0; v < kV; ++v) {
     Vector<float> bias{};
@@ -173,6 +177,128 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
 #pragma GCC unroll 4
     for (int v = 0; v < kV; v += kPanelColumns / L) __builtin_prefetch(out.data + i * out.row + v * L, 1);
   }
+}
+template <int kI, int kV>
+SEPCONV_INLINE void end_sums(Vector<float> (&sums)[kI][kV], const Outputs& out, int rest) {
+  constexpr int L = kLanes<float>;
+  if (rest == L) {
+    finish<true>(sums, out, rest);
+  } else {
+    finish<false>(sums, out, rest);
+  }
+  if (out.activation != Activation::identity && !is_clamp(out.activation)) {
+    activate_block(out, kI, (kV - 1) * L + rest);
+  }
+}
+
+template <int kI, int kV>
+SEPCONV_INLINE void copy(const Vector<float> (&from)[kI][kV], Vector<float> (&to)[kI][kV]) {
+#pragma GCC unroll 14
+  for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) to[i][v] = from[i][v];
+  }
+}
+
+// a * b + c. Written so, GCC keeps the sums of unrolled terms in AVX2's 16 registers; else it spills some.
+SEPCONV_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+#if SEPCONV_ISA_LEVEL == 1
+  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// One term, the `u`th from where the pointers are.
+template <int kI, int kV, int kStarts>
+SEPCONV_INLINE void add_term(Vector<float> (&sums)[kI][kV], const float* columns, int64_t panel,
+                             const float* const (&starts)[kStarts], int64_t row, int u) {
+  constexpr int L = kLanes<float>;
+  Vector<float> line[kV];
+#pragma GCC unroll 4
+  for (int v = 0; v < kV; ++v) {
+    line[v] = load(columns + u * kPanelColumns + v * L / kPanelColumns * panel + v * L % kPanelColumns);
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kI; ++i) {
+    const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row + u]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) sums[i][v] = multiply_add(factor, line[v], sums[i][v]);
+  }
+}
+
+// Adds `groups` times kUnrolledTerms terms that follow each other to the sums in memory. A function of its own: where
+// GCC has more values to keep beside them, it spills sums in the loop.
+template <int kI, int kV>
+__attribute__((noinline)) void add_terms(Vector<float>* block, const float* columns, const float* factors, int64_t row,
+                                         int64_t groups, const float* fetched) {
+  constexpr int L = kLanes<float>;
+  Vector<float> sums[kI][kV];
+#pragma GCC unroll 14
+  for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) sums[i][v] = block[i * kV + v];
+  }
+  const float *low = factors, *high = factors + 3 * row;
+  for (; groups > 0; --groups) {
+    __builtin_prefetch(fetched);
+    fetched += kPanelColumns;
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnrolledTerms; ++u) {
+      Vector<float> line[kV];
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) line[v] = load(columns + u * kPanelColumns + v * L);
+#pragma GCC unroll 14
+      for (int i = 0; i < kI; ++i) {
+        const Vector<float> factor = broadcast<float>((i < 3 ? low : high)[i % 3 * row + u]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; ++v) sums[i][v] = multiply_add(factor, line[v], sums[i][v]);
+      }
+    }
+    columns += kUnrolledTerms * kPanelColumns, low += kUnrolledTerms, high += kUnrolledTerms;
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) block[i * kV + v] = sums[i][v];
+  }
+}
+
+// multiply_block() where the factors' terms follow each other.
+template <int kI, int kV>
+void multiply_dense(const Factors& factors, const Panels& panels, const Outputs& out, int rest) {
+  const int64_t panel = kPanelColumns * panels.terms;
+  const float *columns = panels.data, *fetched = columns + panels.ahead;
+  Vector<float> sums[kI][kV], before[kI][kV];  // the latter of the chains that are done
+  begin_sums(sums, out, rest);
+  for (int64_t t = 0;;) {
+    const int64_t chain = std::min(panels.terms - t, kChain);
+    const int64_t groups = chain / kUnrolledTerms;
+    add_terms<kI, kV>(&sums[0][0], columns + t * kPanelColumns, factors.data + t, factors.row, groups, fetched);
+    for (int64_t last = t + groups * kUnrolledTerms; last < t + chain; ++last) {
+      const float* const starts[] = {factors.data + last, factors.data + last + 3 * factors.row};
+      add_term(sums, columns + last * kPanelColumns, panel, starts, factors.row, 0);
+    }
+    if (t > 0) add<kI, kV>(sums, before);
+    t += chain, fetched += chain / kUnrolledTerms * kPanelColumns;
+    if (t == panels.terms) break;
+    copy<kI, kV>(sums, before);
+#pragma GCC unroll 14
+    for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) sums[i][v] = Vector<float>{};
+    }
+  }
+  end_sums(sums, out, rest);
+}
+
+// kI rows of kV vectors, the last of which has `rest` columns. The rows of factors are reached from every third
+// pointer, which the address modes of the processor can do without a register for each.
+template <int kI, int kV>
+void multiply_block(const Factors& factors, const Panels& panels, const Outputs& out, int rest) {
+  constexpr int L = kLanes<float>, kStarts = (kI + 2) / 3;
+  Vector<float> sums[kI][kV];
+  begin_sums(sums, out, rest);
   const int64_t row = factors.row, term = factors.term, panel = kPanelColumns * panels.terms, ahead = panels.ahead;
   const float *starts[kStarts], *columns = panels.data;
 #pragma GCC unroll 5
@@ -219,14 +345,7 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
       for (int v = 0; v < kV; ++v) before[i][v] = sums[i][v], sums[i][v] = Vector<float>{};
     }
   }
-  if (rest == L) {
-    finish<true>(sums, out, rest);
-  } else {
-    finish<false>(sums, out, rest);
-  }
-  if (out.activation != Activation::identity && !is_clamp(out.activation)) {
-    activate_block(out, kI, (kV - 1) * L + rest);
-  }
+  end_sums(sums, out, rest);
 }
 
 using MultiplyBlock = void (*)(const Factors&, const Panels&, const Outputs&, int);
@@ -235,6 +354,14 @@ template <int kV, int... kI>
 MultiplyBlock block_of_rows(int64_t rows, std::integer_sequence<int, kI...>) {
   static constexpr MultiplyBlock blocks[] = {multiply_block<kI + 1, kV>...};
   return blocks[rows - 1];
+}
+
+// The blocks of multiply_dense(): of kUnrolledRows rows and more, and of up to two vectors.
+inline constexpr int kUnrolledRows = 4;
+template <int kV>
+MultiplyBlock dense_block_of_rows(int64_t rows) {
+  static constexpr MultiplyBlock blocks[] = {multiply_dense<4, kV>, multiply_dense<5, kV>, multiply_dense<6, kV>};
+  return blocks[rows - kUnrolledRows];
 }
 
 inline MultiplyBlock block_of(int64_t rows, int64_t vectors) {
@@ -252,5 +379,11 @@ inline MultiplyBlock block_of(int64_t rows, int64_t vectors) {
 inline void multiply(const Factors& factors, const Panels& panels, const Outputs& out, int64_t rows, int64_t columns) {
   constexpr int64_t L = kLanes<float>;
   const int64_t vectors = ceil_div(columns, L);
-  block_of(rows, vectors)(factors, panels, out, static_cast<int>(columns - (vectors - 1) * L));
+  MultiplyBlock block = block_of(rows, vectors);
+  if constexpr (SEPCONV_ISA_LEVEL == 1) {
+    if (panels.terms >= kLeastUnrolled && rows >= kUnrolledRows && factors.term == 1 && factors.jumps == nullptr) {
+      block = vectors == 2 ? dense_block_of_rows<2>(rows) : dense_block_of_rows<1>(rows);
+    }
+  }
+  block(factors, panels, out, static_cast<int>(columns - (vectors - 1) * L));
 }
