@@ -503,6 +503,27 @@ def test_any_size_and_any_number_of_threads(model: nn.Module, frozen: nn.Module,
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_a_team_of_more_threads_than_cores(frozen: nn.Module) -> None:
+    """Threads that come late, or only when the network is done, from several callers at once: every task runs once."""
+    x = random((1, 3, 64, 64), torch.float32, "cpu")
+    torch.set_num_threads(1)
+    expected, wrong = frozen(x), []
+
+    def serve() -> None:
+        for _ in range(50):
+            if not all(torch.equal(a, b) for a, b in zip(frozen(x), expected, strict=True)):
+                wrong.append(1)
+
+    torch.set_num_threads(16)
+    serve()
+    callers = [threading.Thread(target=serve) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
 def test_each_image_by_itself(frozen: nn.Module) -> None:
     """What stands beside an image in its batch does not change a bit of its result."""
     x = random((7, 3, 40, 24), torch.float32, "cpu")

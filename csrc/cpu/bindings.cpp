@@ -8,6 +8,7 @@
 #include "cpu/layout/transposed_copy.h"
 #include "cpu/plan.h"
 #include "cpu/simd/huge_pages.h"
+#include "cpu/team.h"
 #include "ops/aten_route.h"
 #include "ops/convolve.h"
 #include "ops/matmul.h"
@@ -16,12 +17,16 @@
 namespace sepconv::cpu {
 
 void parallel_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  if (Team* const team = led_team()) return run_tasks(*team, tasks, body, context);
   at::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) body(context, task);
   });
 }
 
-int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+int num_threads() {
+  if (const Team* const team = led_team()) return team_size(*team);
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype) {
   const Plan chosen = plan(map, shape, dtype, strict(), num_threads());

@@ -2,8 +2,8 @@
 //
 // With at least an image for each thread, every thread takes images of its own through the whole program: what one step
 // writes, the next one finds in the caches of the same core, and nobody waits. The images that are left, and fewer
-// images than threads, go one after another, with the steps cut between threads. Kernels give the same results either
-// way.
+// images than threads, go one after another, with the steps cut between the threads of one team (cpu/team.h). Kernels
+// give the same results either way.
 #include "cpu/network/network.h"
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd/huge_pages.h"
+#include "cpu/team.h"
 
 namespace sepconv::cpu::network {
 namespace {
@@ -162,10 +163,19 @@ void Network::run(const Operands& operands) {
     };
     parallel_tasks(threads, body, &shares);
   }
-  const int64_t begin = threads > 1 ? share * threads : 0;
-  if (begin < operands.N) {
-    run_images(operands, begin, operands.N, images_at_a_time(operands, operands.N - begin));
-  }
+  struct Rest {
+    Network& network;
+    const Operands& operands;
+    int64_t begin;
+  } rest{*this, operands, threads > 1 ? share * threads : 0};
+  if (rest.begin == operands.N) return;
+  const auto sequence = [](void* context) {
+    const Rest& r = *static_cast<const Rest*>(context);
+    r.network.run_images(r.operands, r.begin, r.operands.N,
+                         r.network.images_at_a_time(r.operands, r.operands.N - r.begin));
+  };
+  if (threads == 1) return sequence(&rest);
+  run_as_team(threads, sequence, &rest);
 }
 
 void Network::run_timed(const Operands& operands, const AfterStep& after) {
