@@ -133,7 +133,7 @@ void block(const Correlation<T>& k, const NhwcBlock<accumulate_t<T>>& b) {
     const int64_t end = std::min(R, row < k.H ? (k.H - row + k.dilation_h - 1) / k.dilation_h : 0);
     const T* x_first = k.x + (row + first * k.dilation_h) * k.x_row + column * x_pixel;
     T* y_first = k.y + p * k.y_row + b.q * y_pixel;
-    // In a row new to this p.
+    // In the last row new to this p; with a stride the one before is new, too.
     const T* x_ahead = k.x + (row + (R - 1) * k.dilation_h) * k.x_row + column * x_pixel + b.x_ahead;
     const T* y_ahead = y_first + b.y_ahead;
     const A* w_first = k.w + ((v0 * R + first) * S + b.s0) * kWidth;
@@ -152,6 +152,7 @@ void block(const Correlation<T>& k, const NhwcBlock<accumulate_t<T>>& b) {
       bias += kWidth;
       if (b.y_ahead != 0) {
         prefetch<T, kV, kQ * kStride>(x_ahead + c, x_pixel);
+        if (k.stride_h > 1 && R > 1) prefetch<T, kV, kQ * kStride>(x_ahead + c - x_row, x_pixel);
         prefetch<T, kV, kQ>(y_ahead + c, y_pixel);
       }
       for (int64_t r = first; r < end; ++r) {
@@ -315,6 +316,9 @@ void correlate(const Correlation<T>& k, const NhwcKernel<T>& kernel, int64_t p0,
         } else if (left > columns) {
           b.x_ahead = (columns * k.stride_w + k.S - 1) * k.x_pixel - b.v0 * width;
           b.y_ahead = columns * k.y_pixel - b.v0 * width;
+        } else if (b.p1 < p1) {  // on to the next rows
+          b.x_ahead = kRowGroup * k.stride_h * k.x_row - b.q * k.stride_w * k.x_pixel - b.v0 * width;
+          b.y_ahead = kRowGroup * k.y_row - b.q * k.y_pixel - b.v0 * width;
         } else {
           b.y_ahead = 0;
         }
