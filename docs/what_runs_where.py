@@ -159,8 +159,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def as_users_run() -> Iterator[None]:
-    """Not strict, and with the number of threads that the page names; afterwards as before."""
+    """Not strict, with the threads and the kernels of oneDNN's that the page names; afterwards as before."""
     threads, strict = torch.get_num_threads(), sepconv_ext._C.strict()
+    half = sepconv_ext._C.set_half_kernels(True, False)
     sepconv_ext._C.set_strict(False)
     torch.set_num_threads(THREADS)
     try:
@@ -168,6 +169,7 @@ def as_users_run() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         sepconv_ext._C.set_strict(strict)
+        sepconv_ext._C.set_half_kernels(*half)
 
 
 def cpu_tensors(call: Call) -> dict:

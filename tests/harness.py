@@ -95,6 +95,16 @@ def strictness(on: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def half_kernels(bfloat16: bool, float16: bool) -> Iterator[None]:
+    """Plans for a processor on which oneDNN has kernels of these half types or not, whatever this one is."""
+    before = sepconv_ext._C.set_half_kernels(bfloat16, float16)
+    try:
+        yield
+    finally:
+        sepconv_ext._C.set_half_kernels(*before)
+
+
+@contextlib.contextmanager
 def only_our_kernels(at_least: int = 1) -> Iterator[None]:
     """Strict inside; afterwards at least so many runs of our kernels are on the counter, and none of ATen's."""
     with strictness(True):

@@ -19,6 +19,7 @@ from harness import (
     assert_as_accurate,
     dtype_name,
     grad_like_output,
+    half_kernels,
     only_our_kernels,
     random,
     strictness,
@@ -381,6 +382,44 @@ def test_groups_that_the_plan_gives_to_torch(dtype, size, weight_size, groups, s
     with strictness(False):
         said = functional.explain(x, w, None, stride, weight_size[-1] // 2, 1, groups, map=map)
     assert (said.kernel == "aten") == taken, said.reason
+
+
+@by_layout
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("size", "weight_size", "groups", "stride", "widened"),
+    [
+        ((3, 40, 9, 7), (24, 40, 1, 1), 1, 1, True),
+        ((2, 64, 13, 12), (33, 64, 1, 1), 1, 2, True),
+        ((2, 32, 15, 9), (24, 32, 3, 3), 1, 1, True),
+        ((2, 64, 14, 14), (64, 32, 3, 3), 2, 1, True),
+        ((2, 64, 14, 14), (64, 16, 3, 3), 4, 1, False),
+        ((2, 3, 33, 32), (16, 3, 3, 3), 1, 2, False),
+        ((4, 116, 28, 28), (116, 1, 3, 3), 116, 1, False),
+    ],
+)  # fmt: skip
+def test_half_types_without_kernels_of_onednn(size, weight_size, groups, stride, widened, dtype, layout) -> None:
+    """torch's loops take ten times as long and more: what has no kernel here is multiplied in float32, rounded once."""
+    padding = weight_size[-1] // 2
+    x, w = random(size, dtype, "cpu", layout, seed=1), random(weight_size, dtype, "cpu", "contiguous", seed=2)
+    b = random((weight_size[0],), dtype, "cpu", seed=3)
+    wide = [t.double().requires_grad_() for t in (x, w)]
+    expected = F.relu(F.conv2d(*wide, b.double(), stride, padding, 1, groups))
+    g = random(tuple(expected.shape), dtype, "cpu", layout, seed=4)
+    expected = (expected, *torch.autograd.grad(expected, wide, g.double()))
+    leaves = [t.requires_grad_() for t in (x, w)]
+    with half_kernels(False, False), strictness(False):
+        for map in MAPS:
+            said = functional.explain(x, w, None, stride, padding, 1, groups, map=map)
+            if map != "grad_weight" or widened:  # torch's NaN keep others of that map in float32, too
+                assert ("in float32, rounded once" in said.reason) == widened, said.reason
+            assert widened or said.kernel != "aten" or "returns NaN" in said.reason, said.reason
+        y = torch.relu(functional.conv2d(x, w, b, stride, padding, 1, groups))
+        actual = (y, *torch.autograd.grad(y, leaves, g))
+    for name, ours, exact in zip(MAPS, actual, expected, strict=True):
+        # Half an eps for the one rounding, and float32's sums.
+        worst = (ours.double() - exact).abs() - (0.51 * torch.finfo(dtype).eps * exact.abs())
+        assert ours.dtype == dtype and worst.max() <= 2e-5 * exact.abs().max(), f"{name}: {worst.max():.2e}"
 
 
 @pytest.mark.slow

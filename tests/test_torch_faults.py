@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from harness import half_kernels
 from sepconv_ext import functional
 
 # Each line is one call with its gradients against float64: layouts of input, weight and grad_output, then the shapes.
@@ -108,16 +109,23 @@ def kernel(map: str, dtype: torch.dtype, size: tuple, weight_size: tuple, groups
     return functional.explain(x, w, None, stride, padding, 1, groups, map=map)
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["without_kernels", "with_kernels"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_plan_of_half_types(dtype: torch.dtype) -> None:
+def test_plan_of_half_types(dtype: torch.dtype, kernels: bool) -> None:
     """On any processor: no hang of few channels, no weight gradient by torch's half types, dense ones in float32."""
+    with half_kernels(kernels, kernels):
+        check_plan_of_half_types(dtype)
+
+
+def check_plan_of_half_types(dtype: torch.dtype) -> None:
     for map in ("forward", "grad_input", "grad_weight"):
         for size, taps in (((1, 8, 1, 5000), (1, 15)), ((2, 2, 64, 64), (31, 31)), ((2, 16, 64, 64), (3, 3))):
             plan = kernel(map, dtype, size, (size[1], 1, *taps), size[1])
             assert plan.kernel != "aten", f"{map} {size}: {plan.reason}"
     dense = kernel("grad_weight", dtype, (4, 64, 28, 28), (64, 64, 3, 3), 1)
     assert dense.kernel != "aten" or "float32" in dense.reason
-    assert kernel("grad_weight", dtype, (4, 64, 28, 28), (64, 64, 1, 1), 1).kernel != "aten"
+    pointwise = kernel("grad_weight", dtype, (4, 64, 28, 28), (64, 64, 1, 1), 1)
+    assert pointwise.kernel != "aten" or "float32" in pointwise.reason
 
 
 def test_plan_of_strided_1x1() -> None:
@@ -131,6 +139,11 @@ def test_plan_of_strided_1x1() -> None:
 def test_plan_of_strided_gradients_in_bfloat16() -> None:
     """oneDNN takes 30 to 120 times as long as the kernel here; without a stride it is the faster one for large ones."""
     torch.set_num_threads(1)
+    with half_kernels(True, False):
+        check_plan_of_strided_gradients()
+
+
+def check_plan_of_strided_gradients() -> None:
     for map, stride, taken in (("grad_input", 2, False), ("grad_input", 1, True), ("forward", 2, True)):
         plan = kernel(map, torch.bfloat16, (8, 256, 56, 56), (256, 1, 3, 3), 256, stride)
         assert (plan.kernel == "aten") == taken, f"{map}, stride {stride}: {plan.reason}"

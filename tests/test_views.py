@@ -14,7 +14,16 @@ from torch import Tensor
 
 import sepconv_ext
 from cases import BY_NAME, Case
-from harness import DTYPES, dtype_name, grad_like_output, only_our_kernels, strictness, tensors, with_layout
+from harness import (
+    DTYPES,
+    dtype_name,
+    grad_like_output,
+    half_kernels,
+    only_our_kernels,
+    strictness,
+    tensors,
+    with_layout,
+)
 from sepconv_ext import functional, reference
 
 ops = torch.ops.sepconv_ext
@@ -243,7 +252,8 @@ def test_a_1x1_of_half_types_sums_no_gradient_of_the_other_layout(dtype: torch.d
     g = torch.empty(4, 128, 14, 14, dtype=dtype)
 
     def copied(x: Tensor, g: Tensor) -> str:
-        plan = functional.explain(x, w, map="grad_weight", grad_output=g)
+        with half_kernels(True, True):
+            plan = functional.explain(x, w, map="grad_weight", grad_output=g)
         assert plan.kernel == "cpu_pointwise_matmul"
         return plan.reason.partition("; ")[2]
 

@@ -3,6 +3,9 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <string_view>
+
 #include "core/explain.h"
 #include "cpu/kernels.h"
 #include "cpu/layout/transposed_copy.h"
@@ -28,13 +31,41 @@ int num_threads() {
   return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
+namespace {
+
+// False where torch has no such question.
+bool says(const char* question) {
+  const auto op = c10::Dispatcher::singleton().findSchema({question, ""});
+  if (!op) return false;
+  torch::jit::Stack answer;
+  op->callBoxed(&answer);
+  return answer.at(0).toBool();
+}
+
+std::atomic<HalfKernels>& known_half_kernels() {
+  static std::atomic<HalfKernels> known{
+      HalfKernels{says("mkldnn::_is_mkldnn_bf16_supported"), says("mkldnn::_is_mkldnn_fp16_supported")}};
+  return known;
+}
+
+Torch torch_here() {
+  const HalfKernels half = half_kernels();
+  return {num_threads(), half.bfloat16, half.float16};
+}
+
+}  // namespace
+
+HalfKernels half_kernels() { return known_half_kernels().load(std::memory_order_relaxed); }
+void set_half_kernels(HalfKernels half) { known_half_kernels().store(half, std::memory_order_relaxed); }
+
 Explanation explain(Map map, const ConvShape& shape, DType dtype) {
-  const Plan chosen = plan(map, shape, dtype, strict(), num_threads());
-  return {chosen.name, with_copies(chosen.reason, map, chosen.copies), chosen.is_torchs(), "", 0};
+  const Plan chosen = plan(map, shape, dtype, strict(), torch_here());
+  const bool by_torch = std::string_view(chosen.name) == "aten";
+  return {chosen.name, with_copies(chosen.reason, map, chosen.copies), by_torch, "", 0};
 }
 
 Explanation explain(const SeparableShape& shape, DType dtype) {
-  const Plan chosen = plan_separable(shape, dtype, strict());
+  const Plan chosen = plan_separable(shape, dtype, strict(), torch_here());
   return {chosen.name, with_copies(chosen.reason, Map::forward, chosen.copies), false, "", 0};
 }
 
@@ -49,22 +80,26 @@ struct Cpu {
   static constexpr const char* kBorders = "cpu_borders";
   static constexpr bool kKeepsIntermediate = true;
 
-  static Plan plan(const Call& c) { return cpu::plan(c.map, c.shape, c.dtype(), strict(), num_threads()); }
+  static Plan plan(const Call& c) { return cpu::plan(c.map, c.shape, c.dtype(), strict(), torch_here()); }
 
   static Tensor aten(const Plan& plan, const Call& c) {
-    return plan.kernel == Kernel::aten_float32 ? in_float32(c, plan.copies.layout) : by_aten(c);
+    return plan.kernel == Kernel::in_float32 ? in_float32(c, plan.copies.layout) : by_aten(c);
   }
 
-  // A gradient by the weight of half types by torch's call for float32, rounded once. Both images become dense on the
-  // way: else torch would copy the wide ones.
+  // A call of half types as one of float32 with a plan of its own, rounded once. Images become dense on the way: else
+  // the wide ones would be copied again.
   static Tensor in_float32(const Call& c, Layout layout) {
     const auto format = layout == Layout::nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     const auto widened = [&](const Tensor& t) {
       Tensor image = as_image(t, c.args.for_sequences()).to(at::kFloat, false, false, format);
       return Call::Operand::owned(t.dim() == 4 ? std::move(image) : image.view(t.sizes()));
     };
-    const Call wide{c.map, widened(*c.first), widened(*c.second), c.args, c.shape, c.result, c.size, c.stride};
-    return by_aten(wide).to(c.first->scalar_type());
+    const Call::Operand first = widened(*c.first), second = widened(*c.second);
+    if (c.map == Map::forward) {
+      const std::optional<Tensor> bias = c.bias ? std::optional(c.bias->to(at::kFloat)) : std::nullopt;
+      return convolve<Cpu>(forward_call(*first, *second, bias, c.args, c.activation)).to(c.first->scalar_type());
+    }
+    return convolve<Cpu>(gradient_call(c.map, *first, *second, c.size, c.stride, c.args)).to(c.first->scalar_type());
   }
 
   static Tensor prepared(const Tensor& out) {
@@ -93,7 +128,7 @@ struct Cpu {
   }
 
   static Plan plan_separable(const SeparableShape& shape, const Tensor& input) {
-    return cpu::plan_separable(shape, dtype_of(input), strict());
+    return cpu::plan_separable(shape, dtype_of(input), strict(), torch_here());
   }
 
   static void run_separable(const Plan& plan, const SeparableShape& shape, DType dtype, const SeparableMemory& memory) {

@@ -2,8 +2,9 @@
 // take it, decides. What they share is a Question.
 //
 // oneDNN is behind torch's own call. The rules that give a call to it hold in float32 and, where they say so, in
-// bfloat16: the only types that oneDNN has kernels for here. In float64 and float16 torch has slow loops, and the
-// kernels of this package win by factors, but for groups of many channels in float64.
+// bfloat16 if the processor has instructions for it. In float64 and other half types torch has slow loops, and the
+// kernels of this package win by factors, but for groups of many channels in float64. Dense half types without
+// kernels of oneDNN's are multiplied in float32.
 #include "cpu/plan.h"
 
 #include <algorithm>
@@ -65,6 +66,8 @@ constexpr int64_t kGroupPixels = 28 * 28, kGroupChannels = 8, kGroupChannelsStri
 constexpr int64_t kGroupChannelsStridedGradWeight = 4, kGroupChannelsOfOneTap = 4;
 // torch's float32 call for half types is not measured: there half types cost the kernels here nothing.
 constexpr int64_t kHalfGroupPixels = 14 * 14, kHalfGroupChannels = 8;
+// grouped.md, "half types without kernels". Channels of a group from which float32's product pays for two copies.
+constexpr int64_t kWidenedChannels = 32, kWidenedChannelsOfOneTap = 16;
 // In float64 torch calls a matrix library for each group.
 constexpr int64_t kFloat64GroupChannels = 32, kFloat64GroupChannelsOfOneTap = 16;
 
@@ -75,7 +78,7 @@ struct Question {
   Layout layout;
   DType dtype;
   bool strict;
-  int threads;
+  const Torch& torch;
   bool torch_may = !strict && torch_fault(map, s, dtype) == nullptr;  // torch's own call is allowed, and sound
 };
 
@@ -98,7 +101,7 @@ const char* pointwise_is_best(const Question& q) {
 }
 
 bool product_can_run(const Question& q) { return product_can(q.map, q.s, q.dtype); }
-const char* product_is_best(const Question& q) { return cpu::product_is_best(q.map, q.s, q.layout, q.threads); }
+const char* product_is_best(const Question& q) { return cpu::product_is_best(q.map, q.s, q.layout, q.torch.threads); }
 const char* torch_may_not(const Question& q) { return q.torch_may ? nullptr : "1x1: a matrix product over pixels"; }
 
 bool is_product(const Question& q) { return is_matrix_product(q.s); }
@@ -186,8 +189,8 @@ const char* onednn_is_faster_nchw(const Question& q) {
 bool much_is_multiplied(const Question& q) {
   switch (q.map) {
     case Map::forward:
-      return q.s.output_elements() > q.threads * (is_strided(q.s) ? kBfloat16OutputsStrided : kBfloat16Outputs);
-    case Map::grad_input: return !is_strided(q.s) && q.s.input_elements() > q.threads * kBfloat16Gradients;
+      return q.s.output_elements() > q.torch.threads * (is_strided(q.s) ? kBfloat16OutputsStrided : kBfloat16Outputs);
+    case Map::grad_input: return !is_strided(q.s) && q.s.input_elements() > q.torch.threads * kBfloat16Gradients;
     case Map::grad_weight: return false;
   }
   return false;
@@ -242,9 +245,12 @@ const char* products_are_faster_float64(const Question& q) {
   return faster ? "float64 groups of many channels: torch's products are faster" : nullptr;
 }
 
+// Of a half type without kernels of oneDNN's, which torch multiplies one number at a time.
+bool has_slow_loops(const Question& q) { return is_half(q.dtype) && !q.torch.has_kernels(q.dtype); }
+
 // Why torch's own call would be the faster one; null where it would not.
 const char* torch_is_faster(const Question& q) {
-  if (is_tiny(q.map, q.s)) return nullptr;
+  if (is_tiny(q.map, q.s) || has_slow_loops(q)) return nullptr;
   if (q.s.groups == 1 && q.s.C > 1) return "a dense convolution: oneDNN's matrix kernels are faster";
   if (q.dtype == DType::float64 && !q.s.is_depthwise()) return products_are_faster_float64(q);
   if (q.dtype != DType::float32 && q.dtype != DType::bfloat16) return nullptr;
@@ -254,6 +260,17 @@ const char* torch_is_faster(const Question& q) {
 
 bool torch_may(const Question& q) { return q.torch_may; }
 
+// Depthwise has kernels here, and few channels a group.
+bool widening_can_run(const Question& q) { return !q.strict && has_slow_loops(q) && !q.s.is_depthwise(); }
+
+const char* widening_is_best(const Question& q) {
+  const ConvShape& s = q.s;
+  const bool one_tap = s.R == 1 && s.S == 1;
+  const bool many = s.channels_per_group() >= (one_tap ? kWidenedChannelsOfOneTap : kWidenedChannels);
+  if (!is_matrix_product(s) && (!many || is_tiny(q.map, s))) return nullptr;
+  return "half types without kernels of oneDNN's for this processor: in float32, rounded once";
+}
+
 // A half type's weight gradient that torch may get wrong, and gets right in float32.
 bool float32_can_run(const Question& q) {
   return !q.strict && !q.torch_may && is_half(q.dtype) && q.map == Map::grad_weight && !q.s.is_depthwise() &&
@@ -261,12 +278,10 @@ bool float32_can_run(const Question& q) {
 }
 
 const char* float32_is_best(const Question& q) {
-  const int64_t channels = q.s.channels_per_group();
-  const bool few = q.s.groups > 1 && channels <= kHalfGroupChannels && q.s.P * q.s.Q >= kHalfGroupPixels;
+  const ConvShape& s = q.s;
+  const bool few = s.groups > 1 && s.channels_per_group() <= kHalfGroupChannels && s.P * s.Q >= kHalfGroupPixels;
   if (few && q.layout != Layout::nhwc) return nullptr;
-  Question wide = q;
-  wide.dtype = DType::float32;
-  if (torch_is_faster(wide) == nullptr) return nullptr;
+  if (torch_is_faster({q.map, s, q.layout, DType::float32, q.strict, q.torch}) == nullptr) return nullptr;
   return "torch 2.14.1 returns NaN at random in half types: its float32 call, rounded";
 }
 
@@ -304,12 +319,13 @@ struct Rule {
 
 constexpr Rule kRules[] = {
     {Kernel::pointwise, "cpu_pointwise", pointwise_can_run, pointwise_is_best},
+    {Kernel::in_float32, "aten", widening_can_run, widening_is_best},
     {Kernel::pointwise_product, "cpu_pointwise_product", product_can_run, product_is_best},
     {Kernel::pointwise_product, "cpu_pointwise_product", product_can_run, torch_may_not},
     {Kernel::aten, "aten", is_product_torch_may, torchs_product_is_best},
     {Kernel::pointwise_matmul, "cpu_pointwise_matmul", is_product, matmul_is_best},
     {Kernel::aten, "aten", torch_may, torch_is_faster},
-    {Kernel::aten_float32, "aten", float32_can_run, float32_is_best},
+    {Kernel::in_float32, "aten", float32_can_run, float32_is_best},
     {Kernel::depthwise_nhwc, "cpu_depthwise_nhwc", nhwc_can_run, nhwc_is_best},
     {Kernel::depthwise_nchw_blocked, "cpu_depthwise_nchw_blocked", nchw_blocked_can_run, nchw_blocked_is_best},
     {Kernel::depthwise_nchw_3x3, "cpu_depthwise_nchw_3x3", nchw_3x3_can_run, nchw_3x3_is_best},
@@ -348,7 +364,7 @@ bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape&
       return is_dense(layout, image) ||
              (map == Map::grad_weight && is_half(dtype) && (is_dense_along(layout, image) || is_one_pixel(image)));
     case Kernel::aten:
-    case Kernel::aten_float32:  // torch copies, slowly from another layout, as which it takes an expanded batch, too
+    case Kernel::in_float32:  // torch copies, slowly from another layout, as which it takes an expanded batch, too
       return own_layout(image) == Layout::strided ||
              (own_layout(image) == layout && (layout != Layout::nhwc || !is_expanded_batch(image)));
     default: return is_dense(layout, image);
@@ -357,10 +373,13 @@ bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape&
 
 }  // namespace
 
-Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, int threads) {
+Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, const Torch& torch) {
   const Layout layout = call_layout(map, s);
   const ConvShape dense = with_copies(s, {layout, true, true, false, true});
-  Plan chosen = plan_dense({map, dense, layout, dtype, strict, threads});
+  Plan chosen = plan_dense({map, dense, layout, dtype, strict, torch});
+  if (chosen.kernel == Kernel::in_float32) {
+    chosen.name = plan_dense({map, dense, layout, DType::float32, strict, torch}).name;
+  }
   chosen.copies.layout = layout;
   chosen.copies.x = !takes(chosen.kernel, map, dtype, layout, input_image(s));
   chosen.copies.y = !takes(chosen.kernel, map, dtype, layout, output_image(s));

@@ -10,8 +10,8 @@ constexpr int64_t kNarrowingPixels = 28 * 28, kNarrowing = 8;
 constexpr int64_t kPairBfloat16Channels = 128;
 
 // Why the fourth op is made of two calls; null where the fused kernel was measured faster.
-const char* two_calls_are_faster(const SeparableShape& s, DType dtype) {
-  if (dtype != DType::float32 && dtype != DType::bfloat16) return nullptr;
+const char* two_calls_are_faster(const SeparableShape& s, DType dtype, const Torch& torch) {
+  if (dtype == DType::float16 || !torch.has_kernels(dtype)) return nullptr;
   const ConvShape &d = s.depthwise, &p = s.pointwise;
   const bool strided = d.stride_h > 1 || d.stride_w > 1, dilated = d.dilation_h > 1 || d.dilation_w > 1;
   const bool measured = d.R == d.S && (d.R == 3 || d.R == 5) && !dilated && d.K == d.C;
@@ -32,8 +32,8 @@ const char* two_calls_are_faster(const SeparableShape& s, DType dtype) {
 
 }  // namespace
 
-Plan plan_separable(const SeparableShape& s, DType dtype, bool strict) {
-  const char* reason = strict ? nullptr : two_calls_are_faster(s, dtype);
+Plan plan_separable(const SeparableShape& s, DType dtype, bool strict, const Torch& torch) {
+  const char* reason = strict ? nullptr : two_calls_are_faster(s, dtype, torch);
   if (reason != nullptr) return {Kernel::composite, "composite", reason};
   return {Kernel::separable, "cpu_separable", "the intermediate stays in cache",
           separable_copies(s.depthwise, output_layout(s.pointwise))};

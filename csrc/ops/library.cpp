@@ -16,6 +16,7 @@
 #include "core/operand_layout.h"
 #include "core/overlap.h"
 #include "cpu/kernels.h"
+#include "cpu/plan.h"
 #include "ops/checks.h"
 #include "ops/expanded_batch.h"
 #include "ops/functional.h"
@@ -202,6 +203,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return former;
       },
       "Returns the former value.");
+  m.def(
+      "set_half_kernels",
+      [](bool bfloat16, bool float16) {
+        const cpu::HalfKernels former = cpu::half_kernels();
+        cpu::set_half_kernels({bfloat16, float16});
+        return std::pair(former.bfloat16, former.float16);
+      },
+      "Whether the plan takes oneDNN to have kernels of bfloat16, and of float16. Returns the former values.");
   m.def("activations", [] { return std::vector<std::string>(kActivationNames, kActivationNames + kActivationCount); });
 
   py::class_<Explanation>(m, "Explanation")

@@ -390,7 +390,7 @@ std::optional<Failure> run_case(const Case& c) {
   }
   if (c.number % 16 == 7) return run_copy(c);  // planted_case() is number 1
   const cpu::Plan general{cpu::Kernel::grouped_planes, "cpu_grouped_planes", "takes everything"};
-  cpu::Plan plan = cpu::plan(c.map, s, c.dtype, /*strict=*/true, c.threads);
+  cpu::Plan plan = cpu::plan(c.map, s, c.dtype, /*strict=*/true, {c.threads, true, false});
   if (c.number % 5 == 0 || plan.kernel == cpu::Kernel::pointwise_matmul) plan = general;  // matmul is at::mm
   Case taken = c;
   taken.shape = with_copies(s, plan.copies);  // what the kernel does not take as it lies
