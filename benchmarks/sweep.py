@@ -130,6 +130,9 @@ def by_prediction(gpu: predict.Gpu) -> Timer:
         return Tried(planned.kernel, planned.tile, made.microseconds, longest.bound)
 
     def all_of(cell: Cell, plans: Sequence[Any]) -> Iterable[Tried | str]:
+        for kernel in {planned.kernel.removeprefix("cuda_") for planned in plans}:
+            if predict.files_of(kernel, cell.map):
+                predict.runner(kernel, cell.map, gpu.ptx)  # linked once, before threads ask for it
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             return list(pool.map(lambda planned: one(cell, planned), plans))
 

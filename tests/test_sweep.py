@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import emulate
 
 from benchmarks import __main__ as command
 from benchmarks import layers, predict, sweep
+from sepconv_ext import _C
 
 pytestmark = pytest.mark.skipif(emulate.why_not() is not None, reason=str(emulate.why_not()))
 
+WITHIN = 1.05
+COMMITTED = sorted(sweep.FOLDER.glob("*.jsonl"))
 LAYERS = ("C=96 H=14 R=7", "C=144 H=28 R=5", "C=32 H=56 R=3", "C=96 H=56 R=3 stride=2", "C=64 H=28 R=13")
 
 
@@ -127,6 +131,37 @@ def test_a_fit_makes_the_choices_faster(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sweep.write_table, "__defaults__", (copy,))
     assert command.main(["--fit", str(file)]) == 0
     assert copy.read_text() != sweep.TABLE.read_text()
+
+
+def test_run_plan_needs_a_gpu_part() -> None:
+    if _C.build_info()["cuda"]:
+        pytest.skip("this build has one: test_the_plan_by_hand_on_a_gpu")
+    with pytest.raises(RuntimeError, match=r"no CUDA part.*depthwise_nhwc"):
+        _C.run_plan("depthwise_nhwc", {"rows": 7}, lambda: None)
+
+
+def test_the_committed_sweeps_are_read() -> None:
+    assert COMMITTED
+    known = {gpu.name: gpu for gpu in predict.gpus().values()}
+    for path in COMMITTED:
+        made = sweep.read(path)
+        assert made.how in ("predicted", "measured") and made.how in path.stem
+        assert made.how == "measured" or known[made.gpu].capability == made.capability
+        assert len({row.label for row in made.rows}) == len(made.rows)
+        for row, line in zip(made.rows, path.read_text().splitlines()[1:], strict=True):
+            assert json.loads(sweep.line_of(row)) == json.loads(line)
+            assert len(row.tried) >= 4 and row.best.microseconds > 0
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_the_plan_chooses_within_five_percent_of_the_best(path: Path) -> None:
+    """What the plan takes now, not what it took when the sweep was made."""
+    worse = [
+        f"{ratio:.2f}x {row.label}: {plan.kernel} {plan.tile}, best {row.best.kernel} {row.best.tile}"
+        for row, plan, ratio in sweep.losses(sweep.read(path))
+        if ratio > WITHIN
+    ]
+    assert not worse, "\n".join(sorted(worse, reverse=True))
 
 
 def test_layers_of_the_command() -> None:

@@ -16,6 +16,7 @@
 #include <atomic>
 
 #include "core/explain.h"
+#include "cuda/architectures.h"
 #include "cuda/plan.h"
 #include "cuda/spatial/cut.h"
 #include "ops/convolve.h"
@@ -44,15 +45,26 @@ bool copies_boxes(int index) {
 // What torch's own convolution asks, at every call: users may change it at any time.
 bool allows_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
 
+bool has_code(int capability) {
+  static const auto answers = [] {
+    std::array<bool, 256> found{};
+    for (size_t i = 0; i < found.size(); ++i) found[i] = has_code_for(SEPCONV_CUDA_ARCHS, static_cast<int>(i));
+    return found;
+  }();
+  return capability < static_cast<int>(answers.size()) && answers[static_cast<size_t>(capability)];
+}
+
 // The driver holds these: a question costs a few nanoseconds, and may be asked while a graph is captured.
 Device device_facts(int index) {
   int multiprocessors = 0, major = 0, minor = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+  const int capability = major * 10 + minor;
   return {.multiprocessors = multiprocessors,
-          .compute_capability = major * 10 + minor,
+          .compute_capability = capability,
           .copies_boxes = major >= 9 && copies_boxes(index),
+          .has_code = has_code(capability),
           .tf32 = allows_tf32()};
 }
 
@@ -90,7 +102,9 @@ struct Cuda {
 
   static Plan plan(const Call& c) {
     const int64_t alignment = common_alignment({c.first_data(), c.second_data(), c.epilogue().bias});
-    return cuda::plan(c.map, c.shape, c.dtype(), device_facts(c.first->get_device()), alignment, strict());
+    Plan p = cuda::plan(c.map, c.shape, c.dtype(), device_facts(c.first->get_device()), alignment, strict());
+    const PlanByHand* hand = plan_by_hand();
+    return hand == nullptr ? p : overruled(std::move(p), c.map, c.shape, c.dtype(), hand->kernel, hand->cut);
   }
 
   static Tensor aten(const Plan&, const Call& c) { return by_aten(c); }
@@ -118,9 +132,10 @@ struct Cuda {
     raise_if(cuda::run_separable(plan, shape, dtype, memory, c10::cuda::getCurrentCUDAStream()), plan.name);
   }
 
-  // None where the filters fit no tile.
+  // None where the filters fit no tile. The device is the current one.
   static const char* spatial_kernel(const ConvShape& shape, DType dtype) {
-    return spatial_tile(shape, dtype).columns == 0 ? nullptr : "cuda_spatial_separable";
+    const bool runs = device_facts(c10::cuda::current_device()).has_code;
+    return runs && spatial_tile(shape, dtype).columns > 0 ? "cuda_spatial_separable" : nullptr;
   }
 
   static void run_spatial(const ConvShape& shape, DType dtype, const void* x, const SpatialFilters& filters, void* y) {
@@ -140,8 +155,11 @@ Explanation explain(const SeparableShape& shape, DType dtype, int device) {
 }
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int multiprocessors, int compute_capability) {
-  const Device device{
-      .multiprocessors = multiprocessors, .compute_capability = compute_capability, .tf32 = allows_tf32()};
+  // A build's machine code for 9.0 and newer has the copy engine's kernels, and drivers for those make its maps.
+  const Device device{.multiprocessors = multiprocessors,
+                      .compute_capability = compute_capability,
+                      .copies_boxes = compute_capability >= 90,
+                      .tf32 = allows_tf32()};
   return explain(map, plan(map, shape, dtype, device, kBestAlignment, strict()));
 }
 

@@ -27,7 +27,7 @@ struct Tuning {
 
   // depthwise_nhwc.cu: busy blocks, by the arithmetic for what is read; a step's instructions beside its products;
   // what a step of single channels costs in those of pairs.
-  double nhwc_busy_3 = 4, nhwc_busy_5 = 2, nhwc_busy_7 = 1;
+  double nhwc_busy_3 = 4, nhwc_busy_3_stride2 = 2, nhwc_busy_5 = 2, nhwc_busy_7 = 1;
   double nhwc_step = 12, nhwc_single = 1.25;
 
   // depthwise_nhwc_mma.cu: busy warps, a beginning in batches of rows.
@@ -54,8 +54,8 @@ struct Tuning {
   // Blocks of so many bytes of shared memory that a multiprocessor holds.
   int64_t blocks(int64_t bytes) const { return static_cast<int64_t>(shared_kb * 1024) / (bytes + 1024); }
 
-  double nhwc_busy(int64_t kernel) const {
-    if (kernel == 3) return nhwc_busy_3;
+  double nhwc_busy(int64_t kernel, int64_t stride) const {
+    if (kernel == 3) return stride == 1 ? nhwc_busy_3 : nhwc_busy_3_stride2;
     return kernel == 5 ? nhwc_busy_5 : nhwc_busy_7;
   }
 
@@ -71,6 +71,7 @@ struct Tuning {
     field("shared_kb", t.shared_kb);
     field("bytes_a_clock", t.bytes_a_clock);
     field("nhwc_busy_3", t.nhwc_busy_3);
+    field("nhwc_busy_3_stride2", t.nhwc_busy_3_stride2);
     field("nhwc_busy_5", t.nhwc_busy_5);
     field("nhwc_busy_7", t.nhwc_busy_7);
     field("nhwc_step", t.nhwc_step);

@@ -185,6 +185,21 @@ Explanation explain_separable(const at::Tensor& input, const at::Tensor& depthwi
   return {"aten", "no kernel for this device", true, "", 0};
 }
 
+// Runs `call`, with the kernel and the cut of PlanByHand in each of its CUDA calls on this thread.
+py::object run_plan(const std::string& kernel, const std::map<std::string, int64_t>& cut, const py::function& call) {
+#ifdef SEPCONV_WITH_CUDA
+  const PlanByHand hand{kernel, cut};
+  struct Former {
+    const PlanByHand* plan;
+    ~Former() { set_plan_by_hand(plan); }
+  } const former{set_plan_by_hand(&hand)};
+  return call();
+#else
+  TORCH_CHECK(false, "run_plan: this build has no CUDA part, in which kernel '", kernel, "' with a cut of ", cut.size(),
+              " numbers could run ", py::repr(call).cast<std::string>());
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -229,6 +244,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none(),
         py::arg("padding_mode") = "zeros", py::arg("grad_output") = py::none());
   m.def("explain_separable", explain_separable);
+  m.def("run_plan", run_plan, py::arg("kernel"), py::arg("cut"), py::arg("call"),
+        "Private, for sweeps: the result of call(), whose CUDA calls on this thread run this kernel with this cut.");
 }
 
 }  // namespace sepconv

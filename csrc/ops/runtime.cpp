@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 namespace sepconv {
 namespace {
@@ -26,6 +27,8 @@ struct Counter {
   std::atomic<int64_t> count{0};
 };
 std::array<Counter, 128> counters;
+
+thread_local const PlanByHand* by_hand = nullptr;
 
 }  // namespace
 
@@ -61,5 +64,8 @@ void count_aten(const char* reason) {
   TORCH_CHECK(!strict(), "SEPCONV_STRICT is set and this call would take the ATen route: ", reason);
   count_kernel("aten");
 }
+
+const PlanByHand* plan_by_hand() { return by_hand; }
+const PlanByHand* set_plan_by_hand(const PlanByHand* plan) { return std::exchange(by_hand, plan); }
 
 }  // namespace sepconv

@@ -19,4 +19,13 @@ void reset_kernel_counts();
 // Counts one call that takes the ATen route; raises in strict mode, with the reason.
 void count_aten(const char* reason);
 
+// What the calls of this thread run on a GPU in the place of the plan's choice, by plan_overrule.cpp; null: nothing.
+// Private, to try what other kernels and cuts take.
+struct PlanByHand {
+  std::string kernel;  // "depthwise_nhwc"; empty: the plan's
+  std::map<std::string, int64_t> cut;
+};
+const PlanByHand* plan_by_hand();
+const PlanByHand* set_plan_by_hand(const PlanByHand*);  // returns the former one
+
 }  // namespace sepconv

@@ -38,7 +38,7 @@ Plan depthwise_nhwc(Map map, const ConvShape& s, DType dtype, const Device& devi
   // more than that one after the other. So problems that leave multiprocessors without work are cut into single rows,
   // and into single channels where that is clearly less.
   const Tuning& tuned = device.tuning();
-  const double busy = tuned.nhwc_busy(s.R);
+  const double busy = tuned.nhwc_busy(s.R, s.stride_h);
   const int64_t shared = map == Map::forward ? s.R / s.stride_h : s.R;
   const bool pairs = whole_vectors(s, 2, dtype, alignment);
   double least = std::numeric_limits<double>::max();
