@@ -84,6 +84,7 @@ PRODUCTS = (
     Case("product_c136_k40", 1, 136, 13, 21, 40, 1, 1, bias=True),
     Case("product_c64_k128", 2, 64, 16, 16, 128, 1, 1),
     Case("product_c72_k136", 1, 72, 9, 15, 136, 1, 1),
+    Case("product_65_pixels", 1, 8, 5, 13, 16, 1, 1),  # grad_weight: a part of one pixel
     Case("product_c8_k8_one_pixel", 5, 8, 1, 1, 8, 1, 1, bias=True),
     Case("product_stride2", 2, 16, 21, 19, 72, 1, 1, stride=(2, 2), bias=True),
 )
