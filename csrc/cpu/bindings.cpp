@@ -1,6 +1,6 @@
 // The CPU dispatch key: what convolve.h has to know of this device.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <atomic>

@@ -4,8 +4,9 @@
 // Nothing here synchronises, copies between host and device, or keeps memory between calls, so CUDA graphs capture
 // every call; scratch memory comes from the caching allocator and goes back to it when the call returns, in stream
 // order.
-#include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

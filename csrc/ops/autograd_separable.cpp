@@ -8,7 +8,7 @@
 // The forward pass keeps its inputs, and its output where act_p' is read off it. The backward pass computes again what
 // lies between the stages (h, or u where act_d' needs that), or finds it kept where save_intermediate asked for it;
 // both have the same bits. For a derivative of the derivative, everything between is computed by differentiable calls.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <array>

@@ -4,7 +4,7 @@
 //
 // and the gradients of the filters are those of the two depthwise convolutions that it fuses. So derivatives of every
 // order follow.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

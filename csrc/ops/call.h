@@ -1,7 +1,8 @@
 // One call of one of the three maps: its operands, checked, and what a plan may ask to be done to them.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <array>
 #include <optional>

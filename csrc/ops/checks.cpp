@@ -1,6 +1,7 @@
 #include "ops/checks.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <algorithm>
 #include <array>
@@ -95,11 +96,12 @@ void check_weight_rank(const char* name, size_t rank, bool sequence) {
 // A tensor may outlive its memory: FSDP and offloading free it by resizing the storage.
 void check_storage(const char* name, const Tensor& t) {
   if (t.numel() == 0) return;
+  const IntArrayRef sizes = t.sizes(), strides = t.strides();  // taken once: Tensor::size(dim) checks at every call
   int64_t last = t.storage_offset();
-  for (int64_t dim = 0; dim < t.dim(); ++dim) last += (t.size(dim) - 1) * t.stride(dim);
+  for (size_t dim = 0; dim < sizes.size(); ++dim) last += (sizes[dim] - 1) * strides[dim];
   const size_t needed = static_cast<size_t>(last + 1) * t.element_size(), bytes = t.storage().nbytes();
-  TORCH_CHECK(needed <= bytes, name, " of size ", t.sizes(), " and strides ", t.strides(), " needs a storage of ",
-              needed, " bytes, but its storage has ", bytes);
+  TORCH_CHECK(needed <= bytes, name, " of size ", sizes, " and strides ", strides, " needs a storage of ", needed,
+              " bytes, but its storage has ", bytes);
 }
 
 void check_tensor(const char* name, const Tensor& t, const Tensor& reference, const char* reference_name) {

@@ -25,7 +25,8 @@
 //   plan_separable, run_separable, spatial_kernel, run_spatial: the same for the fused ops
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>

@@ -1,7 +1,7 @@
 // A call whose padding or dilation reaches far beyond the image, as a smaller one (core/overlap.h).
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <array>
 

@@ -1,6 +1,7 @@
 #include "ops/inverted_residual.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/hardsigmoid.h>
 #include <torch/library.h>
 
 #include <array>

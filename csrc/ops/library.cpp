@@ -8,8 +8,11 @@
 //   activation         a name of activation.h
 //   padding_mode       a name of padding_mode.h
 #define USE_NUMPY 1  // as in functional.cpp: both compile the inline functions of torch's parser
-#include <torch/extension.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include "core/activation.h"
 #include "core/explain.h"

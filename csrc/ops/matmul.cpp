@@ -1,6 +1,12 @@
 #include "ops/matmul.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_addmm_activation.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 
 #include "core/operand_layout.h"
 #include "ops/aten_route.h"

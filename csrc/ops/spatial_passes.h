@@ -2,7 +2,7 @@
 // is called where no kernel fuses them.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <array>
 

@@ -1,5 +1,6 @@
 // Programs as torch sees them: the schema, the CPU dispatch key, and what Python asks of the networks that are kept.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/utils/pybind.h>

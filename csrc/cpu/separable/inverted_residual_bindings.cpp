@@ -1,6 +1,7 @@
 // The op inverted_residual on the CPU (ops/inverted_residual.h): the kernel of inverted_residual.h for float32 images
 // whose channels are dense, else calls of conv2d.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "cpu/pointwise/product.h"

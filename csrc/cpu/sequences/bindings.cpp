@@ -1,5 +1,7 @@
 // The causal ops on the CPU (ops/causal.h).
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "cpu/sequences/causal.h"
