@@ -18,12 +18,12 @@ RECORD = ptx.HERE / "counts.json"
 
 
 def _layer(
-    map: str, dtype: str, layout: str, N: int, C: int, size: int, kernel: int, stride: int = 1, **rest: object
+    map: str, dtype: str, layout: str, N: int, C: int, size: int, R: int, stride: int = 1, **rest: object
 ) -> list[str]:
-    pad = kernel // 2
+    pad = R // 2
     values = {
-        "map": map, "dtype": dtype, "layout": layout, "N": N, "C": C, "H": size, "W": size, "K": C, "R": kernel,
-        "S": kernel, "groups": C, "stride": f"{stride},{stride}", "padding": f"{pad},{pad},{pad},{pad}",
+        "map": map, "dtype": dtype, "layout": layout, "N": N, "C": C, "H": size, "W": size, "K": C, "R": R,
+        "S": R, "groups": C, "stride": f"{stride},{stride}", "padding": f"{pad},{pad},{pad},{pad}",
         "multiprocessors": 1,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in (values | rest).items()]
@@ -72,7 +72,7 @@ LAYERS: dict[str, dict[str, list[str]]] = {
     "depthwise_large_grad_weight sum_partials": {"k13 28x28": _layer("grad_weight", "float32", PLANES, 1, 2, 28, 13)},
     "depthwise_direct": {"k9 14x14": _layer("forward", "float64", LAST, 1, 16, 14, 9)},
     "pointwise_mma": {
-        "64 to 64 14x14": _layer("forward", "float16", LAST, 1, 64, 14, 1, groups=1),
+        "64 to 64 14x14": _layer("forward", "float16", LAST, 1, 64, 14, 1, groups=1, kernel="pointwise_mma"),
         "64 to 64 14x14 planes": _layer("forward", "float16", PLANES, 1, 64, 14, 1, groups=1),
     },
     "pointwise_nhwc_mma": {

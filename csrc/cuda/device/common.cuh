@@ -252,8 +252,8 @@ __device__ __forceinline__ void activate_unrolled(acc_t<T> (&v)[kN]) {
 }
 
 // Applies a to all values of a thread, which stay in registers and become elements of type T. The cheap activations are
-// unrolled; the others are long, so their code stands once for four values, and the values pass under it like beads on
-// a string.
+// unrolled; the others are long, so their code stands once for two or four values, which pass under it like beads on a
+// string.
 template <typename T, int kN>
 __device__ __forceinline__ void activate_all(Activation a, acc_t<T> (&v)[kN]) {
   switch (a) {
@@ -267,7 +267,8 @@ __device__ __forceinline__ void activate_all(Activation a, acc_t<T> (&v)[kN]) {
       break;
     default: break;
   }
-  constexpr int kChunk = kN % 4 == 0 ? 4 : (kN % 2 == 0 ? 2 : 1);
+  constexpr int kMost = sizeof(T) == 2 && kN > 16 ? 2 : 4;  // four fast ones beside 32 sums spill in nchw_mma
+  constexpr int kChunk = kN % kMost == 0 ? kMost : (kN % 2 == 0 ? 2 : 1);
 #pragma unroll 1
   for (int pass = 0; pass < kN / kChunk; ++pass) {
     acc_t<T> done[kChunk];
