@@ -16,6 +16,7 @@ What the model does not have: loads that are waited for in a block's middle, wha
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 import re
@@ -200,26 +201,26 @@ def predict_launch(gpu: Gpu, counted: Counted, blocks: int, memory_scale: float)
 # ---- layers on the machine
 
 
+def _module(path: str, what: str) -> Any:
+    """A module below tests/, or the reason why it cannot run here as a SystemExit."""
+    folder, name = path.split("/")
+    sys.path.insert(0, str(TESTS / folder))
+    module = importlib.import_module(name)
+    if reason := module.why_not():
+        raise SystemExit(f"{what}: {reason}")
+    return module
+
+
 @functools.cache
-def emulate():
+def emulate() -> Any:
     """tests/emulator/emulate.py: the plan, compiled alone."""
-    sys.path.insert(0, str(TESTS / "emulator"))
-    import emulate
-
-    if reason := emulate.why_not():
-        raise SystemExit(f"the plan is asked in a program of its own: {reason}")
-    return emulate
+    return _module("emulator/emulate", "the plan is asked in a program of its own")
 
 
 @functools.cache
-def machine():
-    """tests/ptx/ptx.py, or the reason why it cannot run here as a SystemExit."""
-    sys.path.insert(0, str(TESTS / "ptx"))
-    import ptx
-
-    if reason := ptx.why_not():
-        raise SystemExit(f"--predict executes the kernels' PTX: {reason}")
-    return ptx
+def machine() -> Any:
+    """tests/ptx/ptx.py."""
+    return _module("ptx/ptx", "--predict executes the kernels' PTX")
 
 
 def arguments_of(layer: layers.Layer, map: str, dtype: str, layout: str, batch: int) -> dict[str, object]:
