@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+from harness import random
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import emulate
 
 from benchmarks import __main__ as command
 from benchmarks import layers, predict, sweep
-from sepconv_ext import _C
+from sepconv_ext import _C, functional
 
 pytestmark = pytest.mark.skipif(emulate.why_not() is not None, reason=str(emulate.why_not()))
 
@@ -135,9 +139,23 @@ def test_a_fit_makes_the_choices_faster(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_run_plan_needs_a_gpu_part() -> None:
     if _C.build_info()["cuda"]:
-        pytest.skip("this build has one: test_the_plan_by_hand_on_a_gpu")
+        pytest.skip("this build has one: test_a_plan_by_hand")
     with pytest.raises(RuntimeError, match=r"no CUDA part.*depthwise_nhwc"):
         _C.run_plan("depthwise_nhwc", {"rows": 7}, lambda: None)
+
+
+@pytest.mark.cuda
+def test_a_plan_by_hand() -> None:
+    """The kernel that is named runs instead of the plan's, and the result is the same convolution."""
+    x = random((2, 64, 14, 14), torch.float16, "cuda", "channels_last", seed=1)
+    w = random((64, 1, 7, 7), torch.float16, "cuda", seed=2)
+    _C.reset_kernel_counts()
+    y = _C.run_plan("depthwise_nhwc", {"rows": 3}, lambda: functional.conv2d(x, w, None, 1, 3, 1, 64))
+    assert _C.kernel_counts() == {"cuda_depthwise_nhwc": 1}
+    exact = F.conv2d(x.double(), w.double(), None, 1, 3, 1, 64)
+    torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=1e-3 * exact.abs().max().item())
+    with pytest.raises(RuntimeError, match="'warp'"):
+        _C.run_plan("depthwise_nhwc", {"warp": 1}, lambda: functional.conv2d(x, w, None, 1, 3, 1, 64))
 
 
 def test_the_committed_sweeps_are_read() -> None:
