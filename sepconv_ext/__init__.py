@@ -10,8 +10,9 @@ except ImportError as error:
         "sources, `pip install --no-build-isolation -e .` builds it (docs/install.md)."
     ) from error
 
-# The ops' Python half (fake kernels, flop formulas, shardings) registers itself on import; the rest is the public face.
-from . import _sharding, causal_conv1d, factorize, functional, nn, ops, packed, program  # noqa: F401
+# The ops' Python half (fake kernels, flop formulas, shardings, decompositions) registers itself on import; the rest is
+# the public face.
+from . import _sharding, causal_conv1d, decompositions, factorize, functional, nn, ops, packed, program  # noqa: F401
 from .convert import convert_, revert_
 from .cost import cost
 from .functional import explain
@@ -23,6 +24,7 @@ __all__ = [
     "causal_conv1d",
     "convert_",
     "cost",
+    "decompositions",
     "explain",
     "factorize",
     "freeze",

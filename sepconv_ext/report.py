@@ -12,7 +12,7 @@ __all__ = ["Entry", "Report"]
 # What finds no convolution, without a word, in a model whose convolutions are of other classes and ops than torch's.
 _NOTE = (
     "revert_(model) comes before tools that go by the class nn.Conv2d or the op aten.conv2d: quantisation (eager, FX, "
-    "PT2E), fuse_modules, FLOP counters by class, initialisation by type(m), torch.jit.script, ONNX."
+    "PT2E), fuse_modules, FLOP counters by class, initialisation by type(m), torch.jit.script, ONNX without dynamo."
 )
 _COLUMNS = ("outcome", "family", "count", "modules")
 _COST_COLUMNS = ("cost", "before", "after")

@@ -1,4 +1,4 @@
-"""Converted models where models go: several processes, compilers, export, ONNX, mixed precision, CUDA graphs.
+"""Converted models where models go: several processes, compilers, export, mixed precision, CUDA graphs.
 
 Run as a program, this file is one process of the distributed test.
 """
@@ -9,7 +9,6 @@ import copy
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import only_our_kernels, random
-from sepconv_ext import convert_, revert_
+from sepconv_ext import convert_
 from sepconv_ext.nn import SeparableConv2d
 
 WORLD = 2
@@ -230,27 +229,6 @@ def test_compile_of_a_real_network(_fresh_dynamo) -> None:
     with torch.no_grad():
         y = torch.compile(model, backend="eager", fullgraph=True)(x)
         torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
-
-
-def test_onnx_through_revert(x: Tensor, tmp_path: Path) -> None:
-    """ONNX knows none of our ops: a copy that is reverted is exported, with the weights as they are trained."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")
-    pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is an extra")
-    model = nn.Sequential(*list(network().children())[:12], nn.AdaptiveAvgPool2d(1)).eval()
-    convert_(model)
-    with torch.no_grad():
-        expected = model(x)
-    plain = copy.deepcopy(model)
-    assert revert_(plain) == 4
-    path = tmp_path / "model.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(plain, (x,), path, dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-4, atol=1e-4)
-    with torch.no_grad(), only_our_kernels(at_least=3):
-        model(x)  # the model itself is still converted
 
 
 # --- mixed precision ---

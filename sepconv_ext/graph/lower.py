@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import functional
+from ..decompositions import ACTIVATIONS
 from . import nodes
 from .actions import NCHW, NHWC, size_of
 from .capture import Program, Uncapturable
@@ -30,16 +31,6 @@ aten, ours = torch.ops.aten, torch.ops.sepconv_ext
 _ANY_LAYOUT = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 # Their results lie as their input does.
 _SLICES = (aten.slice.Tensor, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem)
-_ACTIVATIONS = {
-    "relu": (aten.relu.default,),
-    "relu6": (aten.hardtanh.default, 0.0, 6.0),
-    "leaky_relu": (aten.leaky_relu.default,),
-    "gelu": (aten.gelu.default,),
-    "silu": (aten.silu.default,),
-    "hardswish": (aten.hardswish.default,),
-    "sigmoid": (aten.sigmoid.default,),
-    "tanh": (aten.tanh.default,),
-}
 # These may write their result where their first argument was, if nobody reads that any more.
 _IN_PLACE = {
     getattr(aten, name).default: getattr(aten, name + "_").default
@@ -167,7 +158,7 @@ class _Lowering:
     def _activate(self, input: fx.Node, activation: str) -> fx.Node:
         if activation == "identity":
             return input
-        op, *more = _ACTIVATIONS[activation]
+        op, *more = ACTIVATIONS[activation]
         result = self._call(op, input, *more)
         self.values[result] = self.values.get(input)
         if input in self.channels_last:
