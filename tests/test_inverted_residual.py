@@ -40,7 +40,8 @@ class Block(NamedTuple):
 
 
 # One channel, one row, one pixel; vectors, panels and blocks of pixels not full; strides and paddings of every kind;
-# taps and steps without a kernel of their own; bands, rings that wrap, more than one part of the channels; nothing.
+# taps and steps without a kernel of their own; bands, rings that wrap, more than one part of the channels, and of the
+# vectors that go together; images beyond the second-level cache; nothing.
 BLOCKS = (
     Block("plain", 2, 24, 14, 14, 96, 24, residual=True),
     Block("awkward", 3, 3, 19, 7, 58, 5, activations=("silu", "gelu", "hardswish")),
@@ -75,10 +76,14 @@ BLOCKS = (
     Block("separable", 2, 40, 13, 15, 40, 24, expands=False, activations=("relu", "relu", "relu")),
     Block("bands", 1, 16, 56, 56, 96, 24),
     Block("bands_stride", 1, 16, 60, 61, 144, 24, (5, 5), (2, 2), (2, 2)),
+    Block("many_channels", 1, 24, 5, 18, 530, 24),
+    Block("far", 1, 40, 61, 67, 40, 24, expands=False),
+    Block("far_stride", 2, 72, 47, 53, 72, 40, (5, 5), (2, 2), (2, 2), expands=False),
     Block("gate", 2, 24, 9, 10, 72, 40, M=6, activations=("silu", "silu", "identity"), residual=False),
     Block("gate_pixels", 1, 24, 5, 5, 72, 40, (5, 5), padding=(2, 2), M=18),
     Block("gate_hard", 3, 17, 7, 6, 70, 17, M=5, squeeze=("relu", "hardsigmoid"), residual=True),
     Block("gate_separable", 1, 32, 30, 31, 32, 16, M=8, expands=False),
+    Block("gate_many_channels", 1, 8, 5, 18, 530, 8, M=4, residual=True),
     Block("gate_bands", 1, 16, 80, 70, 80, 24, stride=(2, 2), M=4),
     Block("gate_one_pixel", 2, 8, 1, 1, 20, 8, M=3, residual=True, bias=False),
     Block("empty", 0, 8, 5, 5, 24, 8, M=4, residual=True),

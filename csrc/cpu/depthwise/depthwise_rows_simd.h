@@ -2,11 +2,12 @@
 // packed once (depthwise_rows.h). Like simd.h, read once for each instruction set by the files that need it, after
 // product_simd.h: hence no include guard and no include.
 //
-// Loop-to-data map. Lanes are neighbouring channels. For each vector of channels the loops go: output row, block of
-// neighbouring output columns, kernel row. The sums of a block stay in registers while the taps pass; an input vector
-// is loaded once for each kernel row and feeds every sum that sees it. Going down the rows, a vector finds all but the
-// newest input rows in the first-level cache; the band of rows is expected in the second-level one. Rows and columns
-// outside the image are skipped: nothing is padded or copied.
+// Loop-to-data map. Lanes are neighbouring channels. The loops go: some vectors of channels, output row, block of
+// neighbouring output columns, vector of channels, kernel row. The sums of a block stay in registers while the taps
+// pass; an input vector is loaded once for each kernel row and feeds every sum that sees it. A single vector, going
+// down the rows, finds all but the newest input rows in the first-level cache; many read the same pixels in the order
+// of memory. The band of rows is expected in the second-level cache. Rows and columns outside the image are skipped:
+// nothing is padded or copied.
 //
 // Of groups every lane's sum takes the channels of its own group, one after another: from the vector itself, whose
 // lanes are moved, where several groups share it (kGroup channels each); by broadcasts where a group is as wide as
@@ -17,6 +18,9 @@
 inline constexpr int kWide = 0;          // instead of a number of channels
 inline constexpr int kRowPixels = 7;     // sums of a block: 7 divides 7, 14, 28, 56 and 112
 inline constexpr int kNarrowPixels = 4;  // where fewer columns are left
+// Vectors of channels that pass over a block of columns one after another. A vector of half a cache line would else
+// bring each line twice, and the lines of one vector share few of the first-level cache's sets. Weights of 18 KiB.
+inline constexpr int kVectorsTogether = SEPCONV_ISA_LEVEL == 2 ? 1 : 64;
 
 struct DepthwiseRows {
   const float* x;  // the image, or a ring that holds its row h at h % ring
@@ -234,15 +238,17 @@ inline void fetch_next_row(const DepthwiseRows& d, int64_t c, int64_t row, int64
   }
 }
 
-// Output rows [p0, p1) of the vector of channels from c on.
+// Output rows [p0, p1) of some vectors of channels from c on, one after another in each block of columns.
 template <int kTaps, int kStride, bool kWhole, int kGroup>
-void rows_of_vector(const DepthwiseRows& d, int64_t c, int lanes, int64_t p0, int64_t p1) {
+void rows_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, int lanes, int64_t p0, int64_t p1) {
+  constexpr int64_t L = kLanes<float>;
   const DepthwiseShape& s = *d.shape;
   RowPart b;
   b.lanes = lanes;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t row = p * s.stride_h - s.pad_h;
-    Vector<float> total{};
+    Vector<float> totals[kVectorsTogether];
+    for (int v = 0; v < vectors; ++v) totals[v] = Vector<float>{};
     for (int64_t next = 0; next < s.Q;) {
       const int64_t left = s.Q - next;
       const bool wide = left > kNarrowPixels;
@@ -253,32 +259,38 @@ void rows_of_vector(const DepthwiseRows& d, int64_t c, int lanes, int64_t p0, in
       next = q + b.count;
       const int64_t column = q * s.stride_w - s.pad_w;
       b.from = -column, b.to = s.W - column;
-      float* const y = d.y + p * d.y_row + q * d.y_pixel + c;
-      if (d.far) fetch_next_row(d, c, row, column, b.count * s.stride_w);
       const bool inside = b.from <= 0 && b.to >= (kRowPixels - 1) * kStride + kTaps;
-      if (!wide) {
-        row_block<kTaps, kStride, kNarrowPixels, false, kWhole, kGroup>(d, c, row, column, b, y, total);
-      } else if (kTaps > 0 && kWhole && inside) {
-        row_block<kTaps, kStride, kRowPixels, kTaps != 0, kWhole, kGroup>(d, c, row, column, b, y, total);
-      } else {
-        row_block<kTaps, kStride, kRowPixels, false, kWhole, kGroup>(d, c, row, column, b, y, total);
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = c + v * L;
+        float* const y = d.y + p * d.y_row + q * d.y_pixel + at;
+        if (d.far && at % kDepthwiseLanes == 0) fetch_next_row(d, at, row, column, b.count * s.stride_w);
+        if (!wide) {
+          row_block<kTaps, kStride, kNarrowPixels, false, kWhole, kGroup>(d, at, row, column, b, y, totals[v]);
+        } else if (kTaps > 0 && kWhole && inside) {
+          row_block<kTaps, kStride, kRowPixels, kTaps != 0, kWhole, kGroup>(d, at, row, column, b, y, totals[v]);
+        } else {
+          row_block<kTaps, kStride, kRowPixels, false, kWhole, kGroup>(d, at, row, column, b, y, totals[v]);
+        }
       }
     }
-    if (d.sums != nullptr) store_first(d.sums + c, load_lanes<kWhole>(d.sums + c, lanes) + total, lanes);
+    for (int v = 0; d.sums != nullptr && v < vectors; ++v) {
+      float* const sums = d.sums + c + v * L;
+      store_first(sums, load_lanes<kWhole>(sums, lanes) + totals[v], lanes);
+    }
   }
 }
 
-using RowsOfVector = void (*)(const DepthwiseRows&, int64_t, int, int64_t, int64_t);
+using RowsOfVectors = void (*)(const DepthwiseRows&, int64_t, int, int, int64_t, int64_t);
 
 template <bool kWhole, int kGroup>
-RowsOfVector grouped_function(const DepthwiseShape& s) {
-  if (s.dilation_w == 1 && s.S == 3 && s.stride_w == 1) return rows_of_vector<3, 1, kWhole, kGroup>;
-  if (s.dilation_w == 1 && s.S == 3 && s.stride_w == 2) return rows_of_vector<3, 2, kWhole, kGroup>;
-  return rows_of_vector<0, 0, kWhole, kGroup>;
+RowsOfVectors grouped_function(const DepthwiseShape& s) {
+  if (s.dilation_w == 1 && s.S == 3 && s.stride_w == 1) return rows_of_vectors<3, 1, kWhole, kGroup>;
+  if (s.dilation_w == 1 && s.S == 3 && s.stride_w == 2) return rows_of_vectors<3, 2, kWhole, kGroup>;
+  return rows_of_vectors<0, 0, kWhole, kGroup>;
 }
 
 template <bool kWhole>
-RowsOfVector rows_function(const DepthwiseShape& s) {
+RowsOfVectors rows_function(const DepthwiseShape& s) {
   constexpr int L = kLanes<float>;
   if (s.group >= L) return grouped_function<true, kWide>(s);  // whole vectors, all of them
   if (L > 2 && s.group == 2) return grouped_function<kWhole, 2>(s);
@@ -286,22 +298,27 @@ RowsOfVector rows_function(const DepthwiseShape& s) {
   if (L > 8 && s.group == 8) return grouped_function<kWhole, (L > 8 ? 8 : kWide)>(s);
   if (s.dilation_w == 1) {
     switch (s.S * 2 + s.stride_w) {
-      case 7: return rows_of_vector<3, 1, kWhole, 1>;
-      case 8: return rows_of_vector<3, 2, kWhole, 1>;
-      case 11: return rows_of_vector<5, 1, kWhole, 1>;
-      case 12: return rows_of_vector<5, 2, kWhole, 1>;
-      case 15: return rows_of_vector<7, 1, kWhole, 1>;
+      case 7: return rows_of_vectors<3, 1, kWhole, 1>;
+      case 8: return rows_of_vectors<3, 2, kWhole, 1>;
+      case 11: return rows_of_vectors<5, 1, kWhole, 1>;
+      case 12: return rows_of_vectors<5, 2, kWhole, 1>;
+      case 15: return rows_of_vectors<7, 1, kWhole, 1>;
       default: break;
     }
   }
-  return rows_of_vector<0, 0, kWhole, 1>;
+  return rows_of_vectors<0, 0, kWhole, 1>;
 }
 
 // Output rows [p0, p1) of all channels.
 inline void depthwise_rows(const DepthwiseRows& d, int64_t p0, int64_t p1) {
-  constexpr int L = kLanes<float>;
-  const RowsOfVector whole = rows_function<true>(*d.shape);
+  constexpr int64_t L = kLanes<float>;
+  const RowsOfVectors whole = rows_function<true>(*d.shape);
+  const int64_t most = d.shape->group == 1 ? kVectorsTogether : 1;  // weights of groups are larger
   int64_t c = 0;
-  for (; c + L <= d.channels; c += L) whole(d, c, L, p0, p1);
-  if (c < d.channels) rows_function<false> (*d.shape)(d, c, static_cast<int>(d.channels - c), p0, p1);
+  while (c + L <= d.channels) {
+    const int vectors = static_cast<int>(std::min(most, (d.channels - c) / L));
+    whole(d, c, vectors, L, p0, p1);
+    c += vectors * L;
+  }
+  if (c < d.channels) rows_function<false> (*d.shape)(d, c, 1, static_cast<int>(d.channels - c), p0, p1);
 }

@@ -144,7 +144,7 @@ struct PixelRows {
     const float* next = end < last && p.x_grid.even(begin, end) ? p.x + p.x_grid.offset(end) : nullptr;
     const Outputs y = outputs(begin);
     const Panels w{p.packed, p.C};
-    multiply_pixels(x, w, y, end - begin, part.begin, part.end, next);
+    multiply_pixels(x, w, y, end - begin, part.begin, part.end, next_pixels(x, w, next, end - begin));
   }
 
   void operator()(int64_t task) const {

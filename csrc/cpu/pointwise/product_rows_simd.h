@@ -15,30 +15,49 @@ inline int64_t block_pixels(int64_t C, int64_t K, int64_t pixels) {
   return std::max<int64_t>(4 * kRows, kNearPixels / (C * int64_t{sizeof(float)}));
 }
 
-// One block: pixels [0, pixels), outputs [begin, end). `next`: where the pixels of the next block lie, or null. A block
-// of few pixels that meets all of a near weight fetches those, a share with each panel; other blocks the next panels.
+// What is fetched beside a block's terms: some floats from an address on, a line with each term or few; or nothing.
+struct Fetched {
+  const float* from = nullptr;
+  int64_t count = 0;
+  // The lines of part `part` of `parts`.
+  Fetched share(int64_t part, int64_t parts) const {
+    const int64_t lines = ceil_div(count, kPanelColumns), begin = lines * part / parts;
+    return {from + begin * kPanelColumns, (lines * (part + 1) / parts - begin) * kPanelColumns};
+  }
+};
+
+// One block: pixels [0, pixels), outputs [begin, end). A block of few pixels that meets all of a near weight fetches
+// `next`, where that is something, a share with each panel; other blocks the next panels.
 inline void multiply_pixels(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t begin,
-                            int64_t end, const float* next = nullptr) {
+                            int64_t end, const Fetched& next = {}) {
   const Pieces pieces(pixels, kRows);
-  const int64_t step = columns_of(pixels), lines = ceil_div(pixels * x.row, kPanelColumns);
-  const bool fetches_pixels = next != nullptr && pieces.count == 1 && x.term == 1 && x.row < 2 * w.terms;
+  const int64_t step = columns_of(pixels);
+  const bool fetches_next = next.from != nullptr && pieces.count == 1;
   for (int64_t k = begin; k < end; k += step) {
-    const int64_t columns = std::min(step, end - k), share = lines * (k - begin) / (end - begin) * kPanelColumns;
+    const int64_t columns = std::min(step, end - k);
     for (int64_t piece = 0; piece < pieces.count; ++piece) {
       const int64_t i = pieces.begin(piece);
-      const Panels panels =
-          fetches_pixels ? w.from(k).before(next + share) : w.from(k).before(step, piece, pieces.count);
+      const Panels panels = fetches_next ? w.from(k).before(next.share(k - begin, end - begin).from)
+                                         : w.from(k).before(step, piece, pieces.count);
       multiply(x.from(i), panels, y.from(i, k), pieces.begin(piece + 1) - i, columns);
     }
   }
 }
 
-// Pixels [0, pixels) in blocks, outputs [0, K).
-inline void multiply_all(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t K) {
-  const Pieces blocks(pixels, block_pixels(w.terms, K, pixels));
+// The pixels from `next` on, where they are worth fetching.
+inline Fetched next_pixels(const Factors& x, const Panels& w, const float* next, int64_t pixels) {
+  return next != nullptr && x.term == 1 && x.row < 2 * w.terms ? Fetched{next, pixels * x.row} : Fetched{};
+}
+
+// Pixels [0, pixels) in blocks, outputs [0, K). `far`: what is fetched instead of the next block's pixels, in small
+// blocks, so that the weight has to be near.
+inline void multiply_all(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t K,
+                         const Fetched& far = {}) {
+  const Pieces blocks(pixels, far.from != nullptr ? kRows : block_pixels(w.terms, K, pixels));
   for (int64_t i = 0; i < blocks.count; ++i) {
     const int64_t first = blocks.begin(i), after = blocks.begin(i + 1);
     const float* next = after < pixels ? x.from(after).data : nullptr;
-    multiply_pixels(x.from(first), w, y.from(first, 0), after - first, 0, K, next);
+    const Fetched fetched = far.from != nullptr ? far.share(i, blocks.count) : next_pixels(x, w, next, after - first);
+    multiply_pixels(x.from(first), w, y.from(first, 0), after - first, 0, K, fetched);
   }
 }

@@ -38,9 +38,10 @@ void inverted_residual_forward(const InvertedResidualShape& shape, const Inverte
 
 #include "cpu/depthwise/depthwise_rows_simd.h"
 
-inline constexpr int64_t kBandBytes = 384
-                                      << 10;  // of the ring and the band of d: half of a cache of 1 MiB is the rest's
-inline constexpr int64_t kChannelStep = 32;   // tasks have whole panels, two of them with the widest vectors
+// Of the ring and the band of d: half of a second-level cache, 1 MiB with AVX-512 and 512 KiB without, is the rest's.
+inline constexpr int64_t kBandBytes = (SEPCONV_ISA_LEVEL == 2 ? 384 : 256) << 10;
+inline constexpr int64_t kFarImage = 512 << 10;   // bytes of an image that is not in the second-level cache
+inline constexpr int64_t kChannelStep = 32;       // tasks have whole panels, two of them with the widest vectors
 inline constexpr int64_t kMostExpandedTwice = 8;  // one row in so many, or else threads share channels
 
 // Numbers from one pixel to the next in scratch memory: an odd number of cache lines, to spread over the cache's sets.
@@ -57,7 +58,8 @@ struct Block {
       : s(shape), m(memory), first(part.begin), channels(part.end - part.begin), pitch(pitch_of(channels)) {
     const DepthwiseShape& d = s.depthwise;
     const int64_t row = pitch * int64_t{sizeof(float)}, step = std::min(d.stride_h, reach());
-    const int64_t each = d.Q * row + (expands() ? step * d.W * row : 0);
+    const int64_t x_rows = step * d.W * m.x_pixel * int64_t{sizeof(float)};  // that an output row needs
+    const int64_t each = d.Q * row + (expands() ? step * d.W * row : fetches() ? x_rows : 0);
     const int64_t before = expands() ? (reach() - step) * d.W * row : 0;
     const Pieces bands(most_rows, std::clamp<int64_t>((kBandBytes - before) / each, 1, most_rows));
     band = ceil_div(most_rows, bands.count);
@@ -65,6 +67,13 @@ struct Block {
   }
 
   bool expands() const { return m.expand != nullptr; }
+  int64_t image_bytes() const { return s.depthwise.H * s.depthwise.W * s.C * int64_t{sizeof(float)}; }
+  // Whether the rows of x that a band needs are fetched while the one before it is projected: from beyond the near
+  // caches, where the depthwise convolution would wait for them. Such a band is small enough for its rows of x, too.
+  bool fetches() const {
+    const int64_t weight = s.E * s.K * int64_t{sizeof(float)};
+    return SEPCONV_ISA_LEVEL != 2 && !expands() && image_bytes() > kFarImage && weight <= kNearWeight;
+  }
   int64_t reach() const { return (s.depthwise.R - 1) * s.depthwise.dilation_h + 1; }
   int64_t ring_floats() const { return expands() ? ring * s.depthwise.W * pitch : 0; }
   int64_t band_floats() const { return band * s.depthwise.Q * pitch; }
@@ -94,7 +103,7 @@ struct Block {
     } else {
       rows.ring = shape.H, rows.x_row = W * m.x_pixel, rows.x_pixel = m.x_pixel;
       rows.x = m.x + n * shape.H * rows.x_row + first;
-      rows.far = shape.H * W * s.C * int64_t{sizeof(float)} > kNearImage;
+      rows.far = image_bytes() > kNearImage && !fetches();
     }
     rows.y = d, rows.y_row = shape.Q * d_pitch, rows.y_pixel = d_pitch;
     rows.packed = m.depthwise + first * shape.R * shape.S * shape.group;
@@ -103,6 +112,16 @@ struct Block {
     rows.activation = m.depthwise_epilogue.activation;
     rows.sums = sums, rows.channels = channels;
     return rows;
+  }
+
+  // The rows of x that output rows from p on are the first to need.
+  Fetched next_rows(int64_t n, int64_t p) const {
+    const DepthwiseShape& d = s.depthwise;
+    if (!fetches() || p == d.P) return {};
+    const int64_t row = d.W * m.x_pixel, before = (p - 1) * d.stride_h - d.pad_h + reach();
+    const int64_t first = std::clamp<int64_t>(before, 0, d.H), count = std::min(band * d.stride_h, d.H - first);
+    if (count <= 0) return {};
+    return {m.x + (n * d.H + first) * row, count * row};
   }
 
   // Calls after(p, end) when the output rows [p, end) of d are done: for bands that make up [p0, p1).
@@ -137,7 +156,7 @@ struct ProjectBand {
     Outputs y{m.y + pixel * m.y_pixel, m.y_pixel};
     if (m.residual != nullptr) y.residual = m.residual + pixel * m.residual_pixel, y.residual_row = m.residual_pixel;
     y.column_bias = static_cast<const float*>(m.project_epilogue.bias), y.activation = m.project_epilogue.activation;
-    multiply_all({d, b.pitch, 1}, {m.project, b.s.E}, y, (end - p) * Q, K);
+    multiply_all({d, b.pitch, 1}, {m.project, b.s.E}, y, (end - p) * Q, K, b.next_rows(n, end));
   }
 };
 
