@@ -97,6 +97,13 @@ CONVOLUTIONS = {  # kernel, stride, dilation, (top, bottom, left, right)
     "stem": ((3, 3), (2, 2), (1, 1), (1, 2, 0, 2)),
     "patch": ((4, 4), (4, 4), (1, 1), (2, 1, 2, 2)),
     "wide": ((1, 5), (1, 3), (1, 2), (0, 2, 4, 4)),
+    # Taps that see padding alone: all but one, but one row's, but one row's and some columns', all of them; and with
+    # the one that is left inside the image.
+    "one_tap": ((3, 3), (1, 1), (40, 40), (40, 40, 40, 40)),
+    "one_row": ((3, 3), (1, 1), (40, 2), (40, 40, 2, 2)),
+    "some_taps": ((3, 5), (2, 3), (40, 30), (40, 40, 60, 60)),
+    "no_tap": ((2, 2), (1, 1), (90, 90), (45, 45, 45, 45)),
+    "inside": ((3, 3), (1, 1), (41, 41), (40, 43, 40, 44)),
 }
 
 

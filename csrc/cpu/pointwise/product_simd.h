@@ -50,16 +50,19 @@ struct Panels {
   // few pixels passes over a weight that lies in memory far away once, and waits for it where it is not asked for
   // early; one of many pixels passes over them once.
   int64_t ahead = 0;
-  Panels from(int64_t j) const { return {data + j / kPanelColumns * kPanelColumns * terms + j % kPanelColumns, terms}; }
+  int64_t stored = 0;  // terms of a panel in memory, where those are more than `terms`; else 0
+
+  int64_t distance() const { return kPanelColumns * (stored > 0 ? stored : terms); }  // from panel to panel
+  Panels from(int64_t j) const { return {data + j / kPanelColumns * distance() + j % kPanelColumns, terms, 0, stored}; }
   // The same, of which piece `piece` of `pieces` fetches its share of the next `columns`, or a part of it.
   Panels before(int64_t columns, int64_t piece, int64_t pieces) const {
-    const int64_t lines = ceil_div(columns, kPanelColumns) * terms;
-    return {data, terms, (lines + lines * piece / pieces) * kPanelColumns};
+    const int64_t panels = ceil_div(columns, kPanelColumns), lines = panels * terms;
+    return {data, terms, panels * distance() + lines * piece / pieces * kPanelColumns, stored};
   }
   // The same, which fetches what lies at `next`, a line with each term.
   Panels before(const float* next) const {
     const intptr_t bytes = reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(data);
-    return {data, terms, bytes / static_cast<intptr_t>(sizeof(float))};
+    return {data, terms, bytes / static_cast<intptr_t>(sizeof(float)), stored};
   }
 };
 
@@ -267,7 +270,7 @@ __attribute__((noinline)) void add_terms(Vector<float>* block, const float* colu
 // multiply_block() where the factors' terms follow each other.
 template <int kI, int kV>
 void multiply_dense(const Factors& factors, const Panels& panels, const Outputs& out, int rest) {
-  const int64_t panel = kPanelColumns * panels.terms;
+  const int64_t panel = panels.distance();
   const float *columns = panels.data, *fetched = columns + panels.ahead;
   Vector<float> sums[kI][kV], before[kI][kV];  // the latter of the chains that are done
   begin_sums(sums, out, rest);
@@ -299,7 +302,7 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
   constexpr int L = kLanes<float>, kStarts = (kI + 2) / 3;
   Vector<float> sums[kI][kV];
   begin_sums(sums, out, rest);
-  const int64_t row = factors.row, term = factors.term, panel = kPanelColumns * panels.terms, ahead = panels.ahead;
+  const int64_t row = factors.row, term = factors.term, panel = panels.distance(), ahead = panels.ahead;
   const float *starts[kStarts], *columns = panels.data;
 #pragma GCC unroll 5
   for (int i = 0; i < kStarts; ++i) starts[i] = factors.data + 3 * i * row;

@@ -4,7 +4,8 @@
 // S pixels is R runs of S * C neighbouring numbers (R * S runs of C where the columns are dilated). A task has a band
 // of output rows of one image, or some of its output channels: for each panel of the weight the band's rows, for each
 // row blocks of pixels. Where the image has no padding and dense channels, its windows are read in place; else the rows
-// that a band sees are first copied, with zeros around them.
+// that a band sees are first copied, with zeros around them. Taps that see nothing but zeros at all pixels, as where a
+// dilation is as large as the image, are left out.
 //
 // Floor: R * S * C multiply-adds an output at the rate of the registers.
 #ifndef SEPCONV_KERNELS
@@ -76,19 +77,31 @@ inline void interleave_planes(const float* from, int64_t channel, int64_t pixels
   interleave<3>(from + i, 1, channel, pixels - i, to);
 }
 
+// Of `taps` taps along one dimension those that see the image at all: [begin, end), one at least.
+struct SeenTaps {
+  int64_t begin = 0, end;
+  SeenTaps(int64_t taps, int64_t dilation, int64_t pad, int64_t stride, int64_t size, int64_t outputs) : end(taps) {
+    const int64_t last = (outputs - 1) * stride - pad;  // where the last output's first tap is
+    while (end - begin > 1 && last + begin * dilation < 0) ++begin;
+    while (end - begin > 1 && (end - 1) * dilation - pad >= size) --end;
+  }
+};
+
 struct Windows {
   const WindowsCall& call;
-  const ConvShape& s;
+  ConvShape s;  // with the seen taps alone, so that a padding may be less than zero
+  Panels w;
   bool in_place;
   int64_t pitch, columns;  // of a copied row, in numbers and in pixels
   int64_t band, bands, output_parts;
   std::vector<int64_t> jumps;
 
-  explicit Windows(const WindowsCall& c) : call(c), s(c.shape) {
+  explicit Windows(const WindowsCall& c) : call(c), s(c.shape), w{c.packed, s.R * s.S * s.C} {
+    leave_out_taps();
     const int64_t reach_w = (s.S - 1) * s.dilation_w + 1, reach_h = (s.R - 1) * s.dilation_h + 1;
-    const bool inside = s.pad_h == 0 && s.pad_w == 0 && (s.P - 1) * s.stride_h + reach_h <= s.H &&
-                        (s.Q - 1) * s.stride_w + reach_w <= s.W;
-    in_place = inside && s.x.c == 1 && (s.x.w == s.C || (s.S == 1 && s.C == 1));
+    const bool inside = s.pad_h <= 0 && s.pad_w <= 0 && (s.P - 1) * s.stride_h - s.pad_h + reach_h <= s.H &&
+                        (s.Q - 1) * s.stride_w - s.pad_w + reach_w <= s.W;
+    in_place = inside && s.x.c == 1 && (s.x.w == s.C || s.S == 1);
     columns = (s.Q - 1) * s.stride_w + reach_w;
     pitch = in_place ? s.x.h : columns * s.C;
     for (int64_t r = 0; r < s.R; ++r) {
@@ -105,16 +118,31 @@ struct Windows {
 
   int64_t tasks() const { return s.N * bands * output_parts; }
 
+  // Rows of taps; and columns where one row is left, whose terms follow each other in a panel.
+  void leave_out_taps() {
+    const SeenTaps rows(s.R, s.dilation_h, s.pad_h, s.stride_h, s.H, s.P);
+    w.stored = w.terms, w.data += rows.begin * s.S * s.C * kPanelColumns;
+    s.R = rows.end - rows.begin, s.pad_h -= rows.begin * s.dilation_h;
+    if (s.R == 1) {
+      const SeenTaps columns(s.S, s.dilation_w, s.pad_w, s.stride_w, s.W, s.Q);
+      w.data += columns.begin * s.C * kPanelColumns;
+      s.S = columns.end - columns.begin, s.pad_w -= columns.begin * s.dilation_w;
+    }
+    w.terms = s.R * s.S * s.C;
+  }
+
   // Input row `row` of an image, which may be outside, with zeros beside it.
   void copy_row(const float* image, int64_t row, float* to) const {
     if (row < 0 || row >= s.H) {
       std::fill_n(to, pitch, 0.0f);
       return;
     }
-    const int64_t first = std::min(s.pad_w, columns), last = std::min(s.pad_w + s.W, columns), pixels = last - first;
+    const int64_t skipped = std::max<int64_t>(-s.pad_w, 0);  // of the image's columns
+    const int64_t first = std::clamp<int64_t>(s.pad_w, 0, columns), last = std::clamp(s.pad_w + s.W, first, columns);
+    const int64_t pixels = last - first;
     std::fill_n(to, first * s.C, 0.0f);
     std::fill_n(to + last * s.C, (columns - last) * s.C, 0.0f);
-    const float* from = image + row * s.x.h;
+    const float* from = image + row * s.x.h + skipped * s.x.w;
     to += first * s.C;
     if (s.x.c == 1 && s.x.w == s.C) {
       std::memcpy(to, from, pixels * s.C * sizeof(float));
@@ -138,8 +166,10 @@ struct Windows {
     const float* image = call.x + n * s.x.n;
     const int64_t top = rows.begin * s.stride_h - s.pad_h;
     ThreadScratch scratch(ScratchUse::pixels);
-    Factors windows{image + top * pitch, s.stride_w * s.C, 1};
-    windows.jumps = jumps.data(), windows.run = s.dilation_w > 1 ? s.C : s.S * s.C;
+    const int64_t pixel_step = in_place ? s.x.w : s.C;
+    Factors windows{image + top * pitch - s.pad_w * pixel_step, s.stride_w * pixel_step, 1};
+    windows.run = s.dilation_w > 1 ? s.C : s.S * s.C;
+    if (windows.run < w.terms) windows.jumps = jumps.data();
     if (!in_place) {
       const int64_t seen = (rows.end - rows.begin - 1) * s.stride_h + (s.R - 1) * s.dilation_h + 1;
       float* const copy = scratch.take(seen * pitch);
@@ -152,7 +182,6 @@ struct Windows {
       y.residual = call.residual.data + pixel * residual_pitch, y.residual_row = residual_pitch;
     }
     y.column_bias = static_cast<const float*>(call.epilogue.bias), y.activation = call.epilogue.activation;
-    const Panels w{call.packed, s.R * s.S * s.C};
     const Pieces pieces(s.Q, kRows);
     const int64_t step = columns_of(std::min<int64_t>(s.Q, kRows));
     for (int64_t k = part.begin; k < part.end; k += step) {

@@ -69,10 +69,11 @@ struct Block {
   bool expands() const { return m.expand != nullptr; }
   int64_t image_bytes() const { return s.depthwise.H * s.depthwise.W * s.C * int64_t{sizeof(float)}; }
   // Whether the rows of x that a band needs are fetched while the one before it is projected: from beyond the near
-  // caches, where the depthwise convolution would wait for them. Such a band is small enough for its rows of x, too.
+  // caches, where the depthwise convolution would wait for them. Such a band is small enough for its rows of x, too,
+  // and all of the weight is read for each few pixels.
   bool fetches() const {
     const int64_t weight = s.E * s.K * int64_t{sizeof(float)};
-    return SEPCONV_ISA_LEVEL != 2 && !expands() && image_bytes() > kFarImage && weight <= kNearWeight;
+    return SEPCONV_ISA_LEVEL != 2 && !expands() && image_bytes() > kFarImage && weight <= kNearWeight / 2;
   }
   int64_t reach() const { return (s.depthwise.R - 1) * s.depthwise.dilation_h + 1; }
   int64_t ring_floats() const { return expands() ? ring * s.depthwise.W * pitch : 0; }
