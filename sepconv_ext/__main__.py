@@ -1,4 +1,7 @@
-"""`python -m sepconv_ext info`: what this build is and what it runs on. Never needs a GPU."""
+"""`python -m sepconv_ext info`: what this build is, what it runs on, and whether it computes right. Needs no GPU.
+
+The block is to be pasted into bug reports.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 import sepconv_ext
+from sepconv_ext import selfcheck
 
 Facts = dict[str, dict[str, str]]
 
@@ -24,6 +28,15 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    """Of NVIDIA's GPUs, as the kernel module says."""
+    try:
+        with open("/proc/driver/nvidia/version") as lines:
+            return next(lines).partition(":")[2].strip()
+    except (OSError, StopIteration):
+        return "none"
 
 
 def _cuda_devices() -> dict[str, str]:
@@ -49,6 +62,10 @@ def facts() -> Facts:
             "sepconv_ext": sepconv_ext.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "torch's CUDA": torch.version.cuda or "none",
+            "NVIDIA driver": _driver(),
+            "C library": " ".join(platform.libc_ver()).strip() or "unknown",
+            "system": platform.platform(),
         },
         "build": {
             "compiler": build["compiler"],
@@ -91,17 +108,31 @@ def show(sections: Facts) -> None:
     Console().print(table, highlight=False, soft_wrap=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+CHECK = "check: one call of each kernel family against its reference"
+
+
+def checks() -> tuple[dict[str, str], bool]:
+    """What the checks found, by family, and whether all of them passed."""
+    outcomes = list(selfcheck.run(cuda=sepconv_ext.has_cuda() and torch.cuda.is_available()))
+    found = {o.name: f"{'ok' if o.passed else 'WRONG'}: {o.text}" for o in outcomes}
+    return found, all(o.passed for o in outcomes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sepconv_ext", description=sepconv_ext.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="version, build, architectures, instruction sets and devices")
+    info = commands.add_parser(
+        "info", help="versions, build, devices, and a check of each kernel family; 1 if one fails"
+    )
     info.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(arguments)
+    found, passed = checks()
     if options.json:
-        print(json.dumps(facts(), indent=2))
+        print(json.dumps({**facts(), "check": found}, indent=2))
     else:
-        show(facts())
+        show({**facts(), CHECK: found})
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

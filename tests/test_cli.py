@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import sepconv_ext
+from harness import only_our_kernels
 from sepconv_ext import __main__ as cli
+from sepconv_ext import selfcheck
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -31,6 +33,7 @@ def test_json() -> None:
     facts = json.loads(result.stdout)
     build = sepconv_ext._C.build_info()
     assert facts["versions"]["sepconv_ext"] == sepconv_ext.__version__
+    assert {"torch's CUDA", "NVIDIA driver", "C library", "system"} <= set(facts["versions"])
     assert facts["build"]["CPU instruction sets"] == ", ".join(build["cpu_isas"])
     assert facts["build"]["CUDA kernels"].startswith("yes" if build["cuda"] else "no")
     assert "baseline kernels" in facts["running"]["cpu"]
@@ -48,6 +51,27 @@ def test_plain_text_says_the_same_as_the_table(capsys: pytest.CaptureFixture, mo
         for name, value in section.items():
             assert name in plain and value in plain
             assert name in table and value in table
+
+
+def test_it_checks_each_family_and_fails_for_a_wrong_one(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    """Each by a kernel of this package; a reference that says something else is an error of the command."""
+    with only_our_kernels(at_least=len(selfcheck._FAMILIES)):
+        assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["check"]
+    assert len(found) >= len(selfcheck._FAMILIES) >= 11
+    assert all(text.startswith("ok: ") and "no kernel" not in text for text in found.values()), found
+
+    def wrong(device: str) -> tuple:
+        return torch.ones(3), torch.tensor([1.0, 1.0, 1.001]).double()
+
+    def fails(device: str) -> tuple:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(selfcheck, "_FAMILIES", {"depthwise": wrong, "pointwise": fails})
+    assert cli.main(["info", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["check"]
+    assert found["depthwise, cpu"].startswith("WRONG: ")
+    assert found["pointwise, cpu"] == "WRONG: RuntimeError: no such kernel"
 
 
 def test_no_command_is_an_error() -> None:
