@@ -32,6 +32,7 @@ void depthwise_nchw_blocked_grad_input(const ConvShape& s, DType dtype, const vo
 }  // namespace sepconv::cpu
 #else
 
+#include "cpu/simd/activate_simd.h"
 #include "cpu/simd/scratch_simd.h"
 #include "cpu/simd/transpose_simd.h"
 
@@ -72,8 +73,9 @@ void correlate(const CorrelateArgs& a, const Reach& rows) {
         for (int i = 0; i < kCount; ++i) sums[i] += load(x + i * kStep * kLane) * tap;
       }
     }
+    activate_sums<float>(a.activation, sums);
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) store(out + i * a.out_step, activate_lanes<float>(a.activation, sums[i]));
+    for (int i = 0; i < kCount; ++i) store(out + i * a.out_step, sums[i]);
   }
 }
 

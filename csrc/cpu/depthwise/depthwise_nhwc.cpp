@@ -14,11 +14,40 @@
 // the filter.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/depthwise/depthwise_nhwc.cpp"
+#include "cpu/depthwise/depthwise_nhwc.h"
+
 #include <numeric>
 
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
+
+template <typename T>
+NhwcKernel<T>::NhwcKernel(int64_t C, int64_t S, int64_t stride, int64_t dilation) {
+  SEPCONV_BEST_ISA(choose_functions<T>)(*this, C, S, stride, dilation);
+}
+
+template <typename T>
+void correlate(const Correlation<T>& k, const NhwcKernel<T>& kernel, int64_t p0, int64_t p1) {
+  SEPCONV_BEST_ISA(correlate_rows<T>)(k, kernel, p0, p1);
+}
+
+template <typename T>
+Correlation<T> forward_correlation(const ConvShape& shape, const T* x, const T* w, const Epilogue& epilogue,
+                                   const ChannelGroups& groups, std::vector<accumulate_t<T>>& packed, T* y) {
+  return SEPCONV_BEST_ISA(forward_of<T>)(shape, x, w, epilogue, groups, packed, y);
+}
+
+#define SEPCONV_NHWC(T)                                                                              \
+  template struct NhwcKernel<T>;                                                                     \
+  template void correlate(const Correlation<T>&, const NhwcKernel<T>&, int64_t, int64_t);            \
+  template Correlation<T> forward_correlation(const ConvShape&, const T*, const T*, const Epilogue&, \
+                                              const ChannelGroups&, std::vector<accumulate_t<T>>&, T*);
+SEPCONV_NHWC(float)
+SEPCONV_NHWC(double)
+SEPCONV_NHWC(float16)
+SEPCONV_NHWC(bfloat16)
+#undef SEPCONV_NHWC
 
 void depthwise_nhwc_forward(const ConvShape& shape, DType dtype, const void* x, const void* w, const Epilogue& epilogue,
                             void* y) {
@@ -33,6 +62,8 @@ void depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* 
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/depthwise/depthwise_nhwc_correlate.h"
 
@@ -54,7 +85,7 @@ struct ForwardTask {
     Correlation<T> k = image0;
     k.x += n * shape.x.n;
     k.y += n * shape.y.n;
-    correlate(k, kernel, k.P * strip / strips, k.P * (strip + 1) / strips);
+    correlate_rows(k, kernel, k.P * strip / strips, k.P * (strip + 1) / strips);
   }
 };
 
@@ -63,7 +94,7 @@ void forward_typed(const ConvShape& shape, const T* x, const T* w, const Epilogu
   using A = accumulate_t<T>;
   const NhwcKernel<T> kernel(shape.C, shape.S, shape.stride_w, shape.dilation_w);
   std::vector<A> packed;
-  const Correlation<T> k = forward_correlation(shape, x, w, epilogue, kernel.groups, packed, y);
+  const Correlation<T> k = forward_of(shape, x, w, epilogue, kernel.groups, packed, y);
   const int64_t strips = strips_per_image(shape.N, shape.P);
   parallel(shape.N * strips, ForwardTask<T>{k, kernel, shape, strips});
 }
@@ -105,8 +136,8 @@ struct GradInputTask {
         // Rows i of the phase: those with h <= i * stride_h + f < the group's end.
         const int64_t f = static_cast<int64_t>(phase) / columns;
         const int64_t end = std::min(h + group, h1);
-        correlate(k, kernels[phase], (h - f + shape.stride_h - 1) / shape.stride_h,
-                  (end - f + shape.stride_h - 1) / shape.stride_h);
+        correlate_rows(k, kernels[phase], (h - f + shape.stride_h - 1) / shape.stride_h,
+                       (end - f + shape.stride_h - 1) / shape.stride_h);
       }
     }
   }
@@ -116,7 +147,7 @@ template <typename T>
 void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* grad_x) {
   using A = accumulate_t<T>;
   const int64_t C = shape.C;
-  const int64_t padded = C + 2 * kVectors * kLanes<A>;  // no less than ChannelGroups::padded()
+  const int64_t padded = C + 2 * kWidest<T>;  // no less than ChannelGroups::padded()
   std::vector<A> packed(padded * shape.R * shape.S), zeros(padded);
   A* next = packed.data();
   std::vector<Correlation<T>> phases;

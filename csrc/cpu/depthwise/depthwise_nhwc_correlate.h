@@ -1,73 +1,15 @@
-// The correlation that the kernels of depthwise_nhwc.cpp are made of, for one image. Read by that file once for each
-// instruction set, inside its namespace (see foreach_isa.h): hence no include guard and no include.
+// The correlation of depthwise_nhwc.h, for one image. Read by depthwise_nhwc.cpp once for each instruction set, inside
+// its namespace (see foreach_isa.h): hence no include guard and no include.
 
 inline constexpr int kMaxTaps = 7;  // taps of a kernel row that share one pass over the input vectors
 inline constexpr int kWide = 7;     // output columns of a block: 7 sums, 7 taps and a value fill 15 of 16 registers,
 inline constexpr int kNarrow = 4;   // and 7 divides the widths 7, 14, 28, 56, 112
 inline constexpr int kVectors =
-    SEPCONV_ISA_LEVEL == 2 ? 2 : 1;             // channel vectors of a block; AVX-512 has the registers for two
+    SEPCONV_ISA_LEVEL == 2 ? 2 : 1;  // channel vectors of a block; AVX-512 has the registers for two
+template <typename T>
+inline constexpr int64_t kWidest = kVectors * kLanes<accumulate_t<T>>;
 inline constexpr int64_t kRowGroup = 8;         // output rows that a block of columns goes down before the next block
 inline constexpr int64_t kL1Bytes = 32 * 1024;  // of input that a block keeps in use
-
-//   y[p, q] = activation(bias + sum over r, s of
-//                        w[r, s] * x[p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w])
-//
-// for all channels. Rows and pixels lie apart as the strides say (x_row, x_pixel, y_row, y_pixel, in elements), and
-// those of x may also be one and the same (0); the pads may be negative.
-template <typename T>
-struct Correlation {
-  using A = accumulate_t<T>;
-  const T* x;     // [H, W, C]
-  T* y;           // [P, Q, C]
-  const A* w;     // [channel groups, R, S, group], see pack()
-  const A* bias;  // [channel groups, group]
-  Activation activation = Activation::identity;
-  int64_t C, H, W, P, Q, R, S;
-  int64_t x_row, x_pixel, y_row, y_pixel;
-  int64_t stride_h = 1, stride_w = 1, pad_h, pad_w, dilation_h = 1, dilation_w = 1;
-};
-
-// The channels that a block function takes at a time: `width` of them, one or two vectors. The last group overlaps
-// the one before it, so that only C < kLanes needs partial vectors.
-struct ChannelGroups {
-  int64_t channels, width;
-  int64_t count() const { return (channels + width - 1) / width; }
-  int64_t padded() const { return count() * width; }
-  int64_t first(int64_t group) const { return std::max<int64_t>(std::min(group * width, channels - width), 0); }
-};
-
-// The part of a correlation that one call of a block function computes: output rows [p0, p1), columns from q (`count`
-// of them are stored), channel groups [v0, v1), and of the filter the taps from s0 on, as many as the function is
-// made for. Where the kernel row is longer than that, `partial` [p1 - p0, v1 - v0, columns, width] carries the sums
-// from call to call.
-template <typename A>
-struct NhwcBlock {
-  int64_t p0, p1, q, v0, v1;
-  int count;
-  int64_t s0 = 0;
-  bool last = true;
-  A* partial = nullptr;
-  int64_t x_ahead = 0, y_ahead = 0;  // from this block's memory to the next block's, in elements
-};
-
-template <Activation kActivation, typename A>
-SEPCONV_INLINE void activate_each(A* values, int count) {
-  for (int i = 0; i < count; i += kLanes<A>) store(values + i, activate_lanes<A>(kActivation, load(values + i)));
-}
-
-// Code of its own for each activation, chosen once for all values.
-template <typename A, int... kIndex>
-SEPCONV_INLINE void activate_each_by_name(Activation activation, A* values, int count,
-                                          std::integer_sequence<int, kIndex...>) {
-  ((static_cast<int>(activation) == kIndex ? activate_each<static_cast<Activation>(kIndex)>(values, count) : void()),
-   ...);
-}
-
-template <typename A>
-__attribute__((noinline)) void activate_array(Activation activation, A* values, int count) {
-  if (activation == Activation::identity) return;
-  activate_each_by_name(activation, values, count, std::make_integer_sequence<int, kActivationCount>{});
-}
 
 // kTaps taps of one kernel row, for kQ sums. x is at the column of tap 0 of sum 0; only its columns [from, to) exist.
 template <typename T, int kTaps, int kStride, int kV, int kQ, bool kGuarded>
@@ -234,61 +176,52 @@ void block_generic(const Correlation<T>& k, const NhwcBlock<accumulate_t<T>>& b)
   }
 }
 
-// The block functions for a correlation. A kernel row longer than kMaxTaps takes several passes, of `taps` or taps -
-// 1 taps.
+// The block functions of one or two vectors of channels.
+template <typename T, int kTaps, int kStride>
+typename NhwcKernel<T>::Functions functions_of(int64_t width) {
+  if (width == kWidest<T>) {
+    return {block<T, kTaps, kStride, kVectors, kWide, false>, block<T, kTaps, kStride, kVectors, kWide, true>,
+            block<T, kTaps, kStride, kVectors, kNarrow, true>};
+  }
+  return {block<T, kTaps, kStride, 1, kWide, true>, block<T, kTaps, kStride, 1, kWide, true>,
+          block<T, kTaps, kStride, 1, kNarrow, true>};
+}
+
 template <typename T>
-struct NhwcKernel {
-  using Function = void (*)(const Correlation<T>&, const NhwcBlock<accumulate_t<T>>&);
-  struct Functions {
-    Function wide = nullptr, wide_guarded = nullptr, narrow = nullptr;
-  };
-  static constexpr int64_t kWidth = kVectors * kLanes<accumulate_t<T>>;
-  Functions longer, shorter;  // for passes of `taps`, and of one tap less
-  int64_t passes = 1, taps = 0;
-  ChannelGroups groups;
+typename NhwcKernel<T>::Functions functions_of(int64_t taps, int64_t stride, int64_t width) {
+  switch (taps * 2 + stride) {
+    case 3: return functions_of<T, 1, 1>(width);
+    case 5: return functions_of<T, 2, 1>(width);
+    case 7: return functions_of<T, 3, 1>(width);
+    case 9: return functions_of<T, 4, 1>(width);
+    case 11: return functions_of<T, 5, 1>(width);
+    case 13: return functions_of<T, 6, 1>(width);
+    case 15: return functions_of<T, 7, 1>(width);
+    case 8: return functions_of<T, 3, 2>(width);
+    case 12: return functions_of<T, 5, 2>(width);
+    case 16: return functions_of<T, 7, 2>(width);
+    default: return {};
+  }
+}
 
-  NhwcKernel(int64_t C, int64_t S, int64_t stride, int64_t dilation)
-      : groups{C, C >= kWidth ? kWidth : kLanes<accumulate_t<T>>} {
-    if (C >= groups.width && (dilation == 1 || S == 1) && S > 0 && stride <= 2) {
-      passes = (S + kMaxTaps - 1) / kMaxTaps;
-      taps = (S + passes - 1) / passes;
-      longer = functions(taps, stride), shorter = functions(taps - 1, stride);
-      if (taps * passes != S && shorter.wide == nullptr) longer = {};
-    }
-    if (generic()) groups.width = kLanes<accumulate_t<T>>, passes = 1, taps = 0;
+template <typename T>
+void choose_functions(NhwcKernel<T>& kernel, int64_t C, int64_t S, int64_t stride, int64_t dilation) {
+  constexpr int64_t kVector = kLanes<accumulate_t<T>>;
+  kernel.groups = {C, C >= kWidest<T> ? kWidest<T> : kVector};
+  const int64_t width = kernel.groups.width;
+  if (C >= width && (dilation == 1 || S == 1) && S > 0 && stride <= 2) {
+    kernel.passes = (S + kMaxTaps - 1) / kMaxTaps;
+    kernel.taps = (S + kernel.passes - 1) / kernel.passes;
+    kernel.longer = functions_of<T>(kernel.taps, stride, width);
+    kernel.shorter = functions_of<T>(kernel.taps - 1, stride, width);
+    if (kernel.taps * kernel.passes != S && kernel.shorter.wide == nullptr) kernel.longer = {};
   }
-  bool generic() const { return longer.wide == nullptr; }
-
- private:
-  template <int kTaps, int kStride>
-  Functions make() const {
-    if (groups.width == kWidth) {
-      return {block<T, kTaps, kStride, kVectors, kWide, false>, block<T, kTaps, kStride, kVectors, kWide, true>,
-              block<T, kTaps, kStride, kVectors, kNarrow, true>};
-    }
-    return {block<T, kTaps, kStride, 1, kWide, true>, block<T, kTaps, kStride, 1, kWide, true>,
-            block<T, kTaps, kStride, 1, kNarrow, true>};
-  }
-  Functions functions(int64_t taps, int64_t stride) const {
-    switch (taps * 2 + stride) {
-      case 3: return make<1, 1>();
-      case 5: return make<2, 1>();
-      case 7: return make<3, 1>();
-      case 9: return make<4, 1>();
-      case 11: return make<5, 1>();
-      case 13: return make<6, 1>();
-      case 15: return make<7, 1>();
-      case 8: return make<3, 2>();
-      case 12: return make<5, 2>();
-      case 16: return make<7, 2>();
-      default: return {};
-    }
-  }
-};
+  if (kernel.generic()) kernel.groups.width = kVector, kernel.passes = 1, kernel.taps = 0;
+}
 
 // Output rows [p0, p1).
 template <typename T>
-void correlate(const Correlation<T>& k, const NhwcKernel<T>& kernel, int64_t p0, int64_t p1) {
+void correlate_rows(const Correlation<T>& k, const NhwcKernel<T>& kernel, int64_t p0, int64_t p1) {
   using A = accumulate_t<T>;
   const int64_t groups = kernel.groups.count(), width = kernel.groups.width;
   const int64_t bytes = k.R * ((kWide - 1) * k.stride_w + kernel.taps) * sizeof(T) + k.R * kernel.taps * sizeof(A);
@@ -358,10 +291,9 @@ void pack(const ConvShape& shape, const T* w, const ChannelGroups& groups, int64
   }
 }
 
-// The forward convolution of the first image. `packed` comes to hold the weight and the bias that it refers to.
 template <typename T>
-Correlation<T> forward_correlation(const ConvShape& shape, const T* x, const T* w, const Epilogue& epilogue,
-                                   const ChannelGroups& groups, std::vector<accumulate_t<T>>& packed, T* y) {
+Correlation<T> forward_of(const ConvShape& shape, const T* x, const T* w, const Epilogue& epilogue,
+                          const ChannelGroups& groups, std::vector<accumulate_t<T>>& packed, T* y) {
   const int64_t weights = groups.padded() * shape.R * shape.S;
   packed.assign(weights + groups.padded(), 0);
   pack(shape, w, groups, 0, 1, shape.R, 0, 1, shape.S, packed.data());

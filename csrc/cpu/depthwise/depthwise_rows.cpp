@@ -47,6 +47,10 @@ void depthwise_rows_forward(int64_t N, int64_t C, const DepthwiseShape& shape, P
   SEPCONV_BEST_ISA(run)(call);
 }
 
+void depthwise_rows(const DepthwiseRows& rows, int64_t p0, int64_t p1) {
+  SEPCONV_BEST_ISA(rows_of_channels)(rows, p0, p1);
+}
+
 }  // namespace sepconv::cpu
 #else
 
@@ -81,7 +85,7 @@ struct RowsTask {
     rows.far = s.H * s.W * call.C * int64_t{sizeof(float)} > kNearImage;
     const int64_t row = s.stride_h * s.W * rows.channels * int64_t{sizeof(float)};
     const int64_t band = std::max<int64_t>(2, kNearBytes / row);
-    for (int64_t p = strip.begin; p < strip.end; p += band) depthwise_rows(rows, p, std::min(p + band, strip.end));
+    for (int64_t p = strip.begin; p < strip.end; p += band) rows_of_channels(rows, p, std::min(p + band, strip.end));
   }
 };
 

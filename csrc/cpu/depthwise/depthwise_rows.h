@@ -35,4 +35,24 @@ void depthwise_pack(int64_t C, int64_t R, int64_t S, const float* w, const Strid
 void depthwise_rows_forward(int64_t N, int64_t C, const DepthwiseShape&, Pixels x, const float* packed, const Epilogue&,
                             Written y, float* sums = nullptr);
 
+// Some channels of one image, for kernels that have a depthwise stage.
+struct DepthwiseRows {
+  const float* x;  // the image, or a ring that holds its row h at h % ring
+  int64_t ring;    // rows; of an image at least H
+  int64_t x_row, x_pixel;
+  float* y;  // its row 0
+  int64_t y_row, y_pixel;
+  const float* packed;  // [ceil(channels / kDepthwiseLanes)][R][S][group][kDepthwiseLanes]
+  const float* bias;    // [channels], or null
+  Activation activation;
+  float* sums;  // [channels], to which each row's sum of activated outputs is added; or null
+  int64_t channels;
+  const DepthwiseShape* shape;
+  bool far = false;  // x is larger than a near cache: the rows that come next are fetched
+};
+inline constexpr int64_t kNearImage = 256 << 10;  // bytes of an image that is not far
+
+// Output rows [p0, p1), by the calling thread.
+void depthwise_rows(const DepthwiseRows&, int64_t p0, int64_t p1);
+
 }  // namespace sepconv::cpu

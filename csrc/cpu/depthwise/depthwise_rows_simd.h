@@ -22,22 +22,6 @@ inline constexpr int kNarrowPixels = 4;  // where fewer columns are left
 // bring each line twice, and the lines of one vector share few of the first-level cache's sets. Weights of 18 KiB.
 inline constexpr int kVectorsTogether = SEPCONV_ISA_LEVEL == 2 ? 1 : 64;
 
-struct DepthwiseRows {
-  const float* x;  // the image, or a ring that holds its row h at h % ring
-  int64_t ring;    // rows; of an image at least H
-  int64_t x_row, x_pixel;
-  float* y;  // its row 0
-  int64_t y_row, y_pixel;
-  const float* packed;  // [ceil(channels / kDepthwiseLanes)][R][S][group][kDepthwiseLanes]
-  const float* bias;    // [channels], or null
-  Activation activation;
-  float* sums;  // [channels], to which each row's sum of activated outputs is added; or null
-  int64_t channels;
-  const DepthwiseShape* shape;
-  bool far = false;  // x is larger than a near cache: the rows that come next are fetched
-};
-inline constexpr int64_t kNearImage = 256 << 10;  // bytes of an image that is not far
-
 // Sums [0, count) of a block are stored, and those from `fresh` on are new to the row. Of the input columns, counted
 // from that of tap 0 of sum 0, only [from, to) exist.
 struct RowPart {
@@ -310,7 +294,7 @@ RowsOfVectors rows_function(const DepthwiseShape& s) {
 }
 
 // Output rows [p0, p1) of all channels.
-inline void depthwise_rows(const DepthwiseRows& d, int64_t p0, int64_t p1) {
+inline void rows_of_channels(const DepthwiseRows& d, int64_t p0, int64_t p1) {
   constexpr int64_t L = kLanes<float>;
   const RowsOfVectors whole = rows_function<true>(*d.shape);
   const int64_t most = d.shape->group == 1 ? kVectorsTogether : 1;  // weights of groups are larger

@@ -80,6 +80,8 @@ void grouped_planes_grad_input(const ConvShape& s, DType dtype, const void* grad
 }  // namespace sepconv::cpu
 #else
 
+#include "cpu/simd/activate_simd.h"
+
 #include "cpu/grouped/grouped_planes_simd.h"
 
 #include "cpu/grouped/grouped_planes_rows.h"

@@ -128,8 +128,9 @@ SEPCONV_INLINE void lone_row(const RowBlock<A>& b, const A* in_row, const A* con
       }
     }
   }
+  activate_sums<A>(b.activation, sums);
 #pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) store(out + q + i * kCount, activate_lanes<A>(b.activation, sums[i]));
+  for (int i = 0; i < kVectors; ++i) store(out + q + i * kCount, sums[i]);
 }
 
 // kRows output rows.
@@ -186,10 +187,7 @@ void row_block(const RowBlock<A>& b, const A* in_rows, const A* const* rows, int
         }
       }
     }
-    if (b.activation != Activation::identity) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) sums[i] = activate_lanes<A>(b.activation, sums[i]);
-    }
+    activate_sums<A>(b.activation, sums);
     A* out = out_rows + q;
     if (columns - q >= kCount) {
 #pragma GCC unroll 8

@@ -36,8 +36,6 @@ void inverted_residual_forward(const InvertedResidualShape& shape, const Inverte
 
 #include "cpu/pointwise/product_rows_simd.h"
 
-#include "cpu/depthwise/depthwise_rows_simd.h"
-
 // Of the ring and the band of d: half of a second-level cache, 1 MiB with AVX-512 and 512 KiB without, is the rest's.
 inline constexpr int64_t kBandBytes = (SEPCONV_ISA_LEVEL == 2 ? 384 : 256) << 10;
 inline constexpr int64_t kFarImage = 512 << 10;   // bytes of an image that is not in the second-level cache

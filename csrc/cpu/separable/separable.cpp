@@ -18,6 +18,8 @@
 #define SEPCONV_KERNELS "cpu/separable/separable.cpp"
 #include <numeric>
 
+#include "cpu/depthwise/depthwise_nhwc.h"
+
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -30,7 +32,8 @@ void separable_forward(const SeparableShape& shape, DType dtype, const Separable
 }  // namespace sepconv::cpu
 #else
 
-#include "cpu/depthwise/depthwise_nhwc_correlate.h"
+#include "cpu/simd/activate_simd.h"
+
 #include "cpu/separable/separable_planes.h"
 #include "cpu/separable/separable_product.h"
 

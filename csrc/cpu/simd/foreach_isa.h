@@ -37,6 +37,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "cpu/simd/storage.h"
 
 #define SEPCONV_INLINE inline __attribute__((always_inline))
 
@@ -45,29 +46,6 @@ namespace sepconv::cpu {
 // Bytes of a call's input and output, up to which they are expected in some cache: fetching ahead costs more than it
 // brings.
 inline constexpr int64_t kNearBytes = 10 << 20;
-
-// Storage types of 16 bits; arithmetic happens in float.
-struct float16 {
-  uint16_t bits;
-};
-struct bfloat16 {
-  uint16_t bits;
-};
-
-// The type that sums are kept in.
-template <typename T>
-using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Calls body(T{}) with the storage type of the dtype.
-template <typename Body>
-void with_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::float32: return body(float{});
-    case DType::float64: return body(double{});
-    case DType::float16: return body(float16{});
-    case DType::bfloat16: return body(bfloat16{});
-  }
-}
 
 // parallel_tasks() for a functor: calls body(i) for every i in [0, tasks), in any order, on any thread.
 template <typename Body>
@@ -81,6 +59,10 @@ void parallel(int64_t tasks, const Body& body) {
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are never passed by value across a call (see above)
 
 #define SEPCONV_ISA_LEVEL 0
+#if defined(__x86_64__) && !defined(__clang__)  // for processors of before 2013: right, and soon compiled
+#pragma GCC push_options
+#pragma GCC optimize("O1")
+#endif
 namespace sepconv::cpu::baseline {
 namespace {
 inline constexpr int kVectorBytes = 16;
@@ -88,6 +70,9 @@ inline constexpr int kVectorBytes = 16;
 #include SEPCONV_KERNELS
 }  // namespace
 }  // namespace sepconv::cpu::baseline
+#if defined(__x86_64__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 #undef SEPCONV_ISA_LEVEL
 
 #if defined(__x86_64__)
