@@ -171,6 +171,19 @@ EXPECTED = {
         ("HMMA.16816.F32", "LDSM.16.MT88", "LDGSTS.64"),
     ),
     "pointwise_nhwc_mma": ("pointwise_nhwc_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.128", "STG.128")),
+    "grouped_nhwc_mma": ("grouped_nhwc_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.128", "STG.128")),
+    "grouped_nhwc_mma_stride2": (
+        "grouped_nhwc_mma_stride2",
+        HALVES,
+        {},
+        ("HMMA.16816.F32", "LDSM", "LDGSTS.128", "STG.128"),
+    ),
+    "grouped_nhwc_mma_grad_weight": (
+        "grouped_nhwc_mma_grad_weight",
+        HALVES,
+        {},
+        ("HMMA.16816.F32", "LDSM.16.MT88", "LDGSTS.128"),
+    ),
     "pointwise_mma": ("pointwise_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM", "LDGSTS.128")),
     "separable_mma": ("separable_mma", HALVES, {}, ("HMMA.16816.F32", "LDSM")),
 }

@@ -722,16 +722,58 @@ def test_groups_are_torchs_where_it_has_tensor_cores_and_these_have_none(map: st
     for dtype in ("float16", "bfloat16"):
         for groups, layout, name in (
             (64, "channels_last", "cuda_grouped"),
-            (32, "channels_last", "aten"),
+            (32, "channels_last", "cuda_grouped_nhwc_mma"),
             (32, "contiguous", "cuda_grouped"),
             (4, "contiguous", "aten"),
         ):
             assert kernel(groups, dtype=dtype, layout=layout) == name
-            assert kernel(groups, dtype=dtype, layout=layout, strict=1) == "cuda_grouped"
+            assert kernel(groups, dtype=dtype, layout=layout, strict=1) == name.replace("aten", "cuda_grouped")
+        for rest in ({"R": 5}, {"K": 256}, {"dilation": "2,2"}, {"stride": "1,2"}, {"offset": 1}, {"sm": 75}):
+            assert kernel(32, dtype=dtype, layout="channels_last", **rest) == "aten"
+            assert kernel(32, dtype=dtype, layout="channels_last", **rest, strict=1) == "cuda_grouped"
     for layout in ("contiguous", "channels_last"):
         assert kernel(4, dtype="float32", layout=layout) == kernel(32, dtype="float32", layout=layout, tf32=1)
         assert kernel(4, dtype="float32", layout=layout, tf32=1) == "aten"
         assert kernel(4, dtype="float64", layout=layout, tf32=1) == "cuda_grouped"
+
+
+@pytest.mark.parametrize("size, C, group", [(56, 128, 4), (112, 40, 8), (28, 256, 8), (14, 512, 16), (7, 72, 4)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("N", [1, 8, 128])
+def test_groups_on_tensor_cores_fit_and_share_their_strips_evenly(
+    size: int, C: int, group: int, stride: int, N: int
+) -> None:
+    case = {
+        "dtype": "bfloat16",
+        "layout": "channels_last",
+        "N": N,
+        "C": C,
+        "H": size,
+        "W": size,
+        "K": C,
+        "R": 3,
+        "S": 3,
+    }
+    case |= {"groups": C // group, "stride": f"{stride},{stride}", "padding": "1,1,1,1", "strict": 0}
+    outputs, slabs = (size - 1) // stride + 1, -(-C // 64)
+    for map in ("forward", "grad_input"):
+        plan = planned(**case, map=map)
+        assert plan.kernel == "cuda_grouped_nhwc_mma" and "rows read once" in plan.reason
+        pairs, tiles, strips, blocks = (plan.tile.get(name, 1) for name in ("pairs", "tiles", "strips", "blocks"))
+        spread = map == "grad_input" and stride == 2
+        rows, across = (-(-size // 2),) * 2 if spread else (-(-outputs // (3 - stride)), outputs)
+        if map == "grad_input" and not spread:
+            rows, across = -(-size // 2), size
+        step = stride if map == "forward" else 1
+        pitch = -(-((tiles * 16 - 1) * step + (2 if spread else 3)) // (8 * step)) * 8 * step
+        results = pairs * tiles * 16 * (4 if spread else 3 - step)
+        assert (4 * pairs * (1 if spread else 2) * pitch + results) * 128 <= 96 << 10
+        items = N * strips * -(-across // (16 * tiles))
+        assert blocks * slabs <= 2 * H100 and -(-items // blocks) * blocks - items < blocks
+        assert blocks * slabs > H100 // 2 or strips >= rows // pairs  # filled, or no strip is left to cut
+    sums = planned(**case, map="grad_weight")
+    assert sums == planned(**case, map="grad_weight", multiprocessors=8, sm=86)
+    assert sums.tile.get("splits", 1) * slabs <= 264 + slabs
 
 
 def test_a_separable_pair_is_two_calls_but_for_stride_2_in_channels_last() -> None:

@@ -89,6 +89,20 @@ PRODUCTS = (
     Case("product_stride2", 2, 16, 21, 19, 72, 1, 1, stride=(2, 2), bias=True),
 )
 
+# Groups in channels_last on tensor cores, of 4, 8 and 16 channels: slabs of channels with a rest and without, tiles of
+# columns and a rest, rows and columns of one, odd and even padding at stride 2, padding beyond the kernel.
+GROUPS = (
+    Case("groups_of_8", 2, 64, 8, 9, 64, 3, 3, padding=(1, 1), groups=8, bias=True),
+    Case("groups_of_4_c72", 3, 72, 5, 19, 72, 3, 3, padding=(1, 1), groups=18),
+    Case("groups_of_16_c80", 1, 80, 7, 70, 80, 3, 3, padding=(1, 1), groups=5, bias=True),
+    Case("groups_of_16_far_padding", 2, 48, 6, 5, 48, 3, 3, padding=(4, 3), groups=3, bias=True),
+    Case("groups_of_8_no_padding", 3, 16, 9, 38, 16, 3, 3, groups=2),
+    Case("groups_of_8_one_pixel", 5, 40, 1, 1, 40, 3, 3, padding=(1, 1), groups=5, bias=True),
+    Case("groups_of_4_stride2", 2, 64, 15, 41, 64, 3, 3, stride=(2, 2), padding=(1, 1), groups=16, bias=True),
+    Case("groups_of_8_stride2_even", 3, 24, 14, 20, 24, 3, 3, stride=(2, 2), padding=(2, 0), groups=3, bias=True),
+    Case("groups_of_16_stride2_c144", 1, 144, 9, 74, 144, 3, 3, stride=(2, 2), padding=(1, 1), groups=9),
+)
+
 # Walks of the channels_last kernels: phases of a dilation (some without a row), outputs that meet no row of the image,
 # odd and even padding at stride 2, one block of channels more than whole ones, one channel a thread.
 WALKS = (
@@ -364,6 +378,14 @@ def _runs() -> Iterator[Run]:
         yield made(case, "grad_weight", "channels_last", "bfloat16", splits=2)
         yield made(case, "grad_weight", "sliced_last", "float16", splits=5, w_layout="strided")
         yield made(case, "grad_weight", "channels_last", "float16", kernel="pointwise_mma", splits=2)
+    for case in GROUPS:
+        for map in ("forward", "grad_input"):
+            yield made(case, map, "channels_last", "float16", infinite=1)
+            yield made(case, map, "channels_last", "bfloat16", multiprocessors=1)  # a ring that goes over several items
+            yield made(case, map, "sliced_last", "float16", w_layout="channels_last", tiles=1, strips=2, blocks=2)
+        yield made(case, "grad_weight", "channels_last", "float16")
+        yield made(case, "grad_weight", "channels_last", "bfloat16", splits=1, w_layout="channels_last")
+        yield made(case, "grad_weight", "sliced_last", "float16", splits=3)
     for case in PLANES:
         for map in ("forward", "grad_input") if case.K == case.C else ("forward",):
             # The GPU that is planned for: so small that tiles are large, without tensor cores, or an H100.

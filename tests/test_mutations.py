@@ -42,6 +42,7 @@ KEPT = (
     *test_emulated.BOXES,
     *test_emulated.PLANES,
     *test_emulated.PRODUCTS,
+    *test_emulated.GROUPS,
     *test_emulated.PLAIN,
     *test_emulated.SPATIAL,
 )
@@ -55,6 +56,7 @@ HEADERS = {
     "depthwise_nchw_mma.cu": ("depthwise_nchw_mma.cuh", "depthwise_single_output.cuh"),
     "depthwise_toeplitz.cu": ("depthwise_toeplitz.cuh",),
     "depthwise_nchw.cu": ("depthwise_nchw.cuh",),
+    "grouped_nhwc_mma.cu": ("grouped_nhwc_mma.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
     "pointwise_nhwc_mma.cu": ("pointwise_nhwc_mma.cuh",),
     "separable.cu": ("separable.cuh",),
@@ -87,6 +89,8 @@ def runs_of(source: Path) -> list[Run]:
         files = {stem, "sum_partials"} if sums else {stem}
         if stem == "depthwise_nchw" and run.map == "grad_input" and run.case.stride == (2, 2):
             files = {"depthwise_nchw_stride2"}
+        if stem == "grouped_nhwc_mma" and run.map == "grad_input" and run.case.stride == (2, 2):
+            files = {"grouped_nhwc_mma_stride2"}
         if "padding_mode" in run.extra:
             files = {"borders"}
         if source.stem not in files:

@@ -23,6 +23,6 @@ struct NoCut {
 
 // each(cut, f) calls f(name, value) for every number of a cut; those that are 1 go without saying.
 using Cut = std::variant<NoCut, NhwcCut, NhwcMmaCut, NhwcTmaCut, NchwCut, NchwMmaCut, DirectCut, GradWeightCut,
-                         GradWeightRowsCut, ToeplitzCut, LargeCut, SplitsCut, ProductCut, SeparableCut>;
+                         GradWeightRowsCut, ToeplitzCut, LargeCut, SplitsCut, ProductCut, GroupedMmaCut, SeparableCut>;
 
 }  // namespace sepconv::cuda

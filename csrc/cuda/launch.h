@@ -64,6 +64,7 @@ struct ToeplitzCut;
 struct LargeCut;
 struct SplitsCut;
 struct ProductCut;
+struct GroupedMmaCut;
 struct SeparableCut;
 
 // What depthwise_nhwc.cu, depthwise_nchw.cu and their two companions for grad_weight keep a window in registers for:
@@ -172,6 +173,17 @@ cudaError_t launch_grouped_forward(const Launch&, const SplitsCut&);
 cudaError_t launch_grouped_grad_input(const Launch&, const SplitsCut&);
 // grouped_grad_weight.cu: cut.splits and workspace as for launch_pointwise_grad_weight.
 cudaError_t launch_grouped_grad_weight(const Launch&, const SplitsCut&);
+
+// grouped_nhwc_mma.cu: as many outputs as inputs a group, 4, 8 or 16 of them, 3x3 without dilation, stride 1 or 2
+// both ways, float16 and bfloat16, compute capability 8.0 or newer, images below 2^31 elements, channels of x and y
+// dense and in whole vectors of eight, every pixel on 16 bytes, and grouped_mma_tile's bytes of shared memory. Any
+// weight.
+cudaError_t launch_grouped_nhwc_mma_forward(const Launch&, const GroupedMmaCut&);
+cudaError_t launch_grouped_nhwc_mma_grad_input(const Launch&, const GroupedMmaCut&);
+// grouped_nhwc_mma_stride2.cu: the latter's part, called by it.
+cudaError_t launch_grouped_nhwc_mma_grad_input_stride2(const Launch&, const GroupedMmaCut&);
+// grouped_nhwc_mma_grad_weight.cu: the same. cut.splits and workspace: as for launch_pointwise_grad_weight.
+cudaError_t launch_grouped_nhwc_mma_grad_weight(const Launch&, const SplitsCut&);
 
 // separable.cu: depthwise and 1x1 convolution in one; cut.columns is 64, or 128 but for float64 (more output channels
 // than that are right, and compute the depthwise stage again for each block). Any strides of memory. Requires

@@ -6,17 +6,6 @@
 
 namespace sepconv::cuda {
 
-Plan plan_grouped(Map map, const ConvShape& s, DType dtype, const char* reason) {
-  Plan p{Kernel::grouped, "cuda_grouped", reason, SplitsCut{}, 0};
-  if (map == Map::grad_weight) {
-    const SplitsCut cut{grouped_grad_weight_splits(s)};
-    p.cut = cut, p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(dtype);
-  } else {
-    p.workspace_bytes = grouped_workspace_bytes(s, dtype, map == Map::grad_input);
-  }
-  return p;
-}
-
 namespace {
 
 // Channels a group from which torch's tensor-core kernels are predicted to be faster in channels_last, where grouped.cu
@@ -42,6 +31,7 @@ Plan plan_in_place(Map map, const ConvShape& s, DType dtype, const Device& devic
         "a half type or TF32, and many channels a group: cuDNN's tensor-core kernels are predicted to be faster (not "
         "measured)");
   }
+  if (grouped_nhwc_mma_can_run(s, dtype, device, alignment)) return plan_grouped_nhwc_mma(map, s, device);
   if (!strict && is_half(dtype) && s.channels_per_group() >= kWideGroupLast && call_layout(map, s) == Layout::nhwc) {
     return aten(
         "a half type and 4 or more channels a group in channels_last: cuDNN's tensor-core kernels are predicted to be "

@@ -34,6 +34,7 @@ enum class Kernel : int {
   pointwise_mma,
   pointwise_nhwc_mma,
   grouped,
+  grouped_nhwc_mma,
   aten,
   pointwise_matmul,  // torch's product on views, which bindings.cpp makes
   // separable_conv2d

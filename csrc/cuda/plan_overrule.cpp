@@ -32,6 +32,7 @@ const Named kNamed[] = {
     {"cuda_pointwise_mma", SplitsCut{}},
     {"cuda_pointwise_nhwc_mma", ProductCut{}},
     {"cuda_grouped", SplitsCut{}},
+    {"cuda_grouped_nhwc_mma", GroupedMmaCut{}},
 };
 static_assert(std::size(kNamed) == static_cast<size_t>(Kernel::aten));
 constexpr size_t kPrefix = 5;  // "cuda_"
@@ -59,7 +60,8 @@ Plan overruled(Plan p, Map map, const ConvShape& s, DType dtype, const std::stri
     if (index == std::size(kNamed)) throw std::invalid_argument("kernel: there is none of the name '" + kernel + "'");
     p.kernel = static_cast<Kernel>(index), p.name = kNamed[index].name, p.reason = "chosen by hand";
     p.cut = kNamed[index].cut, p.copies = {};
-    if (p.kernel == Kernel::pointwise_nhwc_mma && map == Map::grad_weight) p.cut = SplitsCut{};
+    const bool sums = p.kernel == Kernel::pointwise_nhwc_mma || p.kernel == Kernel::grouped_nhwc_mma;
+    if (sums && map == Map::grad_weight) p.cut = SplitsCut{};
   }
   CutNumbers unknown = numbers;
   std::visit(

@@ -54,6 +54,8 @@ constexpr Doors kDoors[] = {
      enter<ProductCut, launch_pointwise_nhwc_mma_grad_input>, enter<SplitsCut, launch_pointwise_nhwc_mma_grad_weight>},
     {Kernel::grouped, enter<SplitsCut, launch_grouped_forward>, enter<SplitsCut, launch_grouped_grad_input>,
      enter<SplitsCut, launch_grouped_grad_weight>},
+    {Kernel::grouped_nhwc_mma, enter<GroupedMmaCut, launch_grouped_nhwc_mma_forward>,
+     enter<GroupedMmaCut, launch_grouped_nhwc_mma_grad_input>, enter<SplitsCut, launch_grouped_nhwc_mma_grad_weight>},
 };
 
 constexpr bool in_order() {

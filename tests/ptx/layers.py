@@ -84,8 +84,25 @@ LAYERS: dict[str, dict[str, list[str]]] = {
         "24 to 144 14x14": _layer("grad_weight", "float16", LAST, 4, 24, 14, 1, groups=1, K=144)
     },
     "pointwise": {"64 to 64 14x14": _layer("forward", "float32", LAST, 1, 64, 14, 1, groups=1)},
-    "grouped": {"k3 7x7": _layer("forward", "float16", LAST, 1, 32, 7, 3, groups=4)},
-    "grouped_grad_weight sum_partials": {"k3 7x7": _layer("grad_weight", "float16", LAST, 1, 32, 7, 3, groups=4)},
+    "grouped": {"k3 7x7": _layer("forward", "float16", LAST, 1, 32, 7, 3, groups=4, kernel="grouped")},
+    "grouped_grad_weight sum_partials": {
+        "k3 7x7": _layer("grad_weight", "float16", LAST, 1, 32, 7, 3, groups=4, kernel="grouped")
+    },
+    "grouped_nhwc_mma": {
+        "of 4 56x56": _layer("forward", "float16", LAST, 1, 64, 56, 3, groups=16),
+        "of 8 28x28": _layer("grad_input", "float16", LAST, 1, 64, 28, 3, groups=8),
+        "of 16 14x14": _layer("forward", "float16", LAST, 2, 64, 14, 3, groups=4),
+        "of 16 stride 2 28x28": _layer("forward", "float16", LAST, 1, 64, 28, 3, 2, groups=4),
+    },
+    "grouped_nhwc_mma_stride2": {
+        "of 8 28x28": _layer("grad_input", "float16", LAST, 1, 64, 28, 3, 2, groups=8),
+        "of 16 14x14": _layer("grad_input", "float16", LAST, 2, 64, 14, 3, 2, groups=4),
+    },
+    "grouped_nhwc_mma_grad_weight sum_partials": {
+        "of 4 56x56": _layer("grad_weight", "float16", LAST, 1, 64, 56, 3, groups=16),
+        "of 16 14x14": _layer("grad_weight", "float16", LAST, 2, 64, 14, 3, groups=4),
+        "of 8 stride 2 28x28": _layer("grad_weight", "float16", LAST, 1, 64, 28, 3, 2, groups=8),
+    },
     "separable_mma": {"k3 14x14": _layer("forward", "float16", LAST, 1, 32, 14, 3, op="separable", outputs=64)},
     "separable": {"k3 14x14": _layer("forward", "float32", LAST, 1, 32, 14, 3, op="separable", outputs=64)},
 }
