@@ -2,7 +2,7 @@
 
 ``torch.ops.sepconv_ext.pack_pointwise`` and ``.packed_pointwise`` are for CPU, float32, inference
 (csrc/ops/packed.h says what they compute). Frozen networks pack by the first; their programs (program.py) hold the
-second as a step. The schemas and the kernels are registered by ``_C``.
+second as a step, and linear layers over tokens are calls of it. The schemas and the kernels are registered by ``_C``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import sepconv_ext
 from harness import random
 from sepconv_ext import convert_, freeze
 from sepconv_ext.nn import SeparableConv2d
@@ -284,6 +285,40 @@ class ConvNeXt(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
         return x + self.scale * self.down(F.gelu(self.up(pixels))).permute(0, 3, 1, 2)
+
+
+class Tokens(nn.Module):
+    """Two linear layers over the tokens of a transformer, with what stands around them."""
+
+    def __init__(self, channels: int, hidden: int, bias: bool = True) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(channels, hidden, bias), nn.Linear(hidden, channels, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("size", [(2, 19, 24), (1, 197, 58), (3, 1, 7), (2, 5, 1)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_linear_layers_over_tokens(size: tuple[int, ...], bias: bool) -> None:
+    x, model = random(size, torch.float32, "cpu"), lived_in(Tokens(size[-1], 3 * size[-1], bias))
+    frozen = freeze(model, x)
+    found = ops(frozen)
+    assert found["packed_pointwise"] == 2 and not {"linear", "gelu", "gelu_"} & found.keys()
+    assert [entry.family for entry in frozen.report.replaced] == ["linear", "linear"]
+    sepconv_ext.reset_kernel_counts()
+    assert_says_the_same(model, frozen, x)
+    assert sepconv_ext.kernel_counts()["cpu_pointwise_product"] == 2
+    more = random((size[0] + 2, *size[1:]), torch.float32, "cpu", seed=7)
+    assert_says_the_same(model, frozen, more)  # any batch
+    wide = random((*size[:-1], 2 * size[-1]), torch.float32, "cpu", seed=8)
+    assert_says_the_same(model, frozen, wide[..., : size[-1]])  # not dense
+    half = freeze(copy.deepcopy(model).bfloat16(), x.bfloat16())
+    assert ops(half)["linear"] == 2 and "packed_pointwise" not in ops(half)
+
+
+def test_packed_products_elsewhere_are_refused_in_words() -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("sepconv_ext::packed_pointwise", "CUDA")
 
 
 def test_convnext() -> None:

@@ -101,6 +101,8 @@ TORCH_LIBRARY_IMPL(sepconv_ext, CPU, m) {
   m.impl("packed_pointwise.out", packed_pointwise_out);
 }
 
+TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) { m.impl("packed_pointwise", packed::refuse_pointwise); }
+
 // A derivative asked for is an error, not a result without one.
 TORCH_LIBRARY_IMPL(sepconv_ext, Autograd, m) {
   m.impl("pack_pointwise", torch::autograd::autogradNotImplementedFallback());

@@ -278,6 +278,12 @@ void packed::check_weight(const Tensor& weight) {
               "x", weight.size(3));
 }
 
+Tensor packed::refuse_pointwise(const Tensor& input, const Tensor& packed, const std::optional<Tensor>&,
+                                const std::optional<Tensor>&, int64_t, IntArrayRef, std::string_view) {
+  TORCH_CHECK(false, "a product with a packed weight runs on the CPU, but got input on ", input.device(),
+              " and packed on ", packed.device(), ": freeze the model on that device instead");
+}
+
 Checked packed::check_pointwise(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias,
                                 const std::optional<Tensor>& residual, int64_t out_channels, IntArrayRef stride,
                                 const Tensor* output) {

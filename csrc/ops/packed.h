@@ -1,6 +1,6 @@
 // Pointwise convolution of float32 on the CPU with a weight that was packed once: frozen networks pack
-// by these, and run the product as a step of their programs (cpu/network). Not differentiable. The ops' schemas stand
-// in cpu/packed_bindings.cpp; these functions pass the dispatcher by.
+// by these, and run the product as a step of their programs (cpu/network), or of tokens as the op. Not differentiable.
+// The ops' schemas stand in cpu/packed_bindings.cpp; these functions pass the dispatcher by.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,6 +18,10 @@ void check_weight(const at::Tensor& weight);
 Checked check_pointwise(const at::Tensor& input, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
                         const std::optional<at::Tensor>& residual, int64_t out_channels, at::IntArrayRef stride,
                         const at::Tensor* output = nullptr);
+// The op on another device: raises.
+at::Tensor refuse_pointwise(const at::Tensor& input, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                            const std::optional<at::Tensor>& residual, int64_t out_channels, at::IntArrayRef stride,
+                            std::string_view activation);
 
 // A weight [K, C, 1, 1] as panels [ceil(K / 16), C, 16] of a plain tensor, zero beyond K; the same for every
 // instruction set.

@@ -21,7 +21,7 @@ from .actions import NCHW, NHWC, size_of
 from .capture import Program, Uncapturable
 from .match import arguments, match
 from .patterns import PAIR
-from .program import Part, parts, write
+from .program import Part, is_float32_on_cpu, packed, parts, write
 
 __all__ = ["Lowered", "lower"]
 
@@ -233,9 +233,34 @@ class _Lowering:
         return self._finish(result, pointwise, residual, "identity" if residual is None else second["activation"])
 
     def _linear(self, node: fx.Node, a: dict) -> fx.Node:
+        rows = self._linear_of_rows(node, a)
+        if rows is not None:
+            return rows
         result = self._call(aten.linear.default, self._of(a["input"]), self._of(a["weight"]), self._of(a["bias"]))
         residual = None if a["residual"] is None else self._of(a["residual"])
         return self._finish(result, node, residual, a["activation"])
+
+    def _linear_of_rows(self, node: fx.Node, a: dict) -> fx.Node | None:
+        """Of tokens [N, ..., C], each an image of one pixel: a product here, with its activation in registers."""
+        weight, size = a["weight"], size_of(node)
+        inner, values = size[1:-1], (node, a["input"])
+        is_float32 = all(value.meta["val"].dtype == torch.float32 for value in values)
+        is_static = all(isinstance(length, int) for length in inner)
+        if weight.op != "get_attr" or len(size) < 3 or not is_static or not is_float32:
+            return None
+        if not is_float32_on_cpu(self.program):
+            return None
+        K, C = self.program.constants[weight.target].shape
+        input = self._call(aten.reshape.default, self._of(a["input"]), [-1, C, 1, 1])
+        fused = "identity" if a["residual"] is not None else a["activation"]
+        result = self._call(
+            *(ours.packed_pointwise.default, input, self._buffer(weight, "panels", packed), self._of(a["bias"]), None),
+            *(K, [1, 1], fused),
+        )
+        result = self._call(aten.reshape.default, result, [-1, *inner, K])
+        self.ops[node] = "packed_pointwise"
+        residual = None if a["residual"] is None else self._of(a["residual"])
+        return self._finish(result, node, residual, "identity" if residual is None else a["activation"])
 
     def _affine(self, node: fx.Node, a: dict) -> fx.Node:
         source, dim, rank = a["input"], a["dim"], len(size_of(node))

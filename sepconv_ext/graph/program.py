@@ -49,7 +49,7 @@ def parts(program: Program) -> tuple[list[Part], list[fx.Node]]:
     that cannot alternate in levels, and a part has nodes of one level.
     """
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    if not _is_float32_on_cpu(program):
+    if not is_float32_on_cpu(program):
         return [], list(order)
     taken = {node for node in program.graph.nodes if _can_take(program, node)}
     level: dict[fx.Node, int] = {}
@@ -66,7 +66,7 @@ def parts(program: Program) -> tuple[list[Part], list[fx.Node]]:
     return [part for part in found if _is_worth_it(part)], by_level
 
 
-def _is_float32_on_cpu(program: Program) -> bool:
+def is_float32_on_cpu(program: Program) -> bool:
     inputs = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
     tensors = [value for value in inputs if isinstance(value, Tensor)] + list(program.constants.values())
     return all(tensor.device == torch.device("cpu") for tensor in tensors)
