@@ -217,7 +217,7 @@ def causal_conv1d(
     any order by all tensors.
 
     Args:
-        input: ``[N, C, L]``; any strides.
+        input: ``[N, C, L]``, or ``[C, L]``; any strides. Without N, states, `seq_idx` and results have none.
         weight: ``[C, S]``, or ``[C, 1, S]`` as torch.nn.Conv1d has it; any width.
         bias: ``[C]`` or None.
         activation: a name that `depthwise_conv2d` lists, or None.
@@ -236,6 +236,11 @@ def causal_conv1d(
         ValueError: an unknown activation.
         RuntimeError: sizes, dtypes and devices that do not fit.
     """
+    if input.dim() == 2:
+        states, numbers = (None if t is None else t.unsqueeze(0) for t in (initial_states, seq_idx))
+        batch = input.unsqueeze(0)
+        result = causal_conv1d(batch, weight, bias, activation, states, return_final_states, numbers, dilation)
+        return (result[0].squeeze(0), result[1].squeeze(0)) if isinstance(result, tuple) else result.squeeze(0)
     filters = weight.squeeze(1) if weight.dim() == 3 else weight
     name = "identity" if activation is None else activation
     if initial_states is None and seq_idx is None and input.dim() == 3 and filters.dim() == 2:

@@ -138,6 +138,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, order: str) -> Non
 def test_the_plain_call_is_one_call_that_copies_nothing() -> None:
     x, w, b = random((2, 13, 40), torch.float32, "cpu").transpose(1, 2)[:, 3:35], *tensors(CASES[0], torch.float32)[1:3]
     w, b = w[:32], b[:32]
+    functional.causal_conv1d(x, w, b)  # the first call of a process asks torch what oneDNN can do
     with torch.no_grad(), only_our_kernels(), torch.profiler.profile() as profile:
         y = functional.causal_conv1d(x, w, b, "silu")
     names = {event.key for event in profile.key_averages()}
@@ -271,6 +272,23 @@ def test_layer_is_a_conv1d() -> None:
         sepconv_ext.nn.CausalConv1d(6, 4, activation="bogus")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("order", ["NCL", "slice"])
+def test_unbatched_is_a_batch_of_one(order: str, packed: bool) -> None:
+    """As F.conv1d takes [C, L]: states and numbers without N, too, and the results have none."""
+    case = CASES[2]
+    x, w, b, states = tensors(case, torch.float32, order)
+    i = numbers(case) if packed else None
+    whole = functional.causal_conv1d(x[1:], w, b, "silu", states[1:], True, None if i is None else i[1:])
+    one = functional.causal_conv1d(x[1], w, b, "silu", states[1], True, None if i is None else i[1])
+    assert one[0].shape == x[1].shape
+    for actual, expected in zip(one, whole, strict=True):
+        torch.testing.assert_close(actual, expected[0])
+    plain = functional.causal_conv1d(x[1], w, b)
+    expected = F.conv1d(F.pad(x[1], (w.shape[-1] - 1, 0)), w.unsqueeze(1), b, groups=case.C)
+    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_other_packages_names(wide: bool) -> None:
     x, w, b, states = tensors(CASES[0], torch.bfloat16 if wide else torch.float32)
@@ -290,7 +308,8 @@ def test_the_other_packages_names(wide: bool) -> None:
 
 
 BAD = {
-    "input": (lambda x, w, b, s, i: (x[0], w, b, s, i), "input must be"),
+    "input": (lambda x, w, b, s, i: (x[0, 0], w, b, s, i), "input must be"),
+    "states_of_a_batch": (lambda x, w, b, s, i: (x[0], w, b, s, i[0]), "initial_states must have size"),
     "weight": (lambda x, w, b, s, i: (x, w[:3], b, s, i), "weight must be"),
     "bias": (lambda x, w, b, s, i: (x, w, b[:3], s, i), "bias"),
     "weight_dtype": (lambda x, w, b, s, i: (x, w.double(), b, s, i), "weight has dtype"),
