@@ -2,14 +2,12 @@
 // cache.
 //
 // Loop-to-data map. Lanes are channels everywhere (product_simd.h, depthwise_rows_simd.h). Two ways to cut a block:
-//   by rows      A task has a strip of one image's output rows, and goes through it by bands: it expands the rows that
-//   the
-//                band is the first to need into a ring, runs the depthwise convolution from the ring into a buffer, and
-//                projects that. Strips of one image expand the rows that they share twice.
+//   by rows      A task has a strip of one image's output rows, and goes through it by bands. It expands the rows
+//                that the band is the first to need into a ring, runs the depthwise convolution from there into a
+//                buffer, and projects that. Strips of one image expand the rows that they share twice.
 //   by channels  A task has some channels of e, expands and convolves them for the whole image, by bands too if they
-//   are
-//                too large, and keeps d; then d is projected like any product. For a gate, which needs d's means first;
-//                and for small images shared by several threads, where strips would expand much twice.
+//                are too large, and keeps d; then d is projected like any product. For a gate, which needs d's means
+//                first; and for small images shared by several threads, where strips would expand much twice.
 // The sums of channels are taken row by row in order. So no result depends on the cut.
 //
 // Floor: the multiply-adds of three products at the rate of the registers.

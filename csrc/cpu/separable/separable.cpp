@@ -2,8 +2,8 @@
 //
 // Loop-to-data map. A tile is some rows of output pixels of one image (part of a row where that is long, several images
 // where they are small). A task is a range of tiles; for each of them
-//   1. the depthwise stage writes the tile's intermediate, in the type of the sums, into a buffer of the second-level
-//   cache:
+//   1. the depthwise stage writes the tile's intermediate, in the type of the sums, into a buffer in the second-level
+//      cache:
 //        [pixels, C]       channels_last, multiplier 1: the correlation of depthwise_nhwc.cpp
 //        [C * T, pixels]   else: plane by plane, see separable_planes.h
 //   2. the pointwise stage multiplies it by the weight, in blocks of sums in registers (separable_product.h), adds the

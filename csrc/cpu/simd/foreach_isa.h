@@ -59,7 +59,8 @@ void parallel(int64_t tasks, const Body& body) {
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are never passed by value across a call (see above)
 
 #define SEPCONV_ISA_LEVEL 0
-#if defined(__x86_64__) && !defined(__clang__)  // for processors of before 2013: right, and soon compiled
+#if defined(__x86_64__) && !defined(__clang__)
+// Only processors without AVX2 run these: results count, not speed, and a fifth of a kernel file's compile time.
 #pragma GCC push_options
 #pragma GCC optimize("O1")
 #endif
