@@ -18,15 +18,17 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet
 # The packages of an extra of pyproject.toml, each still in its quotes.
 extra = $(shell sed -n 's/^$(1) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
-PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) \
+PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) $(call extra,wheels) \
   $(if $(TORCH),$(foreach argument,$(TORCH),"$(argument)") rich,torch $(call extra,bench) $(call extra,onnx))
 # One stamp for each choice of torch, so that another choice installs anew.
 INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help build test test-all test-emulator test-mutations fuzz bench train-digits docs docs-data lint format clean
+.PHONY: wheels wheel-test
 help:
 	@echo "make test | test-all | bench | train-digits | test-emulator | test-mutations | fuzz | build"
+	@echo "make wheels | wheel-test"
 	@echo "make docs | docs-data | lint | format | clean"
 	@echo "make gpu gpu-peers (alone: gpu-build gpu-test gpu-sanitize gpu-bench): on a machine with a GPU, with its python3"
 
@@ -102,6 +104,19 @@ bench: build
 
 train-digits: build
 	$(PY) examples/train_digits.py $(ARGS)
+
+# Packages that need no compiler, in dist/ (tests/wheels.py): for the CPU, and with CUDA where it can be built, for all
+# architectures. WHEELS names others: cpu, cuda. An empty MANYLINUX leaves out the check against that policy.
+MANYLINUX ?= manylinux_2_28
+WHEEL_ARCHS ?=
+wheels: export TORCH_CUDA_ARCH_LIST := $(WHEEL_ARCHS)
+wheels: $(INSTALLED)
+	$(PY) tests/wheels.py build --policy "$(MANYLINUX)" $(WHEELS)
+
+# In a fresh environment without a compiler, beside the torch of VENV or beside what WHEEL_TORCH tells pip to install.
+WHEEL_TORCH ?=
+wheel-test:
+	$(PY) tests/wheels.py test --torch "$(WHEEL_TORCH)" dist/*.whl
 
 # The site, in build/site. A warning fails it.
 docs: $(VENV)/.docs

@@ -1,14 +1,15 @@
 """Fast grouped convolution for PyTorch: depthwise, pointwise and grouped, forward and gradients, on CPU and CUDA."""
 
-import torch  # noqa: F401  (its libraries must be loaded before _C, which links to them)
+import torch  # before _C, which links to its libraries
+
+from ._fit import why_it_does_not_fit, why_it_does_not_load
 
 try:
     from . import _C
 except ImportError as error:
-    raise ImportError(
-        "sepconv_ext._C, the compiled part, is not built or does not fit the installed torch. In the folder of the "
-        "sources, `pip install --no-build-isolation -e .` builds it (docs/install.md)."
-    ) from error
+    raise ImportError(why_it_does_not_load(str(error), torch.__version__, torch.version.cuda)) from error
+if (_misfit := why_it_does_not_fit(_C.build_info()["torch_version"], torch.__version__)) is not None:
+    raise ImportError(_misfit)
 
 # The ops' Python half (fake kernels, flop formulas, shardings, decompositions) registers itself on import; the rest is
 # the public face.
