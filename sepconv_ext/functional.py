@@ -302,7 +302,7 @@ def causal_conv1d_update(
         ``[N, C]`` or ``[N, C, T]``, contiguous.
 
     Raises:
-        IndexError: a row that `state` does not have.
+        IndexError: a row that `state` does not have; on a GPU its outputs are NaN instead.
         ValueError: an unknown activation.
         RuntimeError: sizes, dtypes and devices that do not fit.
     """

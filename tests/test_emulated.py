@@ -248,6 +248,17 @@ SPATIAL = (
     Case("spatial_k5x45_c32", 1, 32, 4, 12, 32, 5, 45, padding=(2, 22), groups=32),
 )
 
+# Tokens of causal sequences: one and several, more than a state holds, channels of two blocks, taps that are apart.
+UPDATES = (
+    Case("token", 4, 37, 1, 1, 37, 1, 4, groups=37, bias=True),
+    Case("token_c130", 2, 130, 1, 1, 130, 1, 4, groups=130),
+    Case("tokens_3", 4, 9, 1, 3, 9, 1, 3, groups=9, bias=True),
+    Case("tokens_13", 4, 5, 1, 13, 5, 1, 4, groups=5),
+    Case("tokens_3_dilation2", 4, 6, 1, 3, 6, 1, 3, dilation=(1, 2), groups=6, bias=True),
+    Case("tokens_2_k1", 2, 3, 1, 2, 3, 1, 1, groups=3),
+    Case("tokens_2_k9", 3, 4, 1, 2, 4, 1, 9, groups=4),
+)
+
 # Frames of a few numbers each, for every branch of borders.cu.
 FRAMES = (
     Case("frame_depthwise", 2, 5, 7, 9, 5, 4, 2, stride=(2, 1), padding=(3, 1), groups=5, bias=True),
@@ -460,6 +471,18 @@ def _runs() -> Iterator[Run]:
                 made(case, "forward", layout)  # takes a turn
                 extra = {"kernel": "spatial_separable", "op": "spatial_separable", "shared": count % 4}
                 yield Run(case, "forward", dtype, layout, extra=extra | ({"offset": 1} if count % 3 == 0 else {}))
+    for case in UPDATES:
+        reach = case.dilation[1] * (case.S - 1)
+        for length, ring, rows in ((reach, 0, 0), (reach, 1, 1), (reach + 1, 0, 1), (reach + 5, 1, 0), (12, 0, 0)):
+            if ring and length == 0:
+                continue
+            update = {
+                "op": "causal_update", "kernel": "causal_update", "padding": f"0,0,{reach},0", "y_layout": "contiguous",
+                "length": length, "ring": ring, "rows": rows, "wide": count // 2 % 2,
+            }  # fmt: skip
+            yield made(case, "forward", "sliced_last", DTYPES[count % 2], **update, w_layout="strided")
+            yield made(case, "forward", "contiguous", DTYPES[1 + count % 3], **update, state_layout="channels_last")
+            yield made(case, "forward", "strided", ("float16", "bfloat16")[count % 2], **update, float_weight=1)
     # What is not zeros in the padding: frames of every kind of plan, and images that are all frame.
     bordered = [
         BY_NAME[name]

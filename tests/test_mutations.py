@@ -45,6 +45,7 @@ KEPT = (
     *test_emulated.GROUPS,
     *test_emulated.PLAIN,
     *test_emulated.SPATIAL,
+    *test_emulated.UPDATES,
 )
 SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"
 # Headers whose device code is mutated together with a kernel that uses it.

@@ -78,6 +78,7 @@ ROOMS = {
     "cuda/pointwise": "1x1: matrix products",
     "cuda/grouped": "any groups",
     "cuda/separable": "depthwise and 1x1 in one kernel",
+    "cuda/sequences": "causal: from a state, packed side by side, decoding",
     "cuda/spatial": "a vertical and a horizontal filter in one kernel",
     "cuda/borders": "reflected, replicated and circular borders",
 }
@@ -116,6 +117,7 @@ def test_kernels_see_no_torch():
     bindings["csrc/cpu/packed_bindings.cpp"] = "the packed products' dispatch key"
     bindings["csrc/cpu/separable/inverted_residual_bindings.cpp"] = "the dispatch key of one op, whose weights it packs"
     bindings["csrc/cpu/sequences/bindings.cpp"] = "the causal ops' dispatch key"
+    bindings["csrc/cuda/sequences/bindings.cpp"] = "the causal ops' dispatch key"
     bindings["csrc/cpu/network/bindings.cpp"] = "the programs' dispatch key"
     torch_headers = r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)(?!/Parallel\.h)\b"
     assert not found(torch_headers, CUDA + CPU, bindings, keep_strings=True)

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/activation.h"
+
 namespace sepconv {
 
 struct SequenceStrides {  // in elements, of [N, C, L]
@@ -40,11 +42,27 @@ struct Packing {
 struct CausalUpdateShape {
   int64_t N = 0, C = 0, T = 0, S = 0, dilation = 1;
   int64_t length = 0;  // of a state; at least reach()
+  int64_t states = 0;  // that there are
   SequenceStrides x, state, y;
   int64_t w_c = 0, w_s = 0;
   bool float_weight = false;  // weight and bias are float32, whatever the others are
 
   int64_t reach() const { return (S - 1) * dilation; }
+};
+
+// Whole numbers as a device reads them where they lie; without memory there are none.
+struct WholeNumbers {
+  const void* data = nullptr;
+  bool wide = false;     // of 64 bits, else 32
+  int64_t n = 0, l = 0;  // strides in elements
+};
+
+// The memory of a call of causal_conv1d_update. Weight and bias (dense) are float32 with `float_weight`.
+struct CausalUpdateMemory {
+  const void *x, *w;
+  Epilogue epilogue;
+  WholeNumbers lengths, rows;  // how many tokens came before, for rings; the state of each sequence
+  void *state, *y;
 };
 
 }  // namespace sepconv

@@ -19,6 +19,7 @@
 #include "core/explain.h"
 #include "cuda/architectures.h"
 #include "cuda/plan.h"
+#include "cuda/runtime.h"
 #include "cuda/spatial/cut.h"
 #include "ops/convolve.h"
 #include "ops/matmul.h"
@@ -55,32 +56,12 @@ bool has_code(int capability) {
   return capability < static_cast<int>(answers.size()) && answers[static_cast<size_t>(capability)];
 }
 
-// The driver holds these: a question costs a few nanoseconds, and may be asked while a graph is captured.
-Device device_facts(int index) {
-  int multiprocessors = 0, major = 0, minor = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-  const int capability = major * 10 + minor;
-  return {.multiprocessors = multiprocessors,
-          .compute_capability = capability,
-          .copies_boxes = major >= 9 && copies_boxes(index),
-          .has_code = has_code(capability),
-          .tf32 = allows_tf32()};
-}
-
 // The largest power of two, up to kBestAlignment, that divides every address. Results come from the caching allocator,
 // which aligns better than that, so only the tensors that came with the call are asked.
 int64_t common_alignment(std::initializer_list<const void*> addresses) {
   uintptr_t bits = kBestAlignment;
   for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
   return static_cast<int64_t>(bits & -bits);
-}
-
-void raise_if(cudaError_t error, const char* kernel) {
-  if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // the error is reported here: later calls should not meet it again
-  TORCH_CHECK(false, "the CUDA kernel ", kernel, " could not be launched: ", cudaGetErrorString(error));
 }
 
 struct Cuda {
@@ -146,6 +127,26 @@ struct Cuda {
 };
 
 }  // namespace
+
+// The driver holds these: a question costs a few nanoseconds, and may be asked while a graph is captured.
+Device device_facts(int index) {
+  int multiprocessors = 0, major = 0, minor = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+  const int capability = major * 10 + minor;
+  return {.multiprocessors = multiprocessors,
+          .compute_capability = capability,
+          .copies_boxes = major >= 9 && copies_boxes(index),
+          .has_code = has_code(capability),
+          .tf32 = allows_tf32()};
+}
+
+void raise_if(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // the error is reported here: later calls should not meet it again
+  TORCH_CHECK(false, "the CUDA kernel ", kernel, " could not be launched: ", cudaGetErrorString(error));
+}
 
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int device) {
   return explain(map, plan(map, shape, dtype, device_facts(device), kBestAlignment, strict()));

@@ -10,6 +10,7 @@
 #include <driver_types.h>  // cudaStream_t and cudaError_t, nothing else of CUDA
 
 #include "core/activation.h"
+#include "core/causal_shape.h"
 #include "core/conv_shape.h"
 #include "core/padding_mode.h"
 #include "core/separable_shape.h"
@@ -198,6 +199,9 @@ cudaError_t launch_separable_mma(const SeparableShape&, DType, const SeparableMe
 // x and y have any strides.
 cudaError_t launch_spatial_separable(const ConvShape&, DType, const void* x, const SpatialFilters&, void* y,
                                      cudaStream_t);
+
+// causal_update.cu: the next tokens of causal sequences, where causal_update_cut (sequences/cut.h) runs. Any strides.
+cudaError_t launch_causal_update(const CausalUpdateShape&, DType, const CausalUpdateMemory&, cudaStream_t);
 
 // borders.cu: what depends on the padding where that is not zeros, after one of the kernels above has done the rest.
 // Any groups, any strides, any size. Forward and grad_input overwrite the frame of their result. grad_weight adds to

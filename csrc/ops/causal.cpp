@@ -361,12 +361,6 @@ Tensor grad_weight(const Tensor& g, const Tensor& input, Bias states, Bias seq_i
 }
 
 // A device without kernels for these: other ops, and the strides that the checks promise.
-Tensor elsewhere(const Tensor& input, const Tensor& weight, Bias bias, Bias states, Bias seq_idx, SymInt dilation,
-                 std::string_view activation) {
-  const Result result = check(input, weight, bias, states, seq_idx, dilation.guard_int(__FILE__, __LINE__)).result;
-  return laid_out(composite(input, weight, bias, states, seq_idx, std::move(dilation), activation), result);
-}
-
 std::tuple<Tensor, Tensor> grad_input_elsewhere(const Tensor& g, const Tensor& weight, Bias seq_idx,
                                                 SymIntArrayRef input_stride, SymInt dilation, bool states) {
   const Result result = check_grad_input(g, weight, seq_idx, C10_AS_INTARRAYREF_SLOW(input_stride),
@@ -384,6 +378,14 @@ Tensor grad_weight_elsewhere(const Tensor& g, const Tensor& input, Bias states, 
   return composite_grad_weight(g, input, states, seq_idx, std::move(width), std::move(dilation)).contiguous();
 }
 
+}  // namespace
+
+Tensor elsewhere(const Tensor& input, const Tensor& weight, Bias bias, Bias states, Bias seq_idx, SymInt dilation,
+                 std::string_view activation) {
+  const Result result = check(input, weight, bias, states, seq_idx, dilation.guard_int(__FILE__, __LINE__)).result;
+  return laid_out(composite(input, weight, bias, states, seq_idx, std::move(dilation), activation), result);
+}
+
 Tensor update_elsewhere(const Tensor& x, Tensor& state, const Tensor& weight, Bias bias, Bias cache_seqlens,
                         Bias state_indices, SymInt dilation, std::string_view activation) {
   check_update(x, state, weight, bias, cache_seqlens, state_indices, dilation.guard_int(__FILE__, __LINE__));
@@ -391,7 +393,6 @@ Tensor update_elsewhere(const Tensor& x, Tensor& state, const Tensor& weight, Bi
       .contiguous();
 }
 
-}  // namespace
 }  // namespace causal
 
 TORCH_LIBRARY_IMPL(sepconv_ext, Autograd, m) {

@@ -45,6 +45,10 @@ SignatureOf<ops::causal_conv1d_grad_input> composite_grad_input;
 SignatureOf<ops::causal_conv1d_grad_weight> composite_grad_weight;
 SignatureOf<ops::causal_conv1d_update> composite_update;
 
+// The same for a device whose kernels do not take a call: checked, and with the strides that the checks promise.
+SignatureOf<ops::causal_conv1d> elsewhere;
+SignatureOf<ops::causal_conv1d_update> update_elsewhere;
+
 // What checks_causal.cpp finds; x of the shape is the input's strides or those of its gradient.
 struct CheckedCausal {
   CausalShape shape;

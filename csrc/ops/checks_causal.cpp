@@ -135,14 +135,16 @@ CausalUpdateShape check_update(const Tensor& x, const Tensor& state, const Tenso
     TORCH_CHECK(bias->scalar_type() == weight.scalar_type(), "bias has dtype ", bias->scalar_type(),
                 ", but weight has dtype ", weight.scalar_type());
   }
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor*>{"state", &state}, {"weight", &weight}}) {
+  const Tensor& add = given(bias) ? *bias : x;
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor*>{"state", &state}, {"weight", &weight}, {"bias", &add}}) {
     TORCH_CHECK(t->device() == x.device(), name, " is on device ", t->device(), ", but x is on device ", x.device());
   }
   check_whole_numbers(cache_seqlens, "cache_seqlens", {N}, x);
   check_whole_numbers(state_indices, "state_indices", {N}, x);
   CausalUpdateShape shape;
   shape.N = N, shape.C = C, shape.T = x.size(2), shape.S = weight.size(1), shape.dilation = dilation;
-  shape.length = state.size(2);
+  shape.length = state.size(2), shape.states = state.size(0);
   shape.x = strides_of(x), shape.state = strides_of(state);
   shape.w_c = weight.stride(0), shape.w_s = weight.stride(1);
   shape.float_weight = wide;

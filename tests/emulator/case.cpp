@@ -60,7 +60,8 @@ Case read_case(const Arguments& a) {
   c.padding_mode =
       static_cast<sepconv::PaddingMode>(index_of(sepconv::kPaddingModeNames, a.text("padding_mode", "zeros")));
   c.bias = a.number("bias", 0);
-  c.spatial = a.text("op", "conv2d") == "spatial_separable";
+  c.op = a.text("op", "conv2d");
+  c.spatial = c.op == "spatial_separable";
   c.shared_column = a.number("shared", 0) & 1, c.shared_row = a.number("shared", 0) & 2;
   c.offset = a.number("offset", 0);
   ConvShape& s = c.shape;
@@ -93,6 +94,21 @@ Case read_pointwise(const Arguments& a, const Case& depthwise) {
   s.y = make_strides({s.N, s.K, s.P, s.Q}, a.text("y_layout", a.text("layout", "contiguous")));
   s.w = make_strides({s.K, s.C, 1, 1}, a.text("w_layout", "contiguous"));
   return c;
+}
+
+static sepconv::SequenceStrides of_row(const sepconv::Strides& s) { return {s.n, s.c, s.w}; }
+
+sepconv::CausalUpdateShape read_causal_update(const Arguments& a, const Case& c) {
+  const ConvShape& conv = c.shape;
+  sepconv::CausalUpdateShape s;
+  s.N = conv.N, s.C = conv.C, s.T = conv.W, s.S = conv.S, s.dilation = conv.dilation_w;
+  s.length = a.number("length", s.reach());
+  s.states = a.number("rows", 0) ? s.N + 2 : s.N;
+  s.x = of_row(conv.x), s.y = of_row(conv.y);
+  s.state = of_row(make_strides({s.states, s.C, 1, s.length}, a.text("state_layout", a.text("layout", "contiguous"))));
+  s.w_c = conv.w.n, s.w_s = conv.w.w;
+  s.float_weight = a.number("float_weight", 0) && c.dtype != DType::float64;
+  return s;
 }
 
 bool is_separable(const Arguments& a) { return a.text("op", "conv2d") == "separable"; }
@@ -147,6 +163,7 @@ static int64_t alignment_of(const Case& c) {
 sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   using namespace sepconv::cuda;
   if (c.spatial) return {Kernel::aten, "cuda_spatial_separable", "", {}, 0};
+  if (c.op == "causal_update") return {Kernel::aten, "cuda_causal_update", "", {}, 0};
   Plan p = plan(c.map, c.shape, c.dtype, make_device(a), alignment_of(c), a.number("strict", 1) != 0);
   const std::string kernel = a.text("kernel", "auto");
   if (kernel != "auto") p = overruled(p, c.map, c.shape, c.dtype, kernel, {});

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/causal_shape.h"
 #include "cuda/plan.h"
 
 namespace emulator {
@@ -28,6 +29,7 @@ struct Case {
   sepconv::PaddingMode padding_mode;
   bool bias;
   sepconv::Activation activation;
+  std::string op;                  // conv2d, separable, spatial_separable, causal_update
   bool spatial;                    // a column and a row filter in the place of the weight
   bool shared_column, shared_row;  // one for all channels
   int64_t offset;                  // elements by which every tensor lies off its allocation's alignment
@@ -39,6 +41,10 @@ Case read_case(const Arguments&);
 // pointwise_bias= and pointwise_activation=.
 Case read_pointwise(const Arguments&, const Case& depthwise);
 bool is_separable(const Arguments&);
+
+// With op=causal_update a case has W tokens of C channels, S taps and a dilation; and length= of a state, ring=1,
+// rows=1 (states are named, and there are more of them), wide=1 (numbers have 64 bits), float_weight=1, state_layout=.
+sepconv::CausalUpdateShape read_causal_update(const Arguments&, const Case&);
 
 // The plan of the call, as csrc/cuda/bindings.cpp makes it, with what the command line overrules: kernel=, numbers of
 // its cut, and "tuning." before numbers of the plan's table.

@@ -34,7 +34,7 @@ JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 ENVIRONMENT = dict(os.environ)
 
 RUNTIME_CORE = ("fiber", "machine", "shared_memory", "synchronise", "race", "async_copy", "bulk_copy", "matrix")
-RUNTIME = (*RUNTIME_CORE, "tensor", "reference", "case")
+RUNTIME = (*RUNTIME_CORE, "tensor", "reference", "sequences", "case")
 COMMON = ("-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas")
 # Instrumentation is for the kernels; the emulator's own code only needs to know which build it is part of.
 BUILDS = {

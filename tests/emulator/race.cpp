@@ -115,6 +115,7 @@ void begin_block() {
 void watch(const void* begin, size_t bytes) {
   watched.push_back({static_cast<const unsigned char*>(begin), bytes, std::vector<Shadow>(bytes)});
 }
+void watch_in_place(const void* begin, size_t bytes) { watch(begin, bytes); }
 void forget() { watched.clear(); }
 
 void access(int who, const void* p, size_t bytes, bool write) {

@@ -19,6 +19,8 @@ void begin_block();
 // Watches a global buffer (an output or a workspace) from now on; forget() drops all of them.
 void watch(const void* begin, size_t bytes);
 void forget();
+// The same for what a kernel reads first, and changes.
+void watch_in_place(const void* begin, size_t bytes);
 // For emulated instructions that touch memory on behalf of a thread other than the running one.
 void access(int thread, const void* p, size_t bytes, bool write);
 void copy_begins(const void* p, size_t bytes);
@@ -31,6 +33,7 @@ std::string describe_writer(const void* p);
 inline void begin_launch() {}
 inline void begin_block() {}
 inline void watch(const void*, size_t) {}
+inline void watch_in_place(const void*, size_t) {}
 inline void forget() {}
 inline void access(int, const void*, size_t, bool) {}
 inline void copy_begins(const void*, size_t) {}

@@ -6,13 +6,15 @@
 //
 // padding_mode= is zeros, reflect, replicate or circular. The plan chooses the kernel; kernel= and the
 // numbers of its cut (csrc/cuda/*/cut.h) overrule it, sm= and multiprocessors= are the GPU that it plans for.
-// op=separable adds a 1x1 convolution (case.h). "--" stands between several cases. Exit status 0: all are right for
-// every seed. Otherwise the last lines say what was wrong, where, and in which CUDA thread.
+// op=separable adds a 1x1 convolution, op=causal_update is a call of that op (case.h). "--" stands between several
+// cases. Exit status 0: all are right for every seed. Otherwise the last lines say what was wrong, where, and in which
+// CUDA thread.
 #include <unistd.h>
 
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -20,6 +22,7 @@
 #include "machine.h"
 #include "race.h"
 #include "reference.h"
+#include "sequences.h"
 #include "tensor.h"
 
 using namespace emulator;
@@ -138,6 +141,53 @@ std::string run_spatial(const Case& c, uint64_t seed) {
   return judge(c, y, spatial_reference(s, x, column, row, c.shared_column, c.shared_row), y_sizes);
 }
 
+// op=causal_update. Of several sequences one is skipped, and one has a state that there is not. Empty: right.
+std::string run_causal_update(const Case& c, const Arguments& arguments, uint64_t seed) {
+  const sepconv::CausalUpdateShape s = read_causal_update(arguments, c);
+  if (seed == 0) printf("plan: cuda_causal_update\n");
+  const bool wide = arguments.number("wide", 0);
+  std::mt19937_64 engine(seed);
+  std::vector<int64_t> lengths, rows;
+  for (int64_t n = 0; n < s.N && arguments.number("ring", 0); ++n) {
+    lengths.push_back(static_cast<int64_t>(engine() % (3 * s.length)) - (n == 1 ? 2 * s.length : 0));
+    if (wide && n == 2) lengths.back() += int64_t{3} << 33;
+  }
+  for (int64_t n = 0; n < s.N && arguments.number("rows", 0); ++n) {
+    rows.push_back(n == 1   ? -1 - static_cast<int64_t>(seed)
+                   : n == 3 ? s.states
+                            : (n + static_cast<int64_t>(seed)) % s.states);
+  }
+  const Sizes x_sizes{s.N, s.C, 1, s.T}, state_sizes{s.states, s.C, 1, s.length}, bias_of{1, s.C, 1, 1};
+  const DType weights = s.float_weight ? DType::float32 : c.dtype;
+  Buffer x(x_sizes, c.shape.x, c.dtype, c.offset), y(x_sizes, c.shape.y, c.dtype, c.offset);
+  Buffer w({s.C, 1, 1, s.S}, c.shape.w, weights, c.offset);
+  Buffer bias(bias_of, make_strides(bias_of, "contiguous"), weights, c.offset);
+  Buffer state(state_sizes, {s.state.n, s.state.c, 0, s.state.l}, c.dtype, c.offset);
+  Buffer* inputs[] = {&x, &w, &bias, &state};
+  for (uint64_t i = 0; i < 4; ++i) inputs[i]->fill_random(seed * 4 + i);
+  Numbers lengths_lie(lengths, 1, wide), rows_lie(rows, 1, wide);
+  Buffer* const added = c.bias ? &bias : nullptr;
+  const Updated expected = update_reference(s, x, w, added, c.activation, lengths, rows, state);
+  const sepconv::WholeNumbers none;
+  const sepconv::CausalUpdateMemory memory{x.data(),
+                                           w.data(),
+                                           {added ? bias.data() : nullptr, c.activation},
+                                           lengths.empty() ? none : lengths_lie.as_they_lie(),
+                                           rows.empty() ? none : rows_lie.as_they_lie(),
+                                           state.data(),
+                                           y.data()};
+  Buffer workspace(0);
+  const std::string failed = run_watched(seed, y, workspace, [&] {
+    race::watch_in_place(state.data(), state.bytes());
+    return sepconv::cuda::launch_causal_update(s, c.dtype, memory, nullptr);
+  });
+  if (!failed.empty()) return failed;
+  const std::string wrong = judge(c, y, expected.y, x_sizes);
+  if (!wrong.empty()) return wrong;
+  const std::string moved = judge(c, state, expected.state, state_sizes);
+  return moved.empty() ? "" : "state: " + moved;
+}
+
 // Empty: right.
 std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   const sepconv::cuda::Plan plan = make_plan(c, arguments);
@@ -196,6 +246,7 @@ int main(int count, char** values) {
       for (int64_t seed = seeds.at(0); seed < seeds.at(1); ++seed) {
         fprintf(stderr, "case %zu seed %lld\n", i, (long long)seed);  // what a sanitizer's report belongs to
         const std::string wrong = c.spatial                 ? run_spatial(c, seed)
+                                  : c.op == "causal_update" ? run_causal_update(c, arguments, seed)
                                   : is_separable(arguments) ? run_separable(c, arguments, seed)
                                                             : run(c, arguments, seed);
         if (wrong.empty()) continue;

@@ -29,6 +29,14 @@ def _layer(
     return [f"{key}={value}" for key, value in (values | rest).items()]
 
 
+def _sequence(op: str, dtype: str, layout: str, N: int, C: int, L: int, S: int, **rest: object) -> list[str]:
+    values = {
+        "op": op, "dtype": dtype, "layout": layout, "N": N, "C": C, "W": L, "K": C, "S": S, "groups": C,
+        "padding": f"0,0,{S - 1},0", "bias": 1, "activation": "silu", "multiprocessors": 1,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in (values | rest).items()]
+
+
 LAST, PLANES = "channels_last", "contiguous"
 # By the .cu files that a layer needs.
 LAYERS: dict[str, dict[str, list[str]]] = {
@@ -102,6 +110,10 @@ LAYERS: dict[str, dict[str, list[str]]] = {
         "of 4 56x56": _layer("grad_weight", "float16", LAST, 1, 64, 56, 3, groups=16),
         "of 16 14x14": _layer("grad_weight", "float16", LAST, 2, 64, 14, 3, groups=4),
         "of 8 stride 2 28x28": _layer("grad_weight", "float16", LAST, 1, 64, 28, 3, 2, groups=8),
+    },
+    "causal_update": {
+        "k4 1 token": _sequence("causal_update", "bfloat16", PLANES, 4, 256, 1, 4),
+        "k4 1 token ring": _sequence("causal_update", "float32", LAST, 4, 256, 1, 4, ring=1, rows=1, length=4),
     },
     "separable_mma": {"k3 14x14": _layer("forward", "float16", LAST, 1, 32, 14, 3, op="separable", outputs=64)},
     "separable": {"k3 14x14": _layer("forward", "float32", LAST, 1, 32, 14, 3, op="separable", outputs=64)},

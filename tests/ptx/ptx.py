@@ -33,7 +33,7 @@ MACHINE = sorted(path for path in HERE.glob("*.cpp") if path.stem not in ("runti
 # Host code of the emulator and of the package, which the race build has as it is wanted here.
 TENSOR_MAP = emulate.KERNELS / "device" / "tensor_map.cpp"
 SHARED = (*emulate.PLAN, emulate.KERNELS / "run.cpp", TENSOR_MAP)
-SHARED += tuple(emulate.HERE / f"{name}.cpp" for name in ("tensor", "reference", "case", "runner"))
+SHARED += tuple(emulate.HERE / f"{name}.cpp" for name in ("tensor", "reference", "sequences", "case", "runner"))
 
 
 @functools.cache

@@ -274,6 +274,10 @@ void set_seed(uint64_t s) { seed = s; }
 
 namespace race {
 void watch(const void* begin, size_t bytes) { memory().watch(begin, bytes); }
+void watch_in_place(const void* begin, size_t bytes) {
+  memory().watch(begin, bytes);
+  memory().fill(begin);
+}
 void forget() {}
 std::string describe_writer(const void*) { return {}; }
 }  // namespace race
