@@ -245,6 +245,25 @@ def test_explain_says_what_is_copied() -> None:
     assert both.reason.endswith("input is copied to NCHW; grad_output is copied to NCHW")
 
 
+@pytest.mark.parametrize("map", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize("view", [crop, every_other(2)], ids=["crop", "every_other_row"])
+def test_narrow_rows_of_half_types_are_copied(view: Callable[[Tensor, str], Tensor], map: str) -> None:
+    """Converted row by row they took 1.7 times as long as a copy of them and its call."""
+
+    def of_view(side: int, dtype: torch.dtype) -> str:
+        case = _depthwise("narrow", 2, 64, side, side, 3, padding=(1, 1))
+        x, w, b, g = operands(case, dtype, "contiguous")
+        viewed = (x, view(g, "contiguous")) if map == "grad_input" else (view(x, "contiguous"), g)
+        said = _explain(map, case, viewed[0], w, b, viewed[1])
+        assert said.kernel == "cpu_depthwise_nchw_blocked"
+        return said.reason.partition("; ")[2]
+
+    for dtype in (torch.float16, torch.bfloat16):
+        assert of_view(7, dtype) == f"{'grad_output' if map == 'grad_input' else 'input'} is copied to NCHW"
+        assert of_view(8, dtype) == ""
+    assert of_view(7, torch.float32) == ""
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_1x1_of_half_types_sums_no_gradient_of_the_other_layout(dtype: torch.dtype) -> None:
     """Such a gradient was copied number by number, or multiplied as it lay: twice as slow as copying it first."""

@@ -47,6 +47,13 @@ inline bool is_dense(Layout layout, const ImageShape& image) {
 
 inline bool is_expanded_batch(const ImageShape& image) { return image.N > 1 && image.strides.n == 0; }
 
+// Every pixel is the same one: a gradient behind sum or mean.
+inline bool is_one_pixel(const ImageShape& image) {
+  const bool rows_are = image.rows <= 1 || image.strides.h == 0;
+  const bool columns_are = image.columns <= 1 || image.strides.w == 0;
+  return image.rows * image.columns > 1 && rows_are && columns_are;
+}
+
 // A forward call whose images are all the same memory.
 inline bool is_one_image(Map map, const ConvShape& s) {
   return map == Map::forward && is_expanded_batch(input_image(s));

@@ -40,6 +40,8 @@ constexpr int64_t kBlockedUnstrided = 16 * 16, kBlockedUnstridedWide = 28 * 28; 
 constexpr int64_t kBlockedStrided = 64 * 64, kBlockedStridedForward = 28 * 28;   // forward: of up to 3x3 taps
 constexpr int64_t kBlockedGradWeight = 28 * 28, kBlockedGradWeightMuch = 80 * 80;
 constexpr int64_t kMuchChannels = 64;
+// views.md, "narrow rows of half types". Half-type rows of fewer columns are copied where they lie apart.
+constexpr int64_t kNarrowRow = 8;
 
 // depthwise-nchw.md, "vectors along rows". Up to this size a plane, with its padding, is copied whole into the
 // first-level cache.
@@ -340,11 +342,10 @@ Plan plan_dense(const Question& q) {
   return {};  // not reached: the last rule takes every call
 }
 
-// Every pixel is the same one: a gradient behind sum or mean.
-bool is_one_pixel(const ImageShape& image) {
-  const bool rows_are = image.rows <= 1 || image.strides.h == 0;
-  const bool columns_are = image.columns <= 1 || image.strides.w == 0;
-  return image.rows * image.columns > 1 && rows_are && columns_are;
+// Rows of a half type that do not fill a vector and lie apart: the blocks convert and transpose them one by one, and
+// dense planes a vector at a time.
+bool has_narrow_rows(DType dtype, const ImageShape& image) {
+  return is_half(dtype) && image.columns < kNarrowRow && !has_dense_rows(image);
 }
 
 // The kernel reads or writes this image where it is.
@@ -352,8 +353,8 @@ bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape&
   switch (kernel) {
     case Kernel::grouped_planes:
     case Kernel::depthwise_nchw_3x3:
-    case Kernel::depthwise_nchw_blocked:
     case Kernel::depthwise_nhwc: return is_dense_along(layout, image);
+    case Kernel::depthwise_nchw_blocked: return is_dense_along(layout, image) && !has_narrow_rows(dtype, image);
     case Kernel::pointwise_product:
       return is_dense_along(layout, image) || (map != Map::grad_weight && is_one_pixel(image));
     case Kernel::pointwise:

@@ -109,6 +109,51 @@ SEPCONV_INLINE __m256i first_lanes(int count, double) {
 }
 #endif
 
+#if SEPCONV_ISA_LEVEL != 2
+// The first `count` 16-bit numbers at `from`, by loads of two or four of them that may overlap: one by one, a row of
+// seven would take longer than a copy of it. The first number lies in the lowest bits, in memory as in a register.
+template <typename Piece>
+SEPCONV_INLINE uint64_t load_piece(const uint16_t* p) {
+  Piece piece;
+  std::memcpy(&piece, p, sizeof(piece));
+  return piece;
+}
+
+SEPCONV_INLINE uint64_t load_up_to_four(const uint16_t* p, int count) {
+  if (count >= 4) return load_piece<uint64_t>(p);
+  if (count >= 2) return load_piece<uint32_t>(p) | load_piece<uint32_t>(p + count - 2) << 16 * (count - 2);
+  return count == 1 ? *p : 0;
+}
+
+SEPCONV_INLINE Halves load_first_halves(const void* from, int count) {
+  const uint16_t* const p = static_cast<const uint16_t*>(from);
+  typename VectorOf<uint64_t, sizeof(Halves) / sizeof(uint64_t)>::type pieces{load_up_to_four(p, count)};
+  if constexpr (sizeof(pieces) > sizeof(uint64_t)) {
+    if (count > 4) pieces[1] = load_piece<uint64_t>(p + count - 4) >> 16 * (8 - count);
+  }
+  return (Halves)pieces;
+}
+
+SEPCONV_INLINE void store_first_halves(void* to, Halves v, int count) {
+  uint16_t* p = static_cast<uint16_t*>(to);
+  uint64_t pieces[sizeof(Halves) / sizeof(uint64_t)];
+  std::memcpy(pieces, &v, sizeof(v));
+  uint64_t rest = pieces[0];
+  if constexpr (std::size(pieces) > 1) {
+    if (count >= 4) {
+      std::memcpy(p, &rest, sizeof(uint64_t));
+      rest = pieces[1], p += 4, count -= 4;
+    }
+  }
+  if (count >= 4) std::memcpy(p, &rest, sizeof(uint64_t));
+  if (count & 2) {
+    std::memcpy(p, &rest, sizeof(uint32_t));
+    rest >>= 32, p += 2;
+  }
+  if (count & 1) *p = static_cast<uint16_t>(rest);
+}
+#endif
+
 // The first `count` numbers at p (0 <= count <= kLanes), zero in the other lanes; nothing beyond them is read.
 template <typename T>
 SEPCONV_INLINE Vector<accumulate_t<T>> load_first(const T* p, int count) {
@@ -122,6 +167,7 @@ SEPCONV_INLINE Vector<accumulate_t<T>> load_first(const T* p, int count) {
     return (Vector<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
   }
 #else
+  if constexpr (kIsHalf<T>) return widen(load_first_halves(p, count), T{});
 #if SEPCONV_ISA_LEVEL == 1
   if constexpr (std::is_same_v<T, float>) return (Floats)_mm256_maskload_ps(p, first_lanes(count, T{}));
   if constexpr (std::is_same_v<T, double>) return (Vector<double>)_mm256_maskload_pd(p, first_lanes(count, T{}));
@@ -145,6 +191,7 @@ SEPCONV_INLINE void store_first(T* p, Vector<accumulate_t<T>> v, int count) {
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
   }
 #else
+  if constexpr (kIsHalf<T>) return store_first_halves(p, narrow(v, T{}), count);
 #if SEPCONV_ISA_LEVEL == 1
   if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, first_lanes(count, T{}), (__m256)v);
   if constexpr (std::is_same_v<T, double>) return _mm256_maskstore_pd(p, first_lanes(count, T{}), (__m256d)v);
