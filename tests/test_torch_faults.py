@@ -75,6 +75,12 @@ check(f64, (3, 33, 28, 2), (8, 33, 6, 1), 1, 0, 1, 1, channels_last, permuted)
 check(f16, (3, 32, 19, 33), (4, 16, 3, 1), 1, 0, 1, 2, plain, permuted)
 check(f64, (2, 8, 9, 9), (8, 8, 3, 3), 1, 1, 1, 1, plain, permuted)
 """
+ODD_STRIDES = """
+check(f32, (1, 32, 1, 19), (8, 8, 11, 1), 1, (13, 1), 1, 4, channels_last, permuted)
+check(f32, (2, 15, 37, 56), (15, 3, 11, 1), (1, 3), (5, 0), 1, 5, channels_last, permuted)
+check(f32, (2, 8, 9, 11), (8, 4, 1, 3), 1, (0, 1), 1, 2, channels_last, lambda t: channels_last(t.mT).mT)
+check(b16, (2, 32, 9, 11), (32, 16, 3, 1), 1, (1, 0), 1, 2, channels_last, permuted)
+"""
 
 
 @pytest.mark.parametrize(
@@ -86,14 +92,16 @@ check(f64, (2, 8, 9, 9), (8, 8, 3, 3), 1, 1, 1, 1, plain, permuted)
         (FEW_CHANNELS, 2, 3),
         (WIDE_AND_ONE_COLUMN, 1, 9),
         (PERMUTED_WEIGHTS, 1, 3),
+        (ODD_STRIDES, 1, 4),
     ],
     ids=[
         *("strided_1x1", "strided_1x1_threads", "half_weight_gradients"),
-        *("few_channels", "wide_and_one_column", "permuted_weights"),
+        *("few_channels", "wide_and_one_column", "permuted_weights", "odd_strides"),
     ],
 )
 def test_returns_right(calls: str, threads: int, rights: int) -> None:
-    """Before: a corrupted heap or a hang (strided 1x1), an exception (permuted weights), NaN or a hang (AVX-512)."""
+    """Before: a corrupted heap or a hang (strided 1x1), an exception or wrong values (permuted weights, odd strides),
+    NaN or a hang (AVX-512)."""
     program = PROGRAM.replace("CALLS", calls)
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "SEPCONV_STRICT": "0"}
     done = subprocess.run(

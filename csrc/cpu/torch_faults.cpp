@@ -1,8 +1,9 @@
 // Each fault names its kind, wider than the calls that were seen to fail, and the cause where that is known. One leaves
 // the list when its test in tests/test_torch_faults.py passes with torch's own call.
 //
-// One fault is not of a shape and is kept out by aten_route.cpp: "grad_weight must be contiguous", which torch 2.14.1
-// raises for a permuted weight of float64 and float16. There the gradient is asked for in a layout that torch has.
+// Two faults are not of a shape and are kept out by aten_route.cpp: "grad_weight must be contiguous", which
+// torch 2.14.1 raises for a permuted weight of float64 and float16, and weights in channels_last with unusual strides
+// of dimensions of size 1, which it misreads. There torch is given the layout and the strides that it has itself.
 #include "cpu/torch_faults.h"
 
 #include "core/arithmetic.h"

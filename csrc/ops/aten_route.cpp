@@ -160,6 +160,16 @@ Entries grad_weight_strides(SymIntArrayRef size, SymIntArrayRef stride) {
   return dense_strides(sizes, at::MemoryFormat::Contiguous);
 }
 
+// A weight in channels_last, with torch's own strides for dimensions of size 1. torch 2.14.1 goes by others where the
+// input is channels_last too: groups of 3x1 or 1x3 filters were wrong, forward and gradient by the input.
+Tensor with_plain_strides(const Tensor& weight) {
+  constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+  if (weight.dim() != 4 || at::isTensorSubclassLike(weight) || !weight.is_contiguous(kChannelsLast)) return weight;
+  const Entries strides = dense_strides(Entries(weight.sym_sizes().begin(), weight.sym_sizes().end()), kChannelsLast);
+  const bool plain = weight.is_contiguous() || weight.sym_strides() == SymIntArrayRef(strides);
+  return plain ? weight : weight.as_strided_symint(weight.sym_sizes(), strides);
+}
+
 }  // namespace
 
 Tensor pad(const Tensor& image, SymIntArrayRef padding, size_t dims, PaddingMode mode) {
@@ -248,8 +258,9 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const Padding zeros(padding, dims);
   const SymIntArrayRef shared = zeros.shared;
   const Tensor image = zeros.apply(input);
-  const Tensor output = dims == 1 ? at::conv1d_symint(image, weight, bias, stride, shared, dilation, groups)
-                                  : at::conv2d_symint(image, weight, bias, stride, shared, dilation, groups);
+  const Tensor output =
+      dims == 1 ? at::conv1d_symint(image, weight, bias, stride, shared, dilation, groups)
+                : at::conv2d_symint(image, with_plain_strides(weight), bias, stride, shared, dilation, groups);
   return activate_in_place(output, parse_activation(activation));
 }
 
@@ -271,8 +282,8 @@ Tensor conv2d_grad_input(const Tensor& grad_output, const Tensor& weight, SymInt
     return fold(grad, image, padding, dims, mode);
   }
   const Padding zeros(padding, dims);
-  Tensor grad = std::get<0>(
-      backward(grad_output, zeros.apply(image), weight, {stride, zeros.shared, dilation, groups}, true, false));
+  Tensor grad = std::get<0>(backward(grad_output, zeros.apply(image), with_plain_strides(weight),
+                                     {stride, zeros.shared, dilation, groups}, true, false));
   if (!zeros.asymmetric) return grad;
   for (size_t dim = 0; dim < dims; ++dim) {
     grad = grad.narrow_symint(first + dim, zeros.extra[2 * (dims - 1 - dim)], input_size[first + dim]);
