@@ -1,10 +1,10 @@
 """convert_ and revert_: a model's own convolutions on the kernels of this package, and back.
 
 A module is converted by giving it another class, not by putting another module in its place: `nn.Conv2d` becomes
-`sepconv_ext.nn.Conv2d`, and so it is with `nn.Conv1d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d`. Both classes have
-the same attributes and differ in one method. So the Parameter objects, buffers, hooks, training and requires_grad
-flags, device and names stay exactly what they were. So does every reference that anyone holds to the module: an
-optimiser's, a second name that it is registered under, the model itself where it is a single Conv2d.
+`sepconv_ext.nn.Conv2d`, and so it is with `nn.Conv1d`, `nn.Conv3d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d`. Both
+classes have the same attributes and differ in one method. So the Parameter objects, buffers, hooks, training and
+requires_grad flags, device and names stay exactly what they were. So does every reference that anyone holds to the
+module: an optimiser's, a second name that it is registered under, the model itself where it is a single Conv2d.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
+from .nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d
 from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert_", "revert_"]
@@ -25,6 +25,7 @@ __all__ = ["Entry", "Report", "convert_", "revert_"]
 _OURS: dict[type, type] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
     nn.ConvTranspose1d: ConvTranspose1d,
     nn.ConvTranspose2d: ConvTranspose2d,
 }
@@ -34,6 +35,7 @@ _TORCHS: dict[type, type] = {ours: torchs for torchs, ours in _OURS.items()}
 # The class that a converted module had, kept on the module so that a copy or an unpickled model can be reverted too.
 _ORIGINAL = "_sepconv_original_class"
 _DENSE = "dense: torch's own kernel is the one for it"
+_VOLUME = "a volume, not depthwise: torch's own kernel is the one for it"
 
 
 def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> Report:
@@ -46,9 +48,9 @@ def convert_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | Non
 
     Returns:
         A Report: which convolutions were replaced, and which were skipped and why. Skipped are dense convolutions
-        (groups = 1 with a kernel of several taps, with padding, or transposed) and subclasses of torch's layers. So are
-        lazy, quantised and scripted modules, and modules whose forward was replaced on the instance. So are weights
-        that are tensor subclasses, integer or complex.
+        (groups = 1 with a kernel of several taps, with padding, or transposed), volumes that are not depthwise, and
+        subclasses of torch's layers. So are lazy, quantised and scripted modules, and modules whose forward was
+        replaced on the instance. So are weights that are tensor subclasses, integer or complex.
 
     Modules are changed, not exchanged: parameters, buffers, hooks, flags and references to the modules stay as they
     are. Copies and pickles of a converted model work; reading a pickle needs sepconv_ext installed. A state_dict does
@@ -140,6 +142,8 @@ def _refusal(module: nn.Module, family: str) -> str | None:
             return f"its weight is a tensor subclass: {type(tensor).__name__}"
         if not tensor.is_floating_point():
             return f"no kernel for {tensor.dtype}"
+    if isinstance(module, nn.Conv3d) and (family != "depthwise" or module.groups == 1):
+        return _VOLUME
     return _DENSE if family == "dense" else None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _C
 from .transposed import conv_transpose as _conv_transpose
+from .volumes import conv3d as _conv3d
 
 # torch.fx keeps these calls whole, as it does F.conv2d, so that a converted model still traces.
 for _name in ("_conv2d", "conv1d", "conv2d", "padded_conv1d", "padded_conv2d"):
@@ -20,11 +21,13 @@ torch.fx.wrap("spatial_separable_conv2d")
 torch.fx.wrap("inverted_residual")
 torch.fx.wrap("causal_conv1d")
 torch.fx.wrap("causal_conv1d_update")
+torch.fx.wrap("conv3d")
 torch.fx.wrap("conv_transpose1d")
 torch.fx.wrap("conv_transpose2d")
 
 IntOrPair = int | Sequence[int]
 IntOrSingle = int | Sequence[int]
+IntOrThree = int | Sequence[int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
@@ -197,6 +200,39 @@ def padded_conv1d(
 ) -> Tensor:
     """`conv1d` with something else than zeros at the ends, as `padded_conv2d` has it around an image."""
     return _conv1d(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrThree = 1,
+    padding: IntOrThree | str = 0,
+    dilation: IntOrThree = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv3d`; depthwise ones on a CPU by this package's kernels, every other by torch's function.
+
+    A depthwise convolution of a volume is a sum over the taps along its depth, and each term is a convolution of its
+    planes. Half types are summed in float32 and rounded once. Differentiable to any order.
+
+    Args:
+        input: ``[N, C, D, H, W]`` or ``[C, D, H, W]``, dense in this order or in channels_last_3d; else it is copied.
+        weight: ``[K, C / groups, kD, R, S]``; depthwise where ``groups == C`` and C is at least 2.
+        bias: ``[K]`` or None.
+        stride: one value or (depth, height, width). Default 1.
+        padding: zeros around the volume, one value or (depth, height, width), ``'same'`` or ``'valid'``. Default 0.
+        dilation: distance between the kernel's taps, one value or (depth, height, width). Default 1.
+        groups: divides C and K. Default 1.
+
+    Returns:
+        ``[N, K, T, P, Q]``; in channels_last_3d where the input or the weight is.
+
+    Raises:
+        TypeError: arguments of a wrong type, as in `torch.nn.functional.conv3d`.
+        RuntimeError: sizes, dtypes and devices that do not fit, as there.
+    """
+    return _conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def causal_conv1d(

@@ -20,6 +20,7 @@ __all__ = [
     "CausalConv1d",
     "Conv1d",
     "Conv2d",
+    "Conv3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "DepthwiseConv2d",
@@ -115,6 +116,24 @@ class Conv1d(_Unscriptable, nn.Conv1d):
         if self.padding_mode == "zeros":
             return functional.conv1d(*arguments)
         return functional.padded_conv1d(*arguments, padding_mode=self.padding_mode)
+
+
+class Conv3d(_Unscriptable, nn.Conv3d):
+    """A torch.nn.Conv3d whose convolution is `sepconv_ext.functional.conv3d`: depthwise ones on a CPU run here.
+
+    Arguments, defaults, attributes, initialisation, state_dict and printed form are torch.nn.Conv3d's. Input
+    [N, C, D, H, W] or [C, D, H, W]; output [N, K, T, P, Q] or [K, T, P, Q] in the layout that torch.nn.Conv3d gives.
+    Another `padding_mode` than "zeros" makes torch's padded copy. While torch.nn.functional.conv3d is another function
+    than torch's, that one is called.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if F.conv3d is not torch.conv3d:
+            return super()._conv_forward(input, weight, bias)
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        return functional.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class ConvTranspose1d(_Unscriptable, nn.ConvTranspose1d):

@@ -255,7 +255,8 @@ def test_devices_are_chosen_by_dispatch():
     }
     assert not found(r"\bis_(cuda|cpu)\s*\(", CPP, allowed)
     graph = {
-        "sepconv_ext/graph/backend.py": "which layout Inductor is handed; the ops choose their kernels by dispatch"
+        "sepconv_ext/graph/backend.py": "which layout Inductor is handed; the ops choose their kernels by dispatch",
+        "sepconv_ext/volumes.py": "sums over planes, which win on a CPU; it composes ops and runs no kernel itself",
     }
     assert not found(r"\.is_(cuda|cpu)\b|\.device\.type\s*==", PYTHON, graph)
 
