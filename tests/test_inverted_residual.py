@@ -39,9 +39,10 @@ class Block(NamedTuple):
         return self.name
 
 
-# One channel, one row, one pixel; vectors, panels and blocks of pixels not full; strides and paddings of every kind;
-# taps and steps without a kernel of their own; bands, rings that wrap, more than one part of the channels, and of the
-# vectors that go together; images beyond the second-level cache; nothing.
+# One channel, one row, one pixel; vectors, panels and blocks of pixels not full; strides and paddings of every kind, of
+# half a kernel at one end of a row of vectors or at both; taps and steps without a kernel of their own; bands, rings
+# that wrap, more than one part of the channels, and of the vectors that go together; images beyond the second-level
+# cache; nothing.
 BLOCKS = (
     Block("plain", 2, 24, 14, 14, 96, 24, residual=True),
     Block("awkward", 3, 3, 19, 7, 58, 5, activations=("silu", "gelu", "hardswish")),
@@ -73,6 +74,12 @@ BLOCKS = (
     Block("same", 1, 16, 9, 8, 24, 16, (4, 4), padding="same", residual=True),
     Block("no_padding", 1, 16, 9, 9, 24, 8, padding=(0, 0)),
     Block("wide_padding", 1, 4, 3, 2, 20, 4, padding=(4, 5)),
+    Block("edges_3", 1, 16, 14, 7, 40, 24, activations=("hardswish", "relu", "identity")),
+    Block("edges_5", 1, 16, 7, 14, 72, 40, (5, 5), padding=(2, 2), activations=("relu", "hardswish", "hardswish")),
+    Block("edges_5_both", 2, 24, 14, 7, 120, 24, (5, 5), padding=(2, 2), residual=True),
+    Block("edges_5_stride", 1, 16, 14, 28, 48, 24, (5, 5), (2, 2), (2, 2)),
+    Block("edges_7", 1, 8, 15, 14, 40, 8, (7, 7), padding=(3, 3)),
+    Block("edges_gate", 1, 16, 7, 7, 40, 24, (5, 5), padding=(2, 2), M=4, squeeze=("relu", "hardsigmoid")),
     Block("separable", 2, 40, 13, 15, 40, 24, expands=False, activations=("relu", "relu", "relu")),
     Block("bands", 1, 16, 56, 56, 96, 24),
     Block("bands_stride", 1, 16, 60, 61, 144, 24, (5, 5), (2, 2), (2, 2)),

@@ -56,19 +56,19 @@ def weights(*size: int) -> tuple[Tensor, Tensor]:
 # --- each step ---
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu6", "silu"])
+@pytest.mark.parametrize("activation", ["identity", "relu6", "silu", "hardswish"])
 @by_layout
 @by_size
 def test_product(size: tuple[int, ...], layout: str, activation: str, isa: str) -> None:
     x = random(size, torch.float32, "cpu", layout)
-    w, b = weights(33, size[1], 1, 1)
-    constants, (at_w, at_b) = constants_of(packed(w), b)
-    for stride in (1, 2):
+    for K, stride in ((33, 1), (33, 2), (24, 1), (40, 2)):  # 24 and 40: half a panel is left over, a vector of AVX2
+        w, b = weights(K, size[1], 1, 1)
+        constants, (at_w, at_b) = constants_of(packed(w), b)
         summed = F.conv2d(x.double(), w.double(), b.double(), stride)
         r = random(summed.shape, torch.float32, "cpu", layout, seed=4)
         summed = summed + r.double()
         act = reference.ACTIVATIONS[activation]
-        step = f"product weight={at_w} bias={at_b} K=33 stride={stride}x{stride} act={activation}"
+        step = f"product weight={at_w} bias={at_b} K={K} stride={stride}x{stride} act={activation}"
         y = run_step(step, x, r, constants=constants)
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert_as_accurate(y, act(F.conv2d(x, w, b, stride) + r), act(summed), summed=summed)

@@ -18,169 +18,18 @@
 inline constexpr int kWide = 0;          // instead of a number of channels
 inline constexpr int kRowPixels = 7;     // sums of a block: 7 divides 7, 14, 28, 56 and 112
 inline constexpr int kNarrowPixels = 4;  // where fewer columns are left
+inline constexpr int kAsPartSays = -1;   // instead of a number of columns
 // Vectors of channels that pass over a block of columns one after another. A vector of half a cache line would else
 // bring each line twice, and the lines of one vector share few of the first-level cache's sets. Weights of 18 KiB.
 inline constexpr int kVectorsTogether = SEPCONV_ISA_LEVEL == 2 ? 1 : 64;
 
-// Sums [0, count) of a block are stored, and those from `fresh` on are new to the row. Of the input columns, counted
-// from that of tap 0 of sum 0, only [from, to) exist.
-struct RowPart {
-  int count, fresh;
-  int64_t from, to;
-  int lanes;
-};
+#include "cpu/depthwise/depthwise_row_sums_simd.h"
 
-template <bool kWhole>
-SEPCONV_INLINE Vector<float> load_lanes(const float* from, int lanes) {
-  return kWhole ? load(from) : load_first(from, lanes);
-}
-
-template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole>
-SEPCONV_INLINE void add_row(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel, const float* w,
-                            const RowPart& b) {
-  Vector<float> taps[kTaps];
-#pragma GCC unroll 8
-  for (int s = 0; s < kTaps; ++s) taps[s] = load(w + s * kDepthwiseLanes);
-#pragma GCC unroll 32
-  for (int j = 0; j < (kQ - 1) * kStride + kTaps; ++j) {
-    if (kInside || (j >= b.from && j < b.to)) {
-      const Vector<float> value = load_lanes<kWhole>(x, b.lanes);
-#pragma GCC unroll 8
-      for (int q = 0; q < kQ; ++q) {
-        const int s = j - q * kStride;
-        if (s >= 0 && s < kTaps) sums[q] += value * taps[s];
-      }
-    }
-    x += x_pixel;
-  }
-}
-
-// Lanes of which each holds channel `kC` of its group.
-template <int kGroup, int kC, int... kLane>
-SEPCONV_INLINE Vector<float> spread(Vector<float> v, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(v, v, (kLane / kGroup * kGroup + kC)...);
-}
-
-// What the lanes multiply with tap [.][c] at column j: x is the vector's first channel or, of wide groups, its group's.
-template <int kGroup, int kC, bool kWhole>
-SEPCONV_INLINE Vector<float> group_value(const float* x, int64_t c, int lanes) {
-  if constexpr (kGroup == kWide) {
-    return broadcast<float>(x[c]);
-  } else {
-    return spread<kGroup, kC>(load_lanes<kWhole>(x, lanes), std::make_integer_sequence<int, kLanes<float>>());
-  }
-}
-
-template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole, int kGroup, int kC>
-SEPCONV_INLINE void add_row_of_channel(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel, const float* w,
-                                       const RowPart& b, int64_t c, int64_t group) {
-  Vector<float> taps[kTaps];
-#pragma GCC unroll 8
-  for (int s = 0; s < kTaps; ++s) taps[s] = load(w + (s * group + c) * kDepthwiseLanes);
-#pragma GCC unroll 32
-  for (int j = 0; j < (kQ - 1) * kStride + kTaps; ++j) {
-    if (kInside || (j >= b.from && j < b.to)) {
-      const Vector<float> value = group_value<kGroup, kC, kWhole>(x, c, b.lanes);
-#pragma GCC unroll 8
-      for (int q = 0; q < kQ; ++q) {
-        const int s = j - q * kStride;
-        if (s >= 0 && s < kTaps) sums[q] += value * taps[s];
-      }
-    }
-    x += x_pixel;
-  }
-}
-
-template <int kQ, bool kWhole, int kGroup, int kC>
-SEPCONV_INLINE void add_row_of_channel_generic(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel,
-                                               const float* w, const RowPart& b, const DepthwiseShape& s, int64_t c) {
-  for (int64_t tap = 0; tap < s.S; ++tap) {
-    const Vector<float> factor = load(w + (tap * s.group + c) * kDepthwiseLanes);
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) {
-      const int64_t j = q * s.stride_w + tap * s.dilation_w;
-      if (j >= b.from && j < b.to) sums[q] += group_value<kGroup, kC, kWhole>(x + j * x_pixel, c, b.lanes) * factor;
-    }
-  }
-}
-
-// The channels of a group after each other. kTaps 0: any number of taps, stride and dilation.
-template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole, int kGroup, int... kC>
-SEPCONV_INLINE void add_row_of_group(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel, const float* w,
-                                     const RowPart& b, const DepthwiseShape& s, std::integer_sequence<int, kC...>) {
-  if constexpr (kGroup == kWide) {
-    for (int64_t c = 0; c < s.group; ++c) {
-      if constexpr (kTaps > 0) {
-        add_row_of_channel<kTaps, kStride, kQ, kInside, kWhole, kWide, 0>(sums, x, x_pixel, w, b, c, s.group);
-      } else {
-        add_row_of_channel_generic<kQ, kWhole, kWide, 0>(sums, x, x_pixel, w, b, s, c);
-      }
-    }
-  } else if constexpr (kTaps > 0) {
-    (add_row_of_channel<kTaps, kStride, kQ, kInside, kWhole, kGroup, kC>(sums, x, x_pixel, w, b, kC, kGroup), ...);
-  } else {
-    (add_row_of_channel_generic<kQ, kWhole, kGroup, kC>(sums, x, x_pixel, w, b, s, kC), ...);
-  }
-}
-
-// Any number of taps, stride and dilation.
-template <int kQ, bool kWhole>
-SEPCONV_INLINE void add_row_generic(Vector<float> (&sums)[kQ], const float* x, int64_t x_pixel, const float* w,
-                                    const RowPart& b, const DepthwiseShape& s) {
-  for (int64_t tap = 0; tap < s.S; ++tap) {
-    const Vector<float> factor = load(w + tap * kDepthwiseLanes);
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) {
-      const int64_t j = q * s.stride_w + tap * s.dilation_w;
-      if (j >= b.from && j < b.to) sums[q] += load_lanes<kWhole>(x + j * x_pixel, b.lanes) * factor;
-    }
-  }
-}
-
-__attribute__((noinline)) inline void activate_values(Activation activation, float* values, int count) {
-  activate_rows_by_name(activation, values, 0, 1, count, std::make_integer_sequence<int, kActivationCount>{});
-}
-
-template <int kQ, bool kWhole>
-SEPCONV_INLINE void finish_row(const DepthwiseRows& d, Vector<float> (&sums)[kQ], const RowPart& b, float* y,
-                               Vector<float>& total) {
-  constexpr int L = kLanes<float>;
-  if (is_clamp(d.activation)) {
-    const float most = highest(d.activation);
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) sums[q] = clamp_lanes<float>(sums[q], most);
-  } else if (d.activation == Activation::silu) {  // in registers, as the next: a call costs a tenth of the convolution
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) sums[q] = activate_lanes<float>(Activation::silu, sums[q]);
-  } else if (d.activation == Activation::hardswish) {
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) sums[q] = activate_lanes<float>(Activation::hardswish, sums[q]);
-  } else if (d.activation != Activation::identity) {
-    float values[kQ * L];
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) store(values + q * L, sums[q]);
-    activate_values(d.activation, values, kQ * L);
-#pragma GCC unroll 8
-    for (int q = 0; q < kQ; ++q) sums[q] = load(values + q * L);
-  }
-#pragma GCC unroll 8
-  for (int q = 0; q < kQ; ++q) {
-    if (q < b.count) {
-      if (kWhole) {
-        store(y, sums[q]);
-      } else {
-        store_first(y, sums[q], b.lanes);
-      }
-      if (q >= b.fresh) total += sums[q];
-    }
-    y += d.y_pixel;
-  }
-}
-
-// A block of one output row, whose first kernel row is `row` of the image. kTaps 0: any number.
-template <int kTaps, int kStride, int kQ, bool kInside, bool kWhole, int kGroup>
-SEPCONV_INLINE void row_block(const DepthwiseRows& d, int64_t c, int64_t row, int64_t column, const RowPart& b,
-                              float* y, Vector<float>& total) {
+// A block of one output row, whose first kernel row is `row` of the image, and `place` of the ring where it is inside.
+// kTaps 0: any number.
+template <int kTaps, int kStride, int kQ, int kLeft, int kRight, bool kWhole, int kGroup>
+SEPCONV_INLINE void row_block(const DepthwiseRows& d, int64_t c, int64_t row, int64_t place, int64_t column,
+                              const RowPart& b, float* y, Vector<float>& total) {
   const DepthwiseShape& s = *d.shape;
   const Vector<float> bias = d.bias == nullptr ? Vector<float>{} : load_lanes<kWhole>(d.bias + c, b.lanes);
   Vector<float> sums[kQ];
@@ -189,20 +38,20 @@ SEPCONV_INLINE void row_block(const DepthwiseRows& d, int64_t c, int64_t row, in
   const float* x = d.x + column * d.x_pixel + (kGroup == kWide ? c / s.group * s.group : c);
   const int64_t line = s.S * s.group * kDepthwiseLanes;
   const float* w = d.packed + c / kDepthwiseLanes * s.R * line + c % kDepthwiseLanes;
-  for (int64_t r = 0; r < s.R; ++r, row += s.dilation_h, w += line) {
+  for (int64_t r = 0; r < s.R; ++r, row += s.dilation_h, place += s.dilation_h, w += line) {
     if (row < 0 || row >= s.H) continue;
-    const float* from = x + (row < d.ring ? row : row % d.ring) * d.x_row;
+    const float* from = x + (place < d.ring ? place : place - d.ring) * d.x_row;
     if constexpr (kGroup == kWide) {  // each kernel row by itself: longer sums are less exact
       Vector<float> line_sums[kQ] = {};
-      add_row_of_group<kTaps, kStride, kQ, kInside, kWhole, kWide>(line_sums, from, d.x_pixel, w, b, s,
-                                                                   std::make_integer_sequence<int, 0>());
+      add_row_of_group<kTaps, kStride, kQ, kLeft, kRight, kWhole, kWide>(line_sums, from, d.x_pixel, w, b, s,
+                                                                         std::make_integer_sequence<int, 0>());
 #pragma GCC unroll 8
       for (int q = 0; q < kQ; ++q) sums[q] += line_sums[q];
     } else if constexpr (kGroup > 1) {
-      add_row_of_group<kTaps, kStride, kQ, kInside, kWhole, kGroup>(sums, from, d.x_pixel, w, b, s,
-                                                                    std::make_integer_sequence<int, kGroup>());
+      add_row_of_group<kTaps, kStride, kQ, kLeft, kRight, kWhole, kGroup>(sums, from, d.x_pixel, w, b, s,
+                                                                          std::make_integer_sequence<int, kGroup>());
     } else if constexpr (kTaps > 0) {
-      add_row<kTaps, kStride, kQ, kInside, kWhole>(sums, from, d.x_pixel, w, b);
+      add_row<kTaps, kStride, kQ, kLeft, kRight, kWhole>(sums, from, d.x_pixel, w, b);
     } else {
       add_row_generic<kQ, kWhole>(sums, from, d.x_pixel, w, b, s);
     }
@@ -222,6 +71,91 @@ inline void fetch_next_row(const DepthwiseRows& d, int64_t c, int64_t row, int64
   }
 }
 
+// A block of columns of output row p, for some vectors of channels from c on.
+struct BlockPlace {
+  int64_t p, row, place, q, column;  // of the output; the first kernel row's; the output's; the first tap's
+};
+// The same of whole vectors of AVX2, where the kernel's rows and what a vector needs of them are found once for all
+// vectors: a vector's 63 multiply-adds take 32 ticks, in which the processor looks ahead no more than to the next one.
+inline constexpr int kMostLines = 8;
+template <int kTaps, int kStride, int kQ, int kLeft, int kRight>
+void block_of_whole_vectors(const DepthwiseRows& d, int64_t c, int vectors, const BlockPlace& at, const RowPart& b,
+                            Vector<float>* totals) {
+  constexpr int64_t L = kLanes<float>;
+  const DepthwiseShape& s = *d.shape;
+  const float* lines[kMostLines];
+  int64_t count = 0, skipped = 0;
+  for (int64_t r = 0; r < s.R; ++r) {
+    const int64_t row = at.row + r * s.dilation_h, place = at.place + r * s.dilation_h;
+    if (row < 0) ++skipped;
+    if (row < 0 || row >= s.H) continue;
+    lines[count++] = d.x + (place < d.ring ? place : place - d.ring) * d.x_row + at.column * d.x_pixel + c;
+  }
+  const int64_t x_pixel = d.x_pixel, line = kTaps * kDepthwiseLanes, panel = s.R * line;
+  const float* w = d.packed + c / kDepthwiseLanes * panel + skipped * line;
+  const float* bias = d.bias == nullptr ? nullptr : d.bias + c;
+  float* y = d.y + at.p * d.y_row + at.q * d.y_pixel + c;
+  const bool far = d.far;
+  for (int64_t v = 0; v < vectors; ++v) {
+    if (far && v % 2 == 0) fetch_next_row(d, c + v * L, at.row, at.column, b.count * kStride);
+    Vector<float> sums[kQ];
+    const Vector<float> first = bias == nullptr ? Vector<float>{} : load(bias + v * L);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQ; ++q) sums[q] = first;
+    const float* taps = w + v / 2 * panel + v % 2 * L;
+    for (int64_t r = 0; r < count; ++r, taps += line) {
+      add_row<kTaps, kStride, kQ, kLeft, kRight, true>(sums, lines[r] + v * L, x_pixel, taps, b);
+    }
+    finish_row<kQ, true>(d, sums, b, y + v * L, totals[v]);
+  }
+}
+
+template <int kTaps, int kStride, int kQ, int kLeft, int kRight, bool kWhole, int kGroup>
+void block_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, const BlockPlace& at, const RowPart& b,
+                      Vector<float>* totals) {
+  constexpr int64_t L = kLanes<float>;
+  if constexpr (SEPCONV_ISA_LEVEL == 1 && kTaps > 0 && kLeft != kAsPartSays && kWhole && kGroup == 1) {
+    if (d.shape->R <= kMostLines && c % kDepthwiseLanes == 0) {
+      return block_of_whole_vectors<kTaps, kStride, kQ, kLeft, kRight>(d, c, vectors, at, b, totals);
+    }
+  }
+  float* y = d.y + at.p * d.y_row + at.q * d.y_pixel + c;
+  for (int v = 0; v < vectors; ++v, c += L, y += L) {
+    if (d.far && c % kDepthwiseLanes == 0) {
+      fetch_next_row(d, c, at.row, at.column, b.count * d.shape->stride_w);
+    }
+    row_block<kTaps, kStride, kQ, kLeft, kRight, kWhole, kGroup>(d, c, at.row, at.place, at.column, b, y, totals[v]);
+  }
+}
+
+// The same for a wide block: which of its columns exist is known to the compiler where all do, and with AVX2 where a
+// padding of half a kernel is at an end. Half of the blocks of 14 columns are such, and all of 7.
+template <int kTaps, int kStride, bool kWhole, int kGroup>
+void wide_block_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, const BlockPlace& at, const RowPart& b,
+                           Vector<float>* totals) {
+  constexpr int kQ = kRowPixels;
+  if constexpr (kTaps > 0 && kWhole) {
+    constexpr int kSpan = (kQ - 1) * kStride + kTaps, kPad = kTaps / 2, kBehind = kStride == 1 ? kPad : kPad - 1;
+    const bool whole_left = b.from <= 0, whole_right = b.to >= kSpan;
+    if (whole_left && whole_right) {
+      return block_of_vectors<kTaps, kStride, kQ, 0, 0, kWhole, kGroup>(d, c, vectors, at, b, totals);
+    }
+    if constexpr (SEPCONV_ISA_LEVEL == 1 && kGroup == 1) {
+      const bool pad_left = b.from == kPad, pad_right = b.to == kSpan - kBehind;
+      if (pad_left && whole_right) {
+        return block_of_vectors<kTaps, kStride, kQ, kPad, 0, kWhole, kGroup>(d, c, vectors, at, b, totals);
+      }
+      if (whole_left && pad_right) {
+        return block_of_vectors<kTaps, kStride, kQ, 0, kBehind, kWhole, kGroup>(d, c, vectors, at, b, totals);
+      }
+      if (pad_left && pad_right) {
+        return block_of_vectors<kTaps, kStride, kQ, kPad, kBehind, kWhole, kGroup>(d, c, vectors, at, b, totals);
+      }
+    }
+  }
+  block_of_vectors<kTaps, kStride, kQ, kAsPartSays, 0, kWhole, kGroup>(d, c, vectors, at, b, totals);
+}
+
 // Output rows [p0, p1) of some vectors of channels from c on, one after another in each block of columns.
 template <int kTaps, int kStride, bool kWhole, int kGroup>
 void rows_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, int lanes, int64_t p0, int64_t p1) {
@@ -229,8 +163,9 @@ void rows_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, int lanes, 
   const DepthwiseShape& s = *d.shape;
   RowPart b;
   b.lanes = lanes;
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t row = p * s.stride_h - s.pad_h;
+  BlockPlace at;
+  for (at.p = p0; at.p < p1; ++at.p) {
+    at.row = at.p * s.stride_h - s.pad_h, at.place = at.row < d.ring ? at.row : at.row % d.ring;
     Vector<float> totals[kVectorsTogether];
     for (int v = 0; v < vectors; ++v) totals[v] = Vector<float>{};
     for (int64_t next = 0; next < s.Q;) {
@@ -238,23 +173,15 @@ void rows_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, int lanes, 
       const bool wide = left > kNarrowPixels;
       const int columns = wide ? kRowPixels : kNarrowPixels;
       // The last block overlaps the one before it.
-      const int64_t q = left < columns && s.Q >= columns ? s.Q - columns : next;
-      b.count = static_cast<int>(std::min<int64_t>(columns, s.Q - q)), b.fresh = static_cast<int>(next - q);
-      next = q + b.count;
-      const int64_t column = q * s.stride_w - s.pad_w;
-      b.from = -column, b.to = s.W - column;
-      const bool inside = b.from <= 0 && b.to >= (kRowPixels - 1) * kStride + kTaps;
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t at = c + v * L;
-        float* const y = d.y + p * d.y_row + q * d.y_pixel + at;
-        if (d.far && at % kDepthwiseLanes == 0) fetch_next_row(d, at, row, column, b.count * s.stride_w);
-        if (!wide) {
-          row_block<kTaps, kStride, kNarrowPixels, false, kWhole, kGroup>(d, at, row, column, b, y, totals[v]);
-        } else if (kTaps > 0 && kWhole && inside) {
-          row_block<kTaps, kStride, kRowPixels, kTaps != 0, kWhole, kGroup>(d, at, row, column, b, y, totals[v]);
-        } else {
-          row_block<kTaps, kStride, kRowPixels, false, kWhole, kGroup>(d, at, row, column, b, y, totals[v]);
-        }
+      at.q = left < columns && s.Q >= columns ? s.Q - columns : next;
+      b.count = static_cast<int>(std::min<int64_t>(columns, s.Q - at.q)), b.fresh = static_cast<int>(next - at.q);
+      next = at.q + b.count;
+      at.column = at.q * s.stride_w - s.pad_w;
+      b.from = -at.column, b.to = s.W - at.column;
+      if (wide) {
+        wide_block_of_vectors<kTaps, kStride, kWhole, kGroup>(d, c, vectors, at, b, totals);
+      } else {
+        block_of_vectors<kTaps, kStride, kNarrowPixels, kAsPartSays, 0, kWhole, kGroup>(d, c, vectors, at, b, totals);
       }
     }
     for (int v = 0; d.sums != nullptr && v < vectors; ++v) {

@@ -14,6 +14,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd/huge_pages.h"
+#include "cpu/simd/thread_scratch.h"
 #include "cpu/team.h"
 
 namespace sepconv::cpu::network {
@@ -29,7 +30,12 @@ constexpr int64_t kNearBytes = 512 << 10;  // of the values of the images that g
 void Arena::Free::operator()(float* data) const { std::free(data); }
 
 float* Arena::take(int64_t floats) {
-  if (floats <= floats_) return data_.get();
+  if (floats > floats_) grow(floats);
+  poison_scratch(data_.get(), floats);
+  return data_.get();
+}
+
+void Arena::grow(int64_t floats) {
   constexpr size_t kHugePage = size_t{2} << 20, kPage = 4096;
   const size_t wanted = static_cast<size_t>(floats) * sizeof(float), page = wanted >= kHugePage ? kHugePage : kPage;
   const size_t bytes = (wanted + page - 1) / page * page;
@@ -38,7 +44,6 @@ float* Arena::take(int64_t floats) {
   if (data_ == nullptr) throw std::bad_alloc();
   advise_huge_pages(data_.get(), bytes);
   floats_ = static_cast<int64_t>(bytes / sizeof(float));
-  return data_.get();
 }
 
 // An arena for as long as this lives: one that lies idle, or a new one.

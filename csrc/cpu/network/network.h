@@ -24,6 +24,7 @@ class Arena {
   struct Free {
     void operator()(float* data) const;
   };
+  void grow(int64_t floats);
   std::unique_ptr<float[], Free> data_;
   int64_t floats_ = 0;
 };

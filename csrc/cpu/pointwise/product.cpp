@@ -151,6 +151,11 @@ struct PixelRows {
     const Part pixels(p.y_grid.count(), cut.pixel_parts, task / cut.output_parts);
     const Part part(p.K, cut.output_parts, task % cut.output_parts, kOutputStep);
     const int64_t count = pixels.end - pixels.begin;
+    if (SEPCONV_ISA_LEVEL == 1 && count > 0 && p.x_grid.even(pixels.begin, pixels.end)) {
+      const Factors x{p.x + p.x_grid.offset(pixels.begin), p.x_grid.step(), p.x_channel};
+      const Outputs y = outputs(pixels.begin).from(0, part.begin);
+      return multiply_all(x, Panels{p.packed, p.C}.from(part.begin), y, count, part.end - part.begin);
+    }
     const Pieces blocks(count, block_pixels(p.C, p.K, p.y_grid.count()));
     for (int64_t i = 0; i < blocks.count; ++i) {
       block(pixels.begin + blocks.begin(i), pixels.begin + blocks.begin(i + 1), pixels.end, part);

@@ -26,10 +26,42 @@ struct Fetched {
   }
 };
 
+// Pixels in blocks of multiply_blocks(), outputs [0, columns): each block meets all of these.
+inline void multiply_in_blocks(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t columns,
+                               const Ahead& ahead) {
+  const Pieces pieces(pixels, kRows);
+  const int64_t larger = pieces.larger * (pieces.size + 1);
+  if (pieces.larger > 0) multiply_dense_rows(x, w, y, pieces.size + 1, pieces.larger, columns, ahead);
+  if (larger == pixels) return;
+  const Ahead further{ahead.from + pieces.larger * ahead.per_block, ahead.per_block, ahead.per_step};
+  multiply_dense_rows(x.from(larger), w, y.from(larger, 0), pieces.size, pieces.count - pieces.larger, columns,
+                      further);
+}
+
+// What follows at `from`, shared by the blocks of so many pixels and the steps of so many columns.
+inline Ahead shared(const Fetched& fetched, int64_t pixels, int64_t columns) {
+  const int64_t blocks = ceil_div(pixels, kRows), steps = ceil_div(columns, kPanelColumns);
+  return {fetched.from, fetched.count / blocks, fetched.count / (blocks * steps)};
+}
+
+// Each panel meets all pixels, while the next one is fetched.
+inline void multiply_panels(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t begin,
+                            int64_t end) {
+  for (int64_t k = begin; k < end; k += kPanelColumns) {
+    const Panels panel = w.from(k);
+    const Fetched next{panel.data + panel.distance(), panel.terms * kPanelColumns};
+    multiply_in_blocks(x, panel, y.from(0, k), pixels, std::min(end - k, kPanelColumns),
+                       shared(next, pixels, kPanelColumns));
+  }
+}
+
 // One block: pixels [0, pixels), outputs [begin, end). A block of few pixels that meets all of a near weight fetches
 // `next`, where that is something, a share with each panel; other blocks the next panels.
 inline void multiply_pixels(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t begin,
                             int64_t end, const Fetched& next = {}) {
+  if constexpr (SEPCONV_ISA_LEVEL == 1) {
+    if (are_dense(x, pixels)) return multiply_panels(x, w, y, pixels, begin, end);
+  }
   const Pieces pieces(pixels, kRows);
   const int64_t step = columns_of(pixels);
   const bool fetches_next = next.from != nullptr && pieces.count == 1;
@@ -53,7 +85,14 @@ inline Fetched next_pixels(const Factors& x, const Panels& w, const float* next,
 // blocks, so that the weight has to be near.
 inline void multiply_all(const Factors& x, const Panels& w, const Outputs& y, int64_t pixels, int64_t K,
                          const Fetched& far = {}) {
-  const Pieces blocks(pixels, far.from != nullptr ? kRows : block_pixels(w.terms, K, pixels));
+  const int64_t most = far.from != nullptr ? kRows : block_pixels(w.terms, K, pixels);
+  if constexpr (SEPCONV_ISA_LEVEL == 1) {
+    if (most == kRows && are_dense(x, pixels)) {
+      const Fetched next{x.from(kRows).data, pixels * x.row};
+      return multiply_in_blocks(x, w, y, pixels, K, shared(far.from != nullptr ? far : next, pixels, K));
+    }
+  }
+  const Pieces blocks(pixels, most);
   for (int64_t i = 0; i < blocks.count; ++i) {
     const int64_t first = blocks.begin(i), after = blocks.begin(i + 1);
     const float* next = after < pixels ? x.from(after).data : nullptr;

@@ -26,7 +26,6 @@ inline constexpr int64_t kPrefetchTerms = 32;  // how far ahead panels are fetch
 // 12 multiply-adds there beside 8 loads, 2 fetches and the loop's own instructions: too many where another thread takes
 // every other turn of the core's front end. AVX-512's term has 28 multiply-adds beside as many others.
 inline constexpr int kUnrolledTerms = 4;
-inline constexpr int64_t kLeastUnrolled = 96;  // terms: of fewer, sums in memory before and behind them cost as much
 
 struct Factors {
   const float* data;
@@ -85,8 +84,12 @@ struct Outputs {
   }
 };
 
-// Activations that are a clamp happen in registers; the others in a pass over the block just stored, since their code,
-// repeated for every sum, would be far longer than the product's.
+// Activations that are a clamp happen in registers, with AVX2 hardswish too; the others in a pass over the block just
+// stored, since their code, repeated for every sum, would be far longer than the product's.
+inline bool happens_in_registers(Activation a) {
+  return a == Activation::identity || a == Activation::relu || a == Activation::relu6 ||
+         (SEPCONV_ISA_LEVEL == 1 && a == Activation::hardswish);
+}
 inline bool is_clamp(Activation a) { return a == Activation::relu || a == Activation::relu6; }
 inline float highest(Activation a) { return a == Activation::relu6 ? 6.0f : std::numeric_limits<float>::infinity(); }
 
@@ -110,6 +113,12 @@ SEPCONV_INLINE void finish(Vector<float> (&sums)[kI][kV], const Outputs& out, in
     for (int i = 0; i < kI; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < kV; ++v) sums[i][v] = clamp_lanes<float>(sums[i][v], most);
+    }
+  } else if (SEPCONV_ISA_LEVEL == 1 && out.activation == Activation::hardswish) {
+#pragma GCC unroll 14
+    for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) sums[i][v] = activate_lanes<float>(Activation::hardswish, sums[i][v]);
     }
   }
 #pragma GCC unroll 14
@@ -189,7 +198,7 @@ SEPCONV_INLINE void end_sums(Vector<float> (&sums)[kI][kV], const Outputs& out, 
   } else {
     finish<false>(sums, out, rest);
   }
-  if (out.activation != Activation::identity && !is_clamp(out.activation)) {
+  if (!happens_in_registers(out.activation)) {
     activate_block(out, kI, (kV - 1) * L + rest);
   }
 }
@@ -203,97 +212,7 @@ SEPCONV_INLINE void copy(const Vector<float> (&from)[kI][kV], Vector<float> (&to
   }
 }
 
-// a * b + c. Written so, GCC keeps the sums of unrolled terms in AVX2's 16 registers; else it spills some.
-SEPCONV_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
-#if SEPCONV_ISA_LEVEL == 1
-  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-// One term, the `u`th from where the pointers are.
-template <int kI, int kV, int kStarts>
-SEPCONV_INLINE void add_term(Vector<float> (&sums)[kI][kV], const float* columns, int64_t panel,
-                             const float* const (&starts)[kStarts], int64_t row, int u) {
-  constexpr int L = kLanes<float>;
-  Vector<float> line[kV];
-#pragma GCC unroll 4
-  for (int v = 0; v < kV; ++v) {
-    line[v] = load(columns + u * kPanelColumns + v * L / kPanelColumns * panel + v * L % kPanelColumns);
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < kI; ++i) {
-    const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row + u]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) sums[i][v] = multiply_add(factor, line[v], sums[i][v]);
-  }
-}
-
-// Adds `groups` times kUnrolledTerms terms that follow each other to the sums in memory. A function of its own: where
-// GCC has more values to keep beside them, it spills sums in the loop.
-template <int kI, int kV>
-__attribute__((noinline)) void add_terms(Vector<float>* block, const float* columns, const float* factors, int64_t row,
-                                         int64_t groups, const float* fetched) {
-  constexpr int L = kLanes<float>;
-  Vector<float> sums[kI][kV];
-#pragma GCC unroll 14
-  for (int i = 0; i < kI; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) sums[i][v] = block[i * kV + v];
-  }
-  const float *low = factors, *high = factors + 3 * row;
-  for (; groups > 0; --groups) {
-    __builtin_prefetch(fetched);
-    fetched += kPanelColumns;
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnrolledTerms; ++u) {
-      Vector<float> line[kV];
-#pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) line[v] = load(columns + u * kPanelColumns + v * L);
-#pragma GCC unroll 14
-      for (int i = 0; i < kI; ++i) {
-        const Vector<float> factor = broadcast<float>((i < 3 ? low : high)[i % 3 * row + u]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) sums[i][v] = multiply_add(factor, line[v], sums[i][v]);
-      }
-    }
-    columns += kUnrolledTerms * kPanelColumns, low += kUnrolledTerms, high += kUnrolledTerms;
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < kI; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) block[i * kV + v] = sums[i][v];
-  }
-}
-
-// multiply_block() where the factors' terms follow each other.
-template <int kI, int kV>
-void multiply_dense(const Factors& factors, const Panels& panels, const Outputs& out, int rest) {
-  const int64_t panel = panels.distance();
-  const float *columns = panels.data, *fetched = columns + panels.ahead;
-  Vector<float> sums[kI][kV], before[kI][kV];  // the latter of the chains that are done
-  begin_sums(sums, out, rest);
-  for (int64_t t = 0;;) {
-    const int64_t chain = std::min(panels.terms - t, kChain);
-    const int64_t groups = chain / kUnrolledTerms;
-    add_terms<kI, kV>(&sums[0][0], columns + t * kPanelColumns, factors.data + t, factors.row, groups, fetched);
-    for (int64_t last = t + groups * kUnrolledTerms; last < t + chain; ++last) {
-      const float* const starts[] = {factors.data + last, factors.data + last + 3 * factors.row};
-      add_term(sums, columns + last * kPanelColumns, panel, starts, factors.row, 0);
-    }
-    if (t > 0) add<kI, kV>(sums, before);
-    t += chain, fetched += chain / kUnrolledTerms * kPanelColumns;
-    if (t == panels.terms) break;
-    copy<kI, kV>(sums, before);
-#pragma GCC unroll 14
-    for (int i = 0; i < kI; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) sums[i][v] = Vector<float>{};
-    }
-  }
-  end_sums(sums, out, rest);
-}
+#include "cpu/pointwise/product_dense_simd.h"
 
 // kI rows of kV vectors, the last of which has `rest` columns. The rows of factors are reached from every third
 // pointer, which the address modes of the processor can do without a register for each.
@@ -359,14 +278,6 @@ MultiplyBlock block_of_rows(int64_t rows, std::integer_sequence<int, kI...>) {
   return blocks[rows - 1];
 }
 
-// The blocks of multiply_dense(): of kUnrolledRows rows and more, and of up to two vectors.
-inline constexpr int kUnrolledRows = 4;
-template <int kV>
-MultiplyBlock dense_block_of_rows(int64_t rows) {
-  static constexpr MultiplyBlock blocks[] = {multiply_dense<4, kV>, multiply_dense<5, kV>, multiply_dense<6, kV>};
-  return blocks[rows - kUnrolledRows];
-}
-
 inline MultiplyBlock block_of(int64_t rows, int64_t vectors) {
   const std::make_integer_sequence<int, kRows> all;
   const std::make_integer_sequence<int, kFewRows> few;
@@ -381,12 +292,11 @@ inline MultiplyBlock block_of(int64_t rows, int64_t vectors) {
 // `rows` (1 to kRows) x `columns` (1 to columns_of(rows)) outputs.
 inline void multiply(const Factors& factors, const Panels& panels, const Outputs& out, int64_t rows, int64_t columns) {
   constexpr int64_t L = kLanes<float>;
-  const int64_t vectors = ceil_div(columns, L);
-  MultiplyBlock block = block_of(rows, vectors);
   if constexpr (SEPCONV_ISA_LEVEL == 1) {
-    if (panels.terms >= kLeastUnrolled && rows >= kUnrolledRows && factors.term == 1 && factors.jumps == nullptr) {
-      block = vectors == 2 ? dense_block_of_rows<2>(rows) : dense_block_of_rows<1>(rows);
+    if (factors.jumps == nullptr && are_dense(factors, rows)) {
+      return multiply_dense_rows(factors, panels, out, rows, 1, columns, {panels.data + panels.ahead});
     }
   }
-  block(factors, panels, out, static_cast<int>(columns - (vectors - 1) * L));
+  const int64_t vectors = ceil_div(columns, L);
+  block_of(rows, vectors)(factors, panels, out, static_cast<int>(columns - (vectors - 1) * L));
 }

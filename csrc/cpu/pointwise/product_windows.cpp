@@ -44,7 +44,10 @@ void windows_forward(const ConvShape& shape, const float* x, const float* packed
 
 #include "cpu/pointwise/product_simd.h"
 
+#include "cpu/pointwise/product_rows_simd.h"
+
 inline constexpr int64_t kBandBytes = 256 << 10;  // of the input rows that a band sees
+inline constexpr int64_t kNearPanels = 16 << 10;  // of a weight beside which pixels stay in the first-level cache
 inline constexpr int64_t kOutputStep = 32;        // tasks have whole panels, two of them with the widest vectors
 
 // Pixels of an image with a few channels, from planes or from anywhere.
@@ -159,6 +162,24 @@ struct Windows {
     }
   }
 
+  // Output rows in blocks of pixels, each of which meets all outputs where their weight stays in the first-level cache;
+  // else all rows meet a panel first.
+  void multiply_rows(const Factors& windows, const Outputs& y, int64_t rows, const Part& part) const {
+    const bool near = (part.end - part.begin) * w.terms * int64_t{sizeof(float)} <= kNearPanels;
+    const int64_t step = near ? part.end - part.begin : kPanelColumns;
+    for (int64_t k = part.begin; k < part.end; k += step) {
+      const Panels panels = w.from(k);
+      const int64_t columns = std::min(step, part.end - k);
+      for (int64_t p = 0; p < rows; ++p) {
+        Factors row = windows;
+        row.data += p * s.stride_h * pitch;
+        const Fetched next =
+            Fetched{panels.data + panels.distance(), near ? 0 : w.terms * kPanelColumns}.share(p, rows);
+        multiply_in_blocks(row, panels, y.from(p * s.Q, k), s.Q, columns, shared(next, s.Q, columns));
+      }
+    }
+  }
+
   void operator()(int64_t task) const {
     const int64_t n = task / (bands * output_parts);
     const Part rows(s.P, bands, task / output_parts % bands);
@@ -182,6 +203,8 @@ struct Windows {
       y.residual = call.residual.data + pixel * residual_pitch, y.residual_row = residual_pitch;
     }
     y.column_bias = static_cast<const float*>(call.epilogue.bias), y.activation = call.epilogue.activation;
+    const bool one_chain = windows.jumps == nullptr || w.terms <= kChain;
+    if (one_chain && are_dense(windows, s.Q)) return multiply_rows(windows, y, rows.end - rows.begin, part);
     const Pieces pieces(s.Q, kRows);
     const int64_t step = columns_of(std::min<int64_t>(s.Q, kRows));
     for (int64_t k = part.begin; k < part.end; k += step) {

@@ -1,5 +1,9 @@
 #include "cpu/simd/thread_scratch.h"
 
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+
 #include "cpu/simd/huge_pages.h"
 
 namespace sepconv::cpu {
@@ -17,13 +21,26 @@ float* aligned(float* p) {
   return p + (kLine - address / sizeof(float) % kLine) % kLine;
 }
 
+float* poisoned(float* memory, int64_t count) {
+  poison_scratch(memory, count);
+  return memory;
+}
+
 }  // namespace
+
+void poison_scratch(float* memory, int64_t count) {
+  static const bool wanted = [] {
+    const char* value = std::getenv("SEPCONV_POISON_SCRATCH");
+    return value != nullptr && *value == '1';
+  }();
+  if (wanted) std::fill_n(memory, count, std::numeric_limits<float>::quiet_NaN());
+}
 
 float* ThreadScratch::take(int64_t count) {
   if (count > kKept) {
     own_.reset(new float[count + kLine]);
     advise_huge_pages(own_.get(), (count + kLine) * sizeof(float));
-    return aligned(own_.get());
+    return poisoned(aligned(own_.get()), count);
   }
   thread_local Kept kept[kScratchUses];
   Kept& mine = kept[static_cast<int>(use_)];
@@ -32,7 +49,7 @@ float* ThreadScratch::take(int64_t count) {
     mine.memory.reset(new float[count + kLine]);
     mine.count = count;
   }
-  return aligned(mine.memory.get());
+  return poisoned(aligned(mine.memory.get()), count);
 }
 
 }  // namespace sepconv::cpu

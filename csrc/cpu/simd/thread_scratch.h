@@ -10,6 +10,10 @@ namespace sepconv::cpu {
 enum class ScratchUse : int { weights, pixels, ring, image };
 inline constexpr int kScratchUses = 4;
 
+// With SEPCONV_POISON_SCRATCH=1, as the tests set it, memory of unknown contents is filled with NaN. Else a number that
+// a kernel forgets to write may be there all the same, from an earlier call.
+void poison_scratch(float* memory, int64_t count);
+
 // take() gives `count` floats, aligned to a cache line, with any values in them. They are valid for the life of this
 // object, or until the thread takes the same use again. Up to 4 MiB a use are kept; more is given back at the end.
 class ThreadScratch {
