@@ -17,11 +17,12 @@ from . import _sharding, causal_conv1d, decompositions, factorize, functional, n
 from .convert import convert_, revert_
 from .cost import cost
 from .functional import explain
-from .graph import freeze
+from .graph import autotune, freeze
 from .version import __version__
 
 __all__ = [
     "__version__",
+    "autotune",
     "causal_conv1d",
     "convert_",
     "cost",

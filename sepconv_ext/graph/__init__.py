@@ -2,9 +2,10 @@
 
 from importlib import metadata
 
+from .choice import autotune
 from .freeze import Frozen, FrozenParts, freeze
 
-__all__ = ["Frozen", "FrozenParts", "freeze"]
+__all__ = ["Frozen", "FrozenParts", "autotune", "freeze"]
 
 
 def _register_backend() -> None:
