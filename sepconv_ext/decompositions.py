@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .ops import _suggests_channels_last
 from .packed import PANEL_COLUMNS
@@ -337,6 +338,17 @@ def causal_conv1d_update(x, state, weight, bias, cache_seqlens, state_indices, d
     next = torch.where(skipped.all(), old, next)
     state.index_copy_(0, rows.index_select(0, writer), next.index_select(0, writer))
     return _only(~skipped[:, None, None], y)
+
+
+@torch.ops.sepconv_ext.causal_conv1d_update.default.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)
+def _update_before_it_is_wrapped(*arguments) -> Tensor:
+    """torch wraps an op that writes in place before it looks into a table, and first asks for such a function as this.
+
+    So it looks itself into the table of the trace that is going on. Inductor's does not have the op, and wraps it.
+    """
+    table = getattr(get_proxy_mode(), "decomposition_table", {})
+    function = table.get(torch.ops.sepconv_ext.causal_conv1d_update.default)
+    return NotImplemented if function is None else function(*arguments)
 
 
 # --- packed products, and programs of frozen networks ---

@@ -267,7 +267,18 @@ def frozen() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return network, (x,)
 
 
-MODELS = {"converted": converted, "causal": causal, "frozen": frozen}
+def tokens() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A frozen transformer of images, whose linear layers over tokens are packed products."""
+    timm = pytest.importorskip("timm", reason="timm is an extra")
+    torch.manual_seed(0)
+    x = t(2, 3, 32, 32)
+    arguments = dict(img_size=32, patch_size=8, depth=2, embed_dim=64, num_heads=2, num_classes=10)
+    network = freeze(timm.create_model("deit_tiny_patch16_224", **arguments).eval(), x)
+    assert "packed_pointwise" in str(network.graph)
+    return network, (x,)
+
+
+MODELS = {"converted": converted, "causal": causal, "frozen": frozen, "tokens": tokens}
 by_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
 
@@ -298,6 +309,36 @@ def test_run_decompositions_gives_plain_aten(make: Callable) -> None:
     one = tuple(argument[:1] for argument in arguments)
     for inputs in (arguments, one):
         torch.testing.assert_close(plain.module()(*inputs), model(*inputs), rtol=1e-3, atol=1e-4)
+
+
+class Step(nn.Module):
+    """A token of decoding, which writes its state in place."""
+
+    def forward(self, x: Tensor, state: Tensor, weight: Tensor) -> Tensor:
+        return functional.causal_conv1d_update(x, state, weight, None, "silu") * 2
+
+
+def step() -> tuple[Tensor, ...]:
+    return t(2, 8), t(2, 8, 3), t(8, 4, seed=2)
+
+
+def test_decoding_in_place_becomes_plain_aten() -> None:
+    """And the state is written; or the op is kept, by choice and by Inductor."""
+    program = torch.export.export(Step(), step())
+    plain = program.run_decompositions()
+    assert "sepconv_ext" not in str(plain.graph)
+    expected, actual = step(), step()
+    torch.testing.assert_close(plain.module()(*actual), Step()(*expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual[1], expected[1])
+    assert not torch.equal(actual[1], step()[1])
+
+    table = torch.export.default_decompositions()
+    del table[ops.causal_conv1d_update.default]
+    kept = program.run_decompositions(table)
+    assert "sepconv_ext.causal_conv1d_update" in str(kept.graph)
+    given = step()
+    torch.testing.assert_close(kept.module()(*given), Step()(*step()))
+    torch.testing.assert_close(given[1], expected[1])
 
 
 def test_an_op_is_kept_by_choice() -> None:
