@@ -95,6 +95,7 @@ def test_depthwise(size: tuple[int, ...], layout: str, isa: str) -> None:
 CONVOLUTIONS = {  # kernel, stride, dilation, (top, bottom, left, right)
     "3x3": ((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)),
     "stem": ((3, 3), (2, 2), (1, 1), (1, 2, 0, 2)),
+    "dilated": ((3, 3), (1, 1), (2, 2), (2, 2, 2, 2)),
     "patch": ((4, 4), (4, 4), (1, 1), (2, 1, 2, 2)),
     "wide": ((1, 5), (1, 3), (1, 2), (0, 2, 4, 4)),
     # Taps that see padding alone: all but one, but one row's, but one row's and some columns', all of them; and with
@@ -107,9 +108,13 @@ CONVOLUTIONS = {  # kernel, stride, dilation, (top, bottom, left, right)
 }
 
 
+# Rows of whole blocks of pixels, whose windows AVX2 multiplies by hand.
+WHOLE_BLOCKS = (1, 6, 12, 24)
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @by_layout
-@by_size
+@pytest.mark.parametrize("size", (*SIZES, WHOLE_BLOCKS), ids=lambda size: "x".join(map(str, size)))
 def test_convolution(size: tuple[int, ...], layout: str, name: str, isa: str) -> None:
     x = random(size, torch.float32, "cpu", layout)
     kernel, stride, dilation, (top, bottom, left, right) = CONVOLUTIONS[name]
