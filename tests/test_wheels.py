@@ -78,11 +78,13 @@ def test_auditwheels_verdict_is_that_of_the_symbols(tmp_path: Path) -> None:
         files.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         tag = wheel.stem.split("-", 2)[2]
         files.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}\n")
-        files.writestr(f"{info}/RECORD", "")
+        record = "".join(f"{file},,\n" for file in (*files.namelist(), f"{info}/RECORD"))
+        files.writestr(f"{info}/RECORD", record)
     newer = WHEELS["newer_symbols"](wheel, "manylinux_2_28")
     if newer:
         with pytest.raises(SystemExit) as error:
             WHEELS["repaired"](wheel, tmp_path / "out", "manylinux_2_28")
+        assert "too-recent versioned symbols" in str(error.value)
         assert all(f"  {symbol}\n" in str(error.value) for symbol in newer)
         assert "manylinux_2_28" in str(error.value) and "MANYLINUX=" in str(error.value)
     else:

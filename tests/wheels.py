@@ -102,7 +102,7 @@ def newer_symbols(wheel: Path, policy: str) -> list[str]:
         for i, symbol in enumerate(elf.get_section_by_name(".dynsym").iter_symbols()):
             index = versions.get_symbol(i)["ndx"]
             entry = needed.get_version(index) if isinstance(index, int) and symbol["st_shndx"] == "SHN_UNDEF" else None
-            if entry is not None and is_newer(entry[1].name, NEWEST[policy]):
+            if entry is not None and is_newer(entry[1].name, NEWEST.get(policy, {})):
                 found.append(f"{symbol.name}@{entry[1].name}")
     return sorted(found)
 
