@@ -786,3 +786,44 @@ def test_a_separable_pair_is_two_calls_but_for_stride_2_in_channels_last() -> No
             assert planned(**case | {"dtype": dtype, "strict": 1} | rest).kernel == fused
     assert planned(**case, dtype="float32", tf32=1).kernel == "composite"
     assert planned(**case, dtype="float16", tf32=1).kernel == "cuda_separable_mma"
+
+
+def causal(N: int, C: int, L: int, S: int = 4, layout: str = "channels_last", **rest: object) -> emulate.Planned:
+    reach = (S - 1) * int(str(rest.get("dilation", "1,1")).split(",")[1])
+    case = {"op": "causal", "dtype": "bfloat16", "layout": layout, "N": N, "C": C, "W": L, "K": C, "S": S, "groups": C}
+    return planned(**case | {"padding": f"0,0,{reach},0", "states": 1} | rest)
+
+
+def test_a_causal_call_takes_vectors_of_what_is_dense() -> None:
+    assert causal(8, 5376, 2048).kernel == causal(8, 5376, 2047).kernel == "cuda_causal_nlc"
+    assert causal(8, 5376, 2048, layout="sliced_last", y_layout="channels_last").kernel == "cuda_causal_nlc"
+    assert causal(8, 5376, 2048, dilation="1,3").kernel == "cuda_causal_nlc"
+    planes = causal(8, 5376, 2048, layout="contiguous")
+    assert (planes.kernel, planes.tile) == ("cuda_causal_ncl", {"vec": 8})
+    odd = causal(8, 5376, 2047, layout="contiguous")
+    assert (odd.kernel, odd.tile) == ("cuda_causal_ncl", {})  # rows off 16 bytes: one by one
+    assert causal(8, 5376, 2048, layout="contiguous", offset=1).tile == {}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"S": 5}, {"C": 5377}, {"offset": 1}, {"layout": "strided"}, {"layout": "contiguous", "dilation": "1,2"},
+        {"layout": "contiguous", "dtype": "float64"},
+    ],
+)  # fmt: skip
+def test_other_causal_calls_go_element_by_element(call: dict[str, object]) -> None:
+    assert causal(**{"N": 2, "C": 5376, "L": 2048} | call).kernel == "cuda_causal_direct"
+
+
+def test_causal_strips_are_as_long_as_leave_enough_threads() -> None:
+    rows = [causal(N, 5376, 2048).tile["rows"] for N in (8, 2, 1)]
+    assert rows == sorted(rows, reverse=True) and all((r + 3) % 4 == 0 for r in rows) and rows[0] > rows[-1]
+    assert causal(1, 64, 16).tile["rows"] == 5
+    assert causal(1, 5376, 2048, multiprocessors=1).tile["rows"] == rows[0]
+
+
+def test_causal_calls_that_no_kernel_takes() -> None:
+    assert causal(1 << 20, 5376, 2048).kernel == "composite"
+    assert causal(1, 1 << 16, 1 << 16).kernel == "composite"
+    assert causal(2, 64, 64, archs="8.0", sm=75).kernel == "composite"

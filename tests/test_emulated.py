@@ -248,6 +248,21 @@ SPATIAL = (
     Case("spatial_k5x45_c32", 1, 32, 4, 12, 32, 5, 45, padding=(2, 22), groups=32),
 )
 
+# Causal sequences: whole vectors of channels and of positions, with a rest, and none; strips, phases of a dilation,
+# more taps than have registers, states that reach beyond the sequence.
+CAUSAL = (
+    Case("causal_k4", 2, 24, 1, 40, 24, 1, 4, groups=24, bias=True),
+    Case("causal_k4_c35", 2, 35, 1, 41, 35, 1, 4, groups=35),
+    Case("causal_k3", 1, 16, 1, 24, 16, 1, 3, groups=16, bias=True),
+    Case("causal_k2_c10", 3, 10, 1, 16, 10, 1, 2, groups=10),
+    Case("causal_k4_one_position", 3, 8, 1, 1, 8, 1, 4, groups=8, bias=True),
+    Case("causal_k4_c3", 2, 3, 1, 64, 3, 1, 4, groups=3, bias=True),
+    Case("causal_k3_dilation2", 1, 16, 1, 33, 16, 1, 3, dilation=(1, 2), groups=16, bias=True),
+    Case("causal_k4_dilation9", 1, 8, 1, 5, 8, 1, 4, dilation=(1, 9), groups=8),
+    Case("causal_k1", 2, 8, 1, 8, 8, 1, 1, groups=8, bias=True),
+    Case("causal_k7", 2, 9, 1, 21, 9, 1, 7, groups=9, bias=True),
+)
+
 # Tokens of causal sequences: one and several, more than a state holds, channels of two blocks, taps that are apart.
 UPDATES = (
     Case("token", 4, 37, 1, 1, 37, 1, 4, groups=37, bias=True),
@@ -471,6 +486,26 @@ def _runs() -> Iterator[Run]:
                 made(case, "forward", layout)  # takes a turn
                 extra = {"kernel": "spatial_separable", "op": "spatial_separable", "shared": count % 4}
                 yield Run(case, "forward", dtype, layout, extra=extra | ({"offset": 1} if count % 3 == 0 else {}))
+    for case in CAUSAL:
+        reach = case.dilation[1] * (case.S - 1)
+        for packed in (0, 4):
+            causal: dict[str, object] = {"op": "causal", "padding": f"0,0,{reach},0", "packed": packed}
+            for layout, extra in (
+                ("channels_last", {}),
+                ("sliced_last", {"y_layout": "channels_last", "state_layout": "contiguous", "rows": 5}),
+                ("contiguous", {"multiprocessors": 1}),
+                ("sliced", {"y_layout": "contiguous", "state_layout": "strided", "w_layout": "strided"}),
+                ("channels_last", {"rows": 1, "w_layout": "strided"}),
+                ("strided", {"offset": 1}),
+            ):
+                for dtype in DTYPES[count % 2 :: 2]:
+                    states = {"states": int(packed == 0 or count % 3 == 0), "wide": count // 2 % 2}
+                    yield made(case, "forward", layout, dtype, **causal, **states, **extra)
+            if packed:
+                long = causal | {"packed": 24}
+                yield made(case, "forward", "contiguous", ("float32", "bfloat16")[count % 2], **long, states=count % 2)
+            yield made(case, "forward", "channels_last", "float16", **causal, states=1, infinite=1)
+            yield made(case, "forward", "contiguous", "float16", **causal, states=1, infinite=1)
     for case in UPDATES:
         reach = case.dilation[1] * (case.S - 1)
         for length, ring, rows in ((reach, 0, 0), (reach, 1, 1), (reach + 1, 0, 1), (reach + 5, 1, 0), (12, 0, 0)):

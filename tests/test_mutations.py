@@ -45,6 +45,7 @@ KEPT = (
     *test_emulated.GROUPS,
     *test_emulated.PLAIN,
     *test_emulated.SPATIAL,
+    *test_emulated.CAUSAL,
     *test_emulated.UPDATES,
 )
 SURVIVORS = Path(__file__).parent / "emulator" / "survivors.txt"

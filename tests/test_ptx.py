@@ -40,7 +40,7 @@ pytestmark = [
 DEFAULT = (
     "depthwise_nhwc_mma", "depthwise_nhwc_tma", "depthwise_nchw_mma", "depthwise_grad_weight_nhwc_mma",
     "depthwise_grad_weight", "pointwise_mma", "pointwise_nhwc_mma", "grouped", "grouped_grad_weight", "separable_mma",
-    "spatial_separable", "causal_update", "borders", "sum_partials",
+    "spatial_separable", "causal_nlc", "causal_ncl", "causal_direct", "causal_update", "borders", "sum_partials",
 )  # fmt: skip
 EACH = 2  # default cases of a kernel and map
 

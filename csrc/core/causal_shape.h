@@ -57,6 +57,15 @@ struct WholeNumbers {
   int64_t n = 0, l = 0;  // strides in elements
 };
 
+// The memory of a call of causal_conv1d. States may be null: zeros; so may be the memory of `numbers`: each sequence is
+// one run. The epilogue's bias is dense.
+struct CausalMemory {
+  const void *x, *states, *w;
+  Epilogue epilogue;
+  WholeNumbers numbers;
+  void* y;
+};
+
 // The memory of a call of causal_conv1d_update. Weight and bias (dense) are float32 with `float_weight`.
 struct CausalUpdateMemory {
   const void *x, *w;

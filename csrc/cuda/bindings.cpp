@@ -56,14 +56,6 @@ bool has_code(int capability) {
   return capability < static_cast<int>(answers.size()) && answers[static_cast<size_t>(capability)];
 }
 
-// The largest power of two, up to kBestAlignment, that divides every address. Results come from the caching allocator,
-// which aligns better than that, so only the tensors that came with the call are asked.
-int64_t common_alignment(std::initializer_list<const void*> addresses) {
-  uintptr_t bits = kBestAlignment;
-  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
-  return static_cast<int64_t>(bits & -bits);
-}
-
 struct Cuda {
   struct Guard : c10::cuda::CUDAGuard {
     explicit Guard(const Tensor& t) : CUDAGuard(t.device()) {}
@@ -140,6 +132,13 @@ Device device_facts(int index) {
           .copies_boxes = major >= 9 && copies_boxes(index),
           .has_code = has_code(capability),
           .tf32 = allows_tf32()};
+}
+
+// Results come from the caching allocator, which aligns better, so only the tensors that came with the call are asked.
+int64_t common_alignment(std::initializer_list<const void*> addresses) {
+  uintptr_t bits = kBestAlignment;
+  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
+  return static_cast<int64_t>(bits & -bits);
 }
 
 void raise_if(cudaError_t error, const char* kernel) {

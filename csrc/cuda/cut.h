@@ -11,6 +11,7 @@
 #include "cuda/grouped/cut.h"
 #include "cuda/pointwise/cut.h"
 #include "cuda/separable/cut.h"
+#include "cuda/sequences/cut.h"
 #include "cuda/spatial/cut.h"
 
 namespace sepconv::cuda {
@@ -23,6 +24,7 @@ struct NoCut {
 
 // each(cut, f) calls f(name, value) for every number of a cut; those that are 1 go without saying.
 using Cut = std::variant<NoCut, NhwcCut, NhwcMmaCut, NhwcTmaCut, NchwCut, NchwMmaCut, DirectCut, GradWeightCut,
-                         GradWeightRowsCut, ToeplitzCut, LargeCut, SplitsCut, ProductCut, GroupedMmaCut, SeparableCut>;
+                         GradWeightRowsCut, ToeplitzCut, LargeCut, SplitsCut, ProductCut, GroupedMmaCut, SeparableCut,
+                         CausalCut>;
 
 }  // namespace sepconv::cuda

@@ -67,6 +67,7 @@ struct SplitsCut;
 struct ProductCut;
 struct GroupedMmaCut;
 struct SeparableCut;
+struct CausalCut;
 
 // What depthwise_nhwc.cu, depthwise_nchw.cu and their two companions for grad_weight keep a window in registers for:
 // square kernels of these sizes, equal strides, no dilation (depthwise_nhwc.cu: any, at stride 1).
@@ -200,6 +201,13 @@ cudaError_t launch_separable_mma(const SeparableShape&, DType, const SeparableMe
 cudaError_t launch_spatial_separable(const ConvShape&, DType, const void* x, const SpatialFilters&, void* y,
                                      cudaStream_t);
 
+// Causal sequences, forward, behind their states or packed, where plan_causal (plan.h) says so. Any strides of states,
+// weight and numbers. causal_nlc.cu: channels of x and y dense and in whole vectors of 16 bytes, up to kCausalTaps
+// (sequences/cut.h) taps. causal_ncl.cu: positions dense, as many taps, without dilation, not float64;
+// cut.vec above 1: positions in whole vectors of 16 bytes. causal_direct.cu: any.
+cudaError_t launch_causal_nlc(const CausalShape&, DType, const CausalMemory&, const CausalCut&, cudaStream_t);
+cudaError_t launch_causal_ncl(const CausalShape&, DType, const CausalMemory&, const CausalCut&, cudaStream_t);
+cudaError_t launch_causal_direct(const CausalShape&, DType, const CausalMemory&, cudaStream_t);
 // causal_update.cu: the next tokens of causal sequences, where causal_update_cut (sequences/cut.h) runs. Any strides.
 cudaError_t launch_causal_update(const CausalUpdateShape&, DType, const CausalUpdateMemory&, cudaStream_t);
 

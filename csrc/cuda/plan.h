@@ -40,7 +40,11 @@ enum class Kernel : int {
   // separable_conv2d
   separable,
   separable_mma,
-  composite
+  composite,
+  // causal_conv1d
+  causal_nlc,
+  causal_ncl,
+  causal_direct
 };
 
 struct Device {
@@ -74,6 +78,9 @@ Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool s
 // kernel wherever it can run.
 Plan plan_separable(const SeparableShape&, DType, const Device&, bool strict);
 
+// A causal call with states or packed: a kernel, or other ops in its place (composite).
+Plan plan_causal(const CausalShape&, DType, const Device&, int64_t alignment);
+
 Explanation explain(Map, const Plan&);
 
 // ---- plan_overrule.cpp: another kernel or cut than the plan's, to try what it would take. Private: a kernel may be
@@ -92,6 +99,9 @@ std::vector<Plan> alternatives(Map, const ConvShape&, DType, const Device&, int6
 cudaError_t run(const Plan&, Map, const Launch&);
 // The same for plan_separable; Kernel::composite is not launched here.
 cudaError_t run_separable(const Plan&, const SeparableShape&, DType, const SeparableMemory&, cudaStream_t);
+
+// The same for plan_causal.
+cudaError_t run_causal(const Plan&, const CausalShape&, DType, const CausalMemory&, cudaStream_t);
 
 // What depends on the padding, after run(), or instead of it where that is all (border_extent() of padding_mode.h).
 cudaError_t run_borders(Map, const Launch&, PaddingMode);

@@ -82,6 +82,15 @@ cudaError_t run_separable(const Plan& plan, const SeparableShape& shape, DType d
                                               : launch_separable(shape, dtype, memory, *cut, stream);
 }
 
+cudaError_t run_causal(const Plan& plan, const CausalShape& shape, DType dtype, const CausalMemory& memory,
+                       cudaStream_t stream) {
+  const auto* const cut = std::get_if<CausalCut>(&plan.cut);
+  if (cut == nullptr) return cudaErrorNotSupported;
+  if (plan.kernel == Kernel::causal_nlc) return launch_causal_nlc(shape, dtype, memory, *cut, stream);
+  if (plan.kernel == Kernel::causal_ncl) return launch_causal_ncl(shape, dtype, memory, *cut, stream);
+  return launch_causal_direct(shape, dtype, memory, stream);
+}
+
 cudaError_t run_borders(Map map, const Launch& call, PaddingMode mode) {
   if (map == Map::forward) return launch_borders_forward(call, mode);
   return map == Map::grad_input ? launch_borders_grad_input(call, mode) : launch_borders_grad_weight(call, mode);

@@ -98,6 +98,16 @@ Case read_pointwise(const Arguments& a, const Case& depthwise) {
 
 static sepconv::SequenceStrides of_row(const sepconv::Strides& s) { return {s.n, s.c, s.w}; }
 
+sepconv::CausalShape read_causal(const Arguments& a, const Case& c) {
+  const ConvShape& conv = c.shape;
+  sepconv::CausalShape s;
+  s.N = conv.N, s.C = conv.C, s.L = conv.W, s.S = conv.S, s.dilation = conv.dilation_w;
+  s.x = of_row(conv.x), s.y = of_row(conv.y);
+  s.states = of_row(make_strides({s.N, s.C, 1, s.reach()}, a.text("state_layout", a.text("layout", "contiguous"))));
+  s.w_c = conv.w.n, s.w_s = conv.w.w;
+  return s;
+}
+
 sepconv::CausalUpdateShape read_causal_update(const Arguments& a, const Case& c) {
   const ConvShape& conv = c.shape;
   sepconv::CausalUpdateShape s;
@@ -164,6 +174,10 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   using namespace sepconv::cuda;
   if (c.spatial) return {Kernel::aten, "cuda_spatial_separable", "", {}, 0};
   if (c.op == "causal_update") return {Kernel::aten, "cuda_causal_update", "", {}, 0};
+  if (c.op == "causal") {
+    const Plan causal = plan_causal(read_causal(a, c), c.dtype, make_device(a), alignment_of(c));
+    return overruled(causal, c.map, c.shape, c.dtype, "", named_numbers(causal.cut, a));
+  }
   Plan p = plan(c.map, c.shape, c.dtype, make_device(a), alignment_of(c), a.number("strict", 1) != 0);
   const std::string kernel = a.text("kernel", "auto");
   if (kernel != "auto") p = overruled(p, c.map, c.shape, c.dtype, kernel, {});

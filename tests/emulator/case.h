@@ -29,7 +29,7 @@ struct Case {
   sepconv::PaddingMode padding_mode;
   bool bias;
   sepconv::Activation activation;
-  std::string op;                  // conv2d, separable, spatial_separable, causal_update
+  std::string op;                  // conv2d, separable, spatial_separable, causal, causal_update
   bool spatial;                    // a column and a row filter in the place of the weight
   bool shared_column, shared_row;  // one for all channels
   int64_t offset;                  // elements by which every tensor lies off its allocation's alignment
@@ -42,6 +42,9 @@ Case read_case(const Arguments&);
 Case read_pointwise(const Arguments&, const Case& depthwise);
 bool is_separable(const Arguments&);
 
+// With op=causal a case has W positions of C channels, S taps and a dilation; and states=1, packed= (the mean length of
+// a run; with numbers of 64 bits where wide=1), state_layout=.
+sepconv::CausalShape read_causal(const Arguments&, const Case&);
 // With op=causal_update a case has W tokens of C channels, S taps and a dilation; and length= of a state, ring=1,
 // rows=1 (states are named, and there are more of them), wide=1 (numbers have 64 bits), float_weight=1, state_layout=.
 sepconv::CausalUpdateShape read_causal_update(const Arguments&, const Case&);

@@ -6,9 +6,9 @@
 //
 // padding_mode= is zeros, reflect, replicate or circular. The plan chooses the kernel; kernel= and the
 // numbers of its cut (csrc/cuda/*/cut.h) overrule it, sm= and multiprocessors= are the GPU that it plans for.
-// op=separable adds a 1x1 convolution, op=causal_update is a call of that op (case.h). "--" stands between several
-// cases. Exit status 0: all are right for every seed. Otherwise the last lines say what was wrong, where, and in which
-// CUDA thread.
+// op=separable adds a 1x1 convolution, op=causal and op=causal_update are calls of those ops (case.h). "--" stands
+// between several cases. Exit status 0: all are right for every seed. Otherwise the last lines say what was wrong,
+// where, and in which CUDA thread.
 #include <unistd.h>
 
 #include <cmath>
@@ -141,6 +141,49 @@ std::string run_spatial(const Case& c, uint64_t seed) {
   return judge(c, y, spatial_reference(s, x, column, row, c.shared_column, c.shared_row), y_sizes);
 }
 
+// op=causal, with runs of random lengths where packed= is their mean, some of them padding. Empty: right.
+std::string run_causal(const Case& c, const Arguments& arguments, uint64_t seed) {
+  const sepconv::CausalShape s = read_causal(arguments, c);
+  const sepconv::cuda::Plan plan = make_plan(c, arguments);
+  if (seed == 0) printf("plan: %s\n", plan.name);
+  const bool has_states = arguments.number("states", 0);
+  const auto packed = static_cast<uint64_t>(arguments.number("packed", 0));
+  std::mt19937_64 engine(seed);
+  std::vector<int64_t> numbers;
+  for (int64_t n = 0; n < s.N && packed; ++n) {
+    int64_t number = engine() % 4 ? int64_t{1} << 33 : -1;  // with 32 bits 0
+    for (int64_t q = 0; q < s.L; ++q) {
+      if (engine() % packed == 0) number = static_cast<int64_t>(engine() % 5) - 1;
+      numbers.push_back(number);
+    }
+  }
+  const Sizes sizes{s.N, s.C, 1, s.L}, state_sizes{s.N, s.C, 1, s.reach()}, bias_of{1, s.C, 1, 1};
+  Buffer x(sizes, c.shape.x, c.dtype, c.offset), y(sizes, c.shape.y, c.dtype, c.offset);
+  Buffer w({s.C, 1, 1, s.S}, c.shape.w, c.dtype, c.offset);
+  Buffer bias(bias_of, make_strides(bias_of, "contiguous"), c.dtype, c.offset);
+  Buffer states(state_sizes, {s.states.n, s.states.c, 0, s.states.l}, c.dtype, c.offset);
+  Buffer* inputs[] = {&x, &w, &bias, &states};
+  for (uint64_t i = 0; i < 4; ++i) inputs[i]->fill_random(seed * 4 + i);
+  if (arguments.number("infinite", 0)) x.scatter_infinite(seed);
+  const bool wide = arguments.number("wide", 0);
+  Numbers lie(numbers, s.L, wide);
+  Buffer* const added = c.bias ? &bias : nullptr;
+  const sepconv::CausalMemory memory{x.data(),
+                                     has_states ? states.data() : nullptr,
+                                     w.data(),
+                                     {added ? bias.data() : nullptr, c.activation},
+                                     packed ? lie.as_they_lie() : sepconv::WholeNumbers{},
+                                     y.data()};
+  Buffer workspace(0);
+  const std::string failed =
+      run_watched(seed, y, workspace, [&] { return sepconv::cuda::run_causal(plan, s, c.dtype, memory, nullptr); });
+  if (!failed.empty()) return failed;
+  if (!wide) {
+    for (int64_t& number : numbers) number = static_cast<int32_t>(number);
+  }
+  return judge(c, y, causal_reference(s, x, has_states ? &states : nullptr, w, added, c.activation, numbers), sizes);
+}
+
 // op=causal_update. Of several sequences one is skipped, and one has a state that there is not. Empty: right.
 std::string run_causal_update(const Case& c, const Arguments& arguments, uint64_t seed) {
   const sepconv::CausalUpdateShape s = read_causal_update(arguments, c);
@@ -246,6 +289,7 @@ int main(int count, char** values) {
       for (int64_t seed = seeds.at(0); seed < seeds.at(1); ++seed) {
         fprintf(stderr, "case %zu seed %lld\n", i, (long long)seed);  // what a sanitizer's report belongs to
         const std::string wrong = c.spatial                 ? run_spatial(c, seed)
+                                  : c.op == "causal"        ? run_causal(c, arguments, seed)
                                   : c.op == "causal_update" ? run_causal_update(c, arguments, seed)
                                   : is_separable(arguments) ? run_separable(c, arguments, seed)
                                                             : run(c, arguments, seed);

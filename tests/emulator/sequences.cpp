@@ -1,5 +1,6 @@
 #include "sequences.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -37,6 +38,32 @@ Numbers::Numbers(const std::vector<int64_t>& values, int64_t L, bool wide)
     auto* const to = static_cast<unsigned char*>(memory_.data()) + i * kGap * (wide ? 8 : 4);
     memcpy(to, wide ? static_cast<const void*>(&values[i]) : &narrow, wide ? 8 : 4);
   }
+}
+
+std::vector<Expected> causal_reference(const sepconv::CausalShape& s, const Buffer& x, const Buffer* states,
+                                       const Buffer& w, const Buffer* bias, sepconv::Activation activation,
+                                       const std::vector<int64_t>& numbers) {
+  std::vector<Expected> result;
+  for (int64_t n = 0; n < s.N; ++n)
+    for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t q = 0; q < s.L; ++q) {
+        Expected& e = result.emplace_back();
+        const auto number = [&](int64_t p) { return numbers.empty() ? 0 : numbers[n * s.L + p]; };
+        if (number(q) < 0) continue;
+        for (int64_t tap = 0; tap < s.S; ++tap) {
+          const int64_t at = q - (s.S - 1 - tap) * s.dilation;
+          bool one_run = at >= 0 || states != nullptr;
+          for (int64_t p = std::max<int64_t>(at, 0); p < q; ++p) one_run = one_run && number(p) == number(p + 1);
+          if (!one_run) continue;
+          const double value = at >= 0 ? x.at(n, c, 0, at) : states->at(n, c, 0, s.reach() + at);
+          const double product = value * w.at(c, 0, 0, tap);
+          e.value += product;
+          e.magnitude += std::fabs(product);
+          ++e.terms;
+        }
+        finish(e, bias, c, activation);
+      }
+  return result;
 }
 
 Updated update_reference(const sepconv::CausalUpdateShape& s, const Buffer& x, const Buffer& w, const Buffer* bias,

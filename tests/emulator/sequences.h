@@ -23,6 +23,11 @@ class Numbers {
   Buffer memory_;
 };
 
+// Of causal_conv1d: y [N, C, L]. `states` may be null, `numbers` ([N, L]) empty.
+std::vector<Expected> causal_reference(const sepconv::CausalShape&, const Buffer& x, const Buffer* states,
+                                       const Buffer& w, const Buffer* bias, sepconv::Activation,
+                                       const std::vector<int64_t>& numbers);
+
 // Of causal_conv1d_update: y [N, C, T] and the states afterwards. `lengths` (of rings) and `rows` may be empty; a row
 // that there is not makes its outputs NaN.
 struct Updated {

@@ -111,6 +111,19 @@ LAYERS: dict[str, dict[str, list[str]]] = {
         "of 16 14x14": _layer("grad_weight", "float16", LAST, 2, 64, 14, 3, groups=4),
         "of 8 stride 2 28x28": _layer("grad_weight", "float16", LAST, 1, 64, 28, 3, 2, groups=8),
     },
+    "causal_nlc": {
+        "k4 1024": _sequence("causal", "bfloat16", LAST, 1, 256, 1024, 4, states=1),
+        "k4 1024 packed": _sequence("causal", "float32", LAST, 1, 128, 1024, 4, packed=256),
+    },
+    "causal_ncl": {
+        "k4 1024": _sequence("causal", "bfloat16", PLANES, 1, 8, 1024, 4, states=1),
+        "k4 1024 packed": _sequence("causal", "float32", PLANES, 1, 8, 1024, 4, packed=256),
+        "k4 1001": _sequence("causal", "bfloat16", PLANES, 1, 8, 1001, 4, states=1),
+    },
+    "causal_direct": {
+        "k4 128": _sequence("causal", "bfloat16", LAST, 1, 65, 128, 4, states=1),
+        "k7 128": _sequence("causal", "float32", LAST, 1, 64, 128, 7, states=1),
+    },
     "causal_update": {
         "k4 1 token": _sequence("causal_update", "bfloat16", PLANES, 4, 256, 1, 4),
         "k4 1 token ring": _sequence("causal_update", "float32", LAST, 4, 256, 1, 4, ring=1, rows=1, length=4),

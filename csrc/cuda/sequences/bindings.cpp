@@ -1,4 +1,4 @@
-// The causal ops on CUDA (ops/causal.h): decoding. The others are compositions (ops/causal.cpp).
+// The causal ops on CUDA (ops/causal.h): forward and decoding. The gradients are compositions (ops/causal.cpp).
 //
 // As in cuda/bindings.cpp nothing synchronises: a CUDA graph captures every call. So a number that names no state
 // cannot raise here, and makes its outputs NaN (causal_update.cu).
@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "cuda/plan.h"
 #include "cuda/runtime.h"
 #include "cuda/sequences/cut.h"
 #include "ops/causal.h"
@@ -30,6 +31,30 @@ WholeNumbers numbers_of(const std::optional<Tensor>& t, Tensor& kept) {
 
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 Tensor dense(const std::optional<Tensor>& t) { return causal::given(t) ? t->contiguous() : Tensor(); }
+
+Tensor forward(const Tensor& input, const Tensor& weight, Bias bias, Bias states, Bias seq_idx, int64_t dilation,
+               std::string_view activation) {
+  if (!has_kernel_dtype(input) || (!causal::given(states) && !causal::given(seq_idx))) {
+    return causal::composite(input, weight, bias, states, seq_idx, dilation, activation);
+  }
+  auto [shape, result] = causal::check(input, weight, bias, states, seq_idx, dilation);
+  const Activation name = parse_activation(activation);
+  const c10::cuda::CUDAGuard guard(input.device());
+  if (input.numel() == 0) return result.empty(input);
+  const Plan plan =
+      plan_causal(shape, dtype_of(input), device_facts(input.get_device()), common_alignment({input.const_data_ptr()}));
+  if (plan.is_composite()) {
+    return causal::elsewhere(input, weight, bias, states, seq_idx, dilation, activation);
+  }
+  const Tensor output = result.empty(input), dense_bias = dense(bias);
+  Tensor numbers;
+  const CausalMemory memory{input.const_data_ptr(),       causal::given(states) ? states->const_data_ptr() : nullptr,
+                            weight.const_data_ptr(),      {data(dense_bias), name},
+                            numbers_of(seq_idx, numbers), output.mutable_data_ptr()};
+  count_kernel(plan.name);
+  raise_if(run_causal(plan, shape, dtype_of(input), memory, c10::cuda::getCurrentCUDAStream()), plan.name);
+  return output;
+}
 
 Tensor update(const Tensor& x, Tensor& state, const Tensor& weight, Bias bias, Bias cache_seqlens, Bias state_indices,
               int64_t dilation, std::string_view activation) {
@@ -59,6 +84,9 @@ Tensor update(const Tensor& x, Tensor& state, const Tensor& weight, Bias bias, B
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) { m.impl("causal_conv1d_update", update); }
+TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) {
+  m.impl("causal_conv1d", forward);
+  m.impl("causal_conv1d_update", update);
+}
 
 }  // namespace sepconv::cuda

@@ -5,9 +5,9 @@
 // where z is the tokens, and before them the state of n: its last inputs, the latest last, or all of them in a ring.
 //
 // Thread-to-data map. A thread has one channel of one sequence, and is alone in reading and writing that channel's
-// state; neighbouring threads have neighbouring channels, a block kThreads of them. With kInRegisters the last kHeld
-// inputs stand in registers, the latest last, and all loads are on their way before the first is used: a call waits for
-// memory twice, for the state's row and for what lies there. Else every tap is loaded where it is needed.
+// state; neighbouring threads have neighbouring channels, a block kThreads of them. The last kHeld inputs stand in
+// registers, the latest last, and all loads are on their way before the first is used: a call waits for memory twice,
+// for the state's row and for what lies there. With kHeld of 0 every tap is loaded where it is needed.
 #include <cmath>
 
 #include "cuda/device/common.cuh"
@@ -18,11 +18,18 @@ namespace sepconv::cuda {
 namespace {
 
 constexpr int kThreads = kCausalThreads;
-constexpr int kHeld = kUpdateHeld;
+
+// Along a sequence offsets have 32 bits: cut.h sends others elsewhere.
+struct Steps {
+  int64_t n, c;
+  int l;
+  explicit Steps(const SequenceStrides& s) : n(s.n), c(s.c), l(static_cast<int>(s.l)) {}
+};
 
 struct UpdateArgs {
-  SequenceStrides x, state, y;
-  int64_t w_c, w_s, states;
+  Steps x, state, y;
+  int64_t w_c, states;
+  int w_s;
   WholeNumbers lengths, rows;
   int C, T, S, dilation, length;
   FastDiv by_chunk, by_length;  // block -> (chunk of channels, n); token -> its place in a ring
@@ -58,6 +65,7 @@ struct Channel {
     y[t * a.y.l] = from_acc<T>(activate_as<T>(activation, sum));
   }
 
+  template <int kHeld>
   __device__ __forceinline__ void in_registers() {
     const int kept = ring ? a.S - 1 : a.length;
     A held[kHeld], taps[kHeld];
@@ -109,7 +117,7 @@ struct Channel {
   }
 };
 
-template <typename T, typename W, bool kInRegisters>
+template <typename T, typename W, int kHeld>
 __global__ void __launch_bounds__(kThreads)
     causal_update_kernel(const UpdateArgs a, const T* __restrict__ x, const W* __restrict__ w,
                          const W* __restrict__ bias, const Activation activation, T* state, T* __restrict__ y) {
@@ -136,8 +144,8 @@ __global__ void __launch_bounds__(kThreads)
                         a.lengths.data != nullptr,
                         a.length};
   if (channel.ring) channel.place = static_cast<int>(remainder_of(number_at(a.lengths, n * a.lengths.n), a.by_length));
-  if constexpr (kInRegisters) {
-    channel.in_registers();
+  if constexpr (kHeld > 0) {
+    channel.template in_registers<kHeld>();
   } else {
     channel.from_memory();
   }
@@ -146,12 +154,12 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, typename W>
 cudaError_t start(const CausalUpdateShape& s, const CausalUpdateMemory& m, cudaStream_t stream) {
   const CausalUpdateCut cut = causal_update_cut(s, m.lengths.data != nullptr);
-  const UpdateArgs a{s.x,
-                     s.state,
-                     s.y,
+  const UpdateArgs a{Steps(s.x),
+                     Steps(s.state),
+                     Steps(s.y),
                      s.w_c,
-                     s.w_s,
                      s.states,
+                     static_cast<int>(s.w_s),
                      m.lengths,
                      m.rows,
                      static_cast<int>(s.C),
@@ -167,7 +175,9 @@ cudaError_t start(const CausalUpdateShape& s, const CausalUpdateMemory& m, cudaS
                   static_cast<const W*>(m.epilogue.bias), m.epilogue.activation, static_cast<T*>(m.state),
                   static_cast<T*>(m.y));
   };
-  return cut.in_registers ? go(causal_update_kernel<T, W, true>) : go(causal_update_kernel<T, W, false>);
+  if (cut.held > kUpdateHeld) return go(causal_update_kernel<T, W, 0>);
+  return cut.held > kUpdateHeld / 2 ? go(causal_update_kernel<T, W, kUpdateHeld>)
+                                    : go(causal_update_kernel<T, W, kUpdateHeld / 2>);
 }
 
 }  // namespace

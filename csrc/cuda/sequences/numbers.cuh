@@ -22,4 +22,31 @@ __device__ __forceinline__ uint32_t remainder_of(int64_t number, const FastDiv& 
   return static_cast<uint32_t>(rest < 0 ? rest + divisor : rest);
 }
 
+// The run of equal numbers that a position is in, found on a walk along the positions of one sequence.
+struct Run {
+  const WholeNumbers& numbers;
+  const int64_t first;  // where the sequence's numbers begin
+  const int before;     // positions ahead of the first one that belong to the first run: the states'
+  int position = 0;
+  int age = 0;  // so many positions back the run goes on, or as far as `begin` looked
+  int64_t number = 0;
+
+  __device__ __forceinline__ Run(const WholeNumbers& all, int64_t n, int ahead)
+      : numbers(all), first(n * all.n), before(ahead) {}
+
+  __device__ __forceinline__ void begin(int at) {
+    position = max(at, 0);
+    age = at > 0 ? 0 : before;
+    number = number_at(numbers, first + position * numbers.l);
+  }
+  __device__ __forceinline__ void advance(int to) {
+    while (position < to) {
+      ++position;
+      const int64_t next = number_at(numbers, first + position * numbers.l);
+      age = next == number ? age + 1 : 0;
+      number = next;
+    }
+  }
+};
+
 }  // namespace sepconv::cuda
