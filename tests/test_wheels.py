@@ -127,7 +127,7 @@ def fake_package(folder: Path, compiled: bool, pin: str | None) -> None:
 def test_import_beside_another_torch(tmp_path: Path, compiled: bool, pin: str | None, said: str) -> None:
     fake_package(tmp_path, compiled, pin)
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", "import sepconv_ext"]
+    command = [sys.executable, "-S", "-c", "import sepconv_ext"]  # nothing of site-packages
     done = subprocess.run(command, cwd=tmp_path, env=environ, text=True, capture_output=True)
     assert done.returncode == 1
     assert re.search(rf"(?m)^ImportError: .*{said}", done.stderr), done.stderr
