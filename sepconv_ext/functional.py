@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -31,27 +32,40 @@ IntOrThree = int | Sequence[int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
+def _whole(name: str, n: object) -> int:
+    """Of what torch takes for a whole number: int, a symbol, and numpy's and tensors' ones."""
+    if isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool):
+        return n
+    try:
+        return operator.index(None if isinstance(n, bool) else n)
+    except TypeError:
+        raise TypeError(f"{name} must be of integers, but has {n!r}") from None
+
+
+def _entries(name: str, value: object, dims: int) -> Sequence[int]:
+    """One value stands for every dimension, as torch reads it."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, dims):
+        wanted = "one value" if dims == 1 else "one value or 2 (height, width)"
+        raise RuntimeError(f"{name} must be {wanted}, but is {value}")
+    numbers = [_whole(name, n) for n in values]
+    return (numbers[0],) * dims if len(numbers) < dims else tuple(numbers)
+
+
 def _pair(name: str, value: IntOrPair) -> Sequence[int]:
-    """One value stands for both dimensions, as torch reads it."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be integers, but is {value}")
-    if not isinstance(value, Sequence):
-        return (value, value)
-    if len(value) not in (1, 2):
-        raise RuntimeError(f"{name} must be one value or 2 (height, width), but is {value}")
-    return (value[0], value[-1])
+    return _entries(name, value, 2)
 
 
 def _padding(
     padding: IntOrPair | str, weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Sequence[int]:
     """Padding in numbers: (h, w), or (top, bottom, left, right) for ``'same'``: its odd pixel goes below and right."""
+    if not isinstance(padding, str):
+        return _pair("padding", padding)
     if padding == "valid":
         return (0, 0)
     if padding != "same":
-        if isinstance(padding, str):
-            raise RuntimeError(f"padding must be 'same' or 'valid', but is {padding!r}")
-        return _pair("padding", padding)
+        raise RuntimeError(f"padding must be 'same' or 'valid', but is {padding!r}")
     return _padding_same(weight_size, stride, dilation)
 
 
@@ -61,7 +75,8 @@ def _padding_same(weight_size: Sequence[int], stride: Sequence[int], dilation: S
         raise RuntimeError(f"padding='same' needs a stride of 1, but stride is {tuple(stride)}")
     if len(weight_size) != 2 + len(stride):
         raise RuntimeError(f"weight must have {2 + len(stride)} dimensions, but has {len(weight_size)}")
-    zeros = [d * (taps - 1) for d, taps in zip(dilation, weight_size[2:], strict=True)]
+    sizes = map(int, weight_size) if torch.jit.is_tracing() else weight_size  # there they are tensors
+    zeros = [d * (taps - 1) for d, taps in zip(dilation, list(sizes)[2:], strict=True)]
     return [side for n in zeros for side in (n // 2, n - n // 2)]
 
 
@@ -112,28 +127,22 @@ def conv2d(
 
 
 def _single(name: str, value: IntOrSingle) -> Sequence[int]:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, but is {value}")
-    if not isinstance(value, Sequence):
-        return (value,)
-    if len(value) != 1:
-        raise RuntimeError(f"{name} must be one value, but is {value}")
-    return value
+    return _entries(name, value, 1)
 
 
 def _padding_1d(
     padding: IntOrSingle | str, weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Sequence[int]:
     """The padding in numbers: (both sides), or (left, right); ``'causal'`` puts all of it to the left."""
+    if not isinstance(padding, str):
+        return _single("padding", padding)
     if padding == "causal":
         return (dilation[0] * (weight_size[-1] - 1), 0)
     if padding == "same":
         return _padding_same(weight_size, stride, dilation)
     if padding == "valid":
         return (0,)
-    if isinstance(padding, str):
-        raise RuntimeError(f"padding must be 'same', 'valid' or 'causal', but is {padding!r}")
-    return _single("padding", padding)
+    raise RuntimeError(f"padding must be 'same', 'valid' or 'causal', but is {padding!r}")
 
 
 def _conv1d(
@@ -276,7 +285,7 @@ def causal_conv1d(
         states, numbers = (None if t is None else t.unsqueeze(0) for t in (initial_states, seq_idx))
         batch = input.unsqueeze(0)
         result = causal_conv1d(batch, weight, bias, activation, states, return_final_states, numbers, dilation)
-        return (result[0].squeeze(0), result[1].squeeze(0)) if isinstance(result, tuple) else result.squeeze(0)
+        return tuple(_without(t, 0) for t in result) if isinstance(result, tuple) else _without(result, 0)
     filters = weight.squeeze(1) if weight.dim() == 3 else weight
     name = "identity" if activation is None else activation
     if initial_states is None and seq_idx is None and input.dim() == 3 and filters.dim() == 2:
@@ -347,7 +356,12 @@ def causal_conv1d_update(
     name = "identity" if activation is None else activation
     op = torch.ops.sepconv_ext.causal_conv1d_update
     output = op(tokens, state, filters, bias, cache_seqlens, state_indices, dilation, name)
-    return output.squeeze(2) if input.dim() == 2 else output
+    return _without(output, 2) if input.dim() == 2 else output
+
+
+def _without(t: Tensor, dim: int) -> Tensor:
+    """A fresh tensor without a dimension of size 1: the same memory, but no view of another tensor for autograd."""
+    return torch.ops.aten._unsafe_view(t, [*t.shape[:dim], *t.shape[dim + 1 :]])
 
 
 def padded_conv2d(

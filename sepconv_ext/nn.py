@@ -58,6 +58,8 @@ class Conv2d(_Unscriptable, nn.Conv2d):
         arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if self.padding_mode == "zeros":
             return functional.conv2d(*arguments)
+        if not _pads_as_built(self):
+            return super()._conv_forward(input, weight, bias)
         return functional.padded_conv2d(*arguments, padding_mode=self.padding_mode)
 
 
@@ -115,7 +117,26 @@ class Conv1d(_Unscriptable, nn.Conv1d):
         arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if self.padding_mode == "zeros":
             return functional.conv1d(*arguments)
+        if not _pads_as_built(self):
+            return super()._conv_forward(input, weight, bias)
         return functional.padded_conv1d(*arguments, padding_mode=self.padding_mode)
+
+
+def _pads_as_built(layer: nn.Conv1d | nn.Conv2d) -> bool:
+    """Whether padding, stride and dilation still say what torch does, which pads by what they were at construction."""
+    padding = layer.padding
+    if padding == "causal":
+        return True
+    if isinstance(padding, str):
+        if padding == "same" and any(s != 1 for s in layer.stride):
+            return False
+        zeros = [
+            d * (k - 1) if padding == "same" else 0 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
+        ]
+        sides = [(n // 2, n - n // 2) for n in zeros]
+    else:
+        sides = [(n, n) for n in padding]
+    return list(layer._reversed_padding_repeated_twice) == [n for pair in reversed(sides) for n in pair]
 
 
 class Conv3d(_Unscriptable, nn.Conv3d):

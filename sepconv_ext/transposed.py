@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _C
 from .ops import _dense_strides, _suggests_channels_last
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -45,7 +46,11 @@ def conv_transpose(
     strides = _dense_strides(size, dims, channels_last)
     op = torch.ops.sepconv_ext.conv2d_grad_input
     output = op(input, weight, size, strides, stride, padding, dilation, groups)
-    return output if bias is None else output + bias.view(-1, *[1] * dims)
+    if bias is None:
+        return output
+    if not torch.compiler.is_compiling():
+        _C.check_storage("bias", bias)
+    return output + bias.view(-1, *[1] * dims)
 
 
 def _by_autocast(tensor: Any) -> Any:
@@ -61,6 +66,10 @@ def _by_autocast(tensor: Any) -> Any:
 def _is_covered(input: Any, weight: Any, bias: Any, groups: Any, dims: int) -> bool:
     """Whether the tensors fit each other, and have a dtype of the kernels."""
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and _is_integer(groups)):
+        return False
+    if torch.jit.is_tracing():  # sizes are tensors, and the op's would become constants of the trace
+        return False
+    if any(isinstance(t, Tensor) and t.layout != torch.strided for t in (input, weight, bias)):
         return False
     if input.dtype not in _DTYPES or weight.dtype != input.dtype or weight.device != input.device:
         return False
@@ -92,7 +101,8 @@ def _pixels(
     A convolution rounds off what output_padding adds as long as that is below the stride. torch takes more where the
     dilation is larger still.
     """
-    if not all(map(_is_integer, (*stride, *padding, *output_padding, *dilation))):
+    numbers = (*stride, *padding, *output_padding, *dilation)
+    if not all(map(_is_integer, numbers)) or any(type(n) is int and abs(n) >= 2**62 for n in numbers):
         return None
     pixels = []
     for n, k, s, p, more, d in zip(size, taps, stride, padding, output_padding, dilation, strict=True):

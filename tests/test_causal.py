@@ -289,6 +289,29 @@ def test_unbatched_is_a_batch_of_one(order: str, packed: bool) -> None:
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_results_are_tensors_of_their_own() -> None:
+    """Not views: hooks outlive in-place use, and what no_grad made is added to."""
+    x, w = torch.randn(4, 9, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    states = torch.zeros(4, 2)
+    results = [
+        functional.causal_conv1d(x, w),
+        *functional.causal_conv1d(x, w, None, "silu", states, True),
+        functional.causal_conv1d_update(x.detach()[:, :4], torch.zeros(4, 4, 2), w.detach()),
+        sepconv_ext.nn.CausalConv1d(4, 3)(x),
+    ]
+    for result in results:
+        assert not result._is_view()
+        result.detach_()
+    y, seen = functional.causal_conv1d(x, w, None, None, states), []
+    y.register_hook(seen.append)
+    y.relu_().sum().backward()
+    assert len(seen) == 1
+    with torch.no_grad():
+        y = functional.causal_conv1d(x, w, None, None, states)
+    y += w.sum()
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_other_packages_names(wide: bool) -> None:
     x, w, b, states = tensors(CASES[0], torch.bfloat16 if wide else torch.float32)

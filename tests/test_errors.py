@@ -189,6 +189,19 @@ STORED = {
     "both_grads": lambda g, x, w: ops.conv2d_both_grads(g, x, w, [1, 1], [0, 0], [1, 1], w.shape[0]),
     "separable": lambda x, d, bd, p, bp: functional.separable_conv2d(x, d, p, bd, bp),
     "spatial": lambda x, c, r: functional.spatial_separable_conv2d(x, c, r),
+    "transposed": lambda x, w, b: functional.conv_transpose2d(x, w, b, groups=4),
+    "causal": lambda x, w, b, states: functional.causal_conv1d(x, w, b, None, states),
+    "packed": lambda x, i: functional.causal_conv1d(x, x[0, :, :3], seq_idx=i.view(torch.int32)),
+    "update": lambda x, state, w, b: functional.causal_conv1d_update(x, state, w, b),
+    "update_rows": lambda lens, rows: functional.causal_conv1d_update(
+        torch.ones(3, 4, device=rows.device),
+        torch.ones(3, 4, 6, device=rows.device),
+        torch.ones(4, 3, device=rows.device),
+        None,
+        None,
+        lens.view(torch.int32),
+        rows.view(torch.int32),
+    ),
 }
 STORED_SIZES = {
     "conv2d": ((2, 4, 7, 7), (4, 1, 3, 3), (4,)),
@@ -198,6 +211,11 @@ STORED_SIZES = {
     "both_grads": ((2, 4, 5, 5), (2, 4, 7, 7), (4, 1, 3, 3)),
     "separable": ((2, 4, 7, 7), (4, 1, 3, 3), (4,), (6, 4, 1, 1), (6,)),
     "spatial": ((2, 4, 7, 7), (4, 3), (4, 3)),
+    "transposed": ((2, 4, 7, 7), (4, 1, 3, 3), (4,)),
+    "causal": ((2, 4, 7), (4, 3), (4,), (2, 4, 2)),
+    "packed": ((2, 4, 7), (2, 7)),
+    "update": ((2, 4, 1), (2, 4, 2), (4, 3), (4,)),
+    "update_rows": ((3,), (3,)),
 }
 
 
@@ -211,6 +229,41 @@ def test_freed_storage_is_not_read(name: str, which: int, left: int, device: str
     with pytest.raises(RuntimeError, match="storage"):
         STORED[name](*tensors)
     assert not sepconv_ext.kernel_counts(), "a kernel ran"
+
+
+WRONG_TYPES = (1.5, (1, 1.5), "11", b"11", None, (True, True), True, np.array([1, 1]), {1})
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=repr)
+@pytest.mark.parametrize("argument", ["stride", "padding", "dilation"])
+def test_wrong_types_are_type_errors_everywhere(argument: str, wrong: object) -> None:
+    """As for torch's functions; what is no type but a string is an unknown padding."""
+    x, w, p = torch.ones(1, 4, 7, 7), torch.ones(4, 1, 3, 3), torch.ones(4, 4, 1, 1)
+    calls = [
+        lambda **k: functional.separable_conv2d(x, w, p, **k),
+        lambda **k: functional.inverted_residual(x, p, None, w, None, p, None, **k),
+        lambda **k: functional.explain(x, w, groups=4, **k),
+        lambda **k: functional.conv_transpose2d(x, w, groups=4, **k),
+        lambda **k: functional.conv_transpose1d(x[0], w[..., 0], groups=4, **k),
+    ]
+    if argument == "padding":
+        calls.append(lambda **k: functional.spatial_separable_conv2d(x, w[:, 0, 0], w[:, 0, 0], **k))
+    for i, call in enumerate(calls):
+        kind = RuntimeError if isinstance(wrong, str) and argument == "padding" and i not in (3, 4) else TypeError
+        kind = RuntimeError if i == 4 and wrong == (True, True) else kind  # of two values: too many
+        with pytest.raises(kind, match=argument):
+            call(**{argument: wrong})
+
+
+@pytest.mark.parametrize("right", [np.int64(1), torch.tensor(1), (np.int32(1),), [torch.tensor(1), 1]], ids=repr)
+def test_whole_numbers_of_other_kinds_are_taken(right: object) -> None:
+    x, w, p = torch.randn(1, 4, 7, 7), torch.randn(4, 1, 3, 3), torch.randn(4, 4, 1, 1)
+    for argument in ("stride", "padding", "dilation"):
+        for call in (
+            lambda n, argument=argument: functional.separable_conv2d(x, w, p, **{argument: n}),
+            lambda n, argument=argument: functional.conv_transpose2d(x, w, groups=4, **{argument: n}),
+        ):
+            torch.testing.assert_close(call(right), call(1), rtol=0, atol=0)
 
 
 def test_an_inference_tensor_goes_where_torch_pads_by_a_copy(device: str) -> None:

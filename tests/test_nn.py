@@ -13,7 +13,7 @@ from torch import nn
 
 from cases import BY_NAME
 from harness import ACTIVATIONS, only_our_kernels, random
-from sepconv_ext import reference
+from sepconv_ext import functional, reference
 from sepconv_ext.nn import Conv2d, DepthwiseConv2d, PointwiseConv2d
 
 ARGUMENTS = [
@@ -165,6 +165,32 @@ def test_trace_and_fx(padding: int | str) -> None:
         with only_our_kernels(at_least=2):
             y = form(x)
         torch.testing.assert_close(y, layer(x))
+
+
+@pytest.mark.parametrize("changed", [dict(padding=(0, 0)), dict(dilation=(2, 2)), dict(stride=(2, 2))], ids=str)
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_what_changes_after_construction_pads_as_in_torch(padding: int | str, changed: dict) -> None:
+    """torch pads other than by zeros by what padding and dilation were in the beginning."""
+    theirs, ours = (cls(4, 4, 3, padding=padding, groups=4, padding_mode="reflect") for cls in (nn.Conv2d, Conv2d))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 4, 9, 9)
+    for layer in (theirs, ours):
+        for name, value in changed.items():
+            setattr(layer, name, value)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("layer", ["separable", "spatial"])
+def test_traced_with_padding_same(layer: str) -> None:
+    x, w, p = torch.randn(1, 4, 9, 9), torch.randn(4, 1, 3, 3), torch.randn(4, 4, 1, 1)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if layer == "separable":
+            return functional.separable_conv2d(x, w, p, padding="same")
+        return functional.spatial_separable_conv2d(x, w[:, 0, 0], w[:, 0, 0], padding="same")
+
+    traced, other = torch.jit.trace(call, x), torch.randn(2, 4, 7, 8)
+    torch.testing.assert_close(traced(other), call(other))
 
 
 @pytest.mark.parametrize("mode", ("zeros", "reflect", "replicate", "circular"))

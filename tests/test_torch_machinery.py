@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -561,3 +563,13 @@ def test_the_current_stream_is_used() -> None:
         y = functional.conv2d(x, w, b, *CASE.geometry)
     side.synchronize()
     torch.testing.assert_close(y, expected)
+
+
+def test_import_leaves_out_what_only_a_capture_needs() -> None:
+    """sympy takes half a second of every process that imports this package, and torch itself does without."""
+    program = (
+        "import torch, sys; before = 'sympy' in sys.modules; import sepconv_ext; print(before, 'sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, after = done.stdout.split()
+    assert before == after

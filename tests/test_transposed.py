@@ -313,6 +313,25 @@ def test_compiled_and_traced() -> None:
     torch.testing.assert_close(graph(x), expected)
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+def test_jit_trace(dims: int) -> None:
+    """A trace takes torch's function, which keeps sizes open."""
+    layer = getattr(sepconv_ext.nn, f"ConvTranspose{dims}d")(4, 4, 3, 2, 1, groups=4)
+    x = torch.randn(2, 4, *[5] * dims)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        other = torch.randn(3, 4, *[7] * dims)
+        torch.testing.assert_close(traced(other), layer(other))
+
+
+def test_mkldnn_tensors_are_left_to_torch() -> None:
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            functional.conv_transpose2d(x.to_mkldnn(), w).to_dense(), functional.conv_transpose2d(x, w)
+        )
+
+
 def test_autocast_casts_as_for_torch() -> None:
     layer = sepconv_ext.nn.ConvTranspose2d(6, 6, 4, 2, 1, groups=6)
     x = random((2, 6, 5, 4), torch.float32, "cpu")

@@ -12,6 +12,17 @@
 #include "ops/packed.h"
 
 namespace sepconv {
+// A tensor may outlive its memory: FSDP and offloading free it by resizing the storage.
+void check_storage(const char* name, const at::Tensor& t) {
+  if (t.numel() == 0) return;
+  const at::IntArrayRef sizes = t.sizes(), strides = t.strides();  // taken once: Tensor::size(dim) checks at every call
+  int64_t last = t.storage_offset();
+  for (size_t dim = 0; dim < sizes.size(); ++dim) last += (sizes[dim] - 1) * strides[dim];
+  const size_t needed = static_cast<size_t>(last + 1) * t.element_size(), bytes = t.storage().nbytes();
+  TORCH_CHECK(needed <= bytes, name, " of size ", sizes, " and strides ", strides, " needs a storage of ", needed,
+              " bytes, but its storage has ", bytes);
+}
+
 namespace {
 
 using at::IntArrayRef;
@@ -91,17 +102,6 @@ void check_image_rank(size_t rank, bool sequence) {
 void check_weight_rank(const char* name, size_t rank, bool sequence) {
   const size_t expected = sequence ? 3 : 4;
   TORCH_CHECK(rank == expected, name, " must have ", expected, " dimensions, but has ", rank);
-}
-
-// A tensor may outlive its memory: FSDP and offloading free it by resizing the storage.
-void check_storage(const char* name, const Tensor& t) {
-  if (t.numel() == 0) return;
-  const IntArrayRef sizes = t.sizes(), strides = t.strides();  // taken once: Tensor::size(dim) checks at every call
-  int64_t last = t.storage_offset();
-  for (size_t dim = 0; dim < sizes.size(); ++dim) last += (sizes[dim] - 1) * strides[dim];
-  const size_t needed = static_cast<size_t>(last + 1) * t.element_size(), bytes = t.storage().nbytes();
-  TORCH_CHECK(needed <= bytes, name, " of size ", sizes, " and strides ", strides, " needs a storage of ", needed,
-              " bytes, but its storage has ", bytes);
 }
 
 void check_tensor(const char* name, const Tensor& t, const Tensor& reference, const char* reference_name) {

@@ -97,6 +97,8 @@ constexpr const char* name_of(PaddingMode mode) { return kPaddingModeNames[stati
 
 // True for the four types that kernels are written for; everything else (complex, integers, quantised) goes to ATen.
 bool has_kernel_dtype(const at::Tensor&);
+// Raises where a tensor's storage is smaller than its sizes need.
+void check_storage(const char* name, const at::Tensor&);
 // Why no kernel takes an input of so many spatial dimensions, while ATen may; null where one does.
 const char* no_kernel_for(const at::Tensor& input, size_t dims);
 DType dtype_of(const at::Tensor&);

@@ -40,6 +40,7 @@ void check_states(const std::optional<Tensor>& states, const char* name, const T
               ", but input has dtype ", input.scalar_type());
   TORCH_CHECK(states->device() == input.device(), name, " is on device ", states->device(), ", but input is on device ",
               input.device());
+  check_storage(name, *states);
 }
 
 void check_whole_numbers(const std::optional<Tensor>& t, const char* name, IntArrayRef size, const Tensor& input) {
@@ -49,6 +50,7 @@ void check_whole_numbers(const std::optional<Tensor>& t, const char* name, IntAr
   TORCH_CHECK(t->sizes() == size, name, " must have size ", size, ", but has ", t->sizes());
   TORCH_CHECK(t->device() == input.device(), name, " is on device ", t->device(), ", but input is on device ",
               input.device());
+  check_storage(name, *t);
 }
 
 void check_seq_idx(const std::optional<Tensor>& seq_idx, const Tensor& input) {
@@ -139,7 +141,9 @@ CausalUpdateShape check_update(const Tensor& x, const Tensor& state, const Tenso
   for (const auto& [name, t] :
        {std::pair<const char*, const Tensor*>{"state", &state}, {"weight", &weight}, {"bias", &add}}) {
     TORCH_CHECK(t->device() == x.device(), name, " is on device ", t->device(), ", but x is on device ", x.device());
+    check_storage(name, *t);
   }
+  check_storage("x", x);
   check_whole_numbers(cache_seqlens, "cache_seqlens", {N}, x);
   check_whole_numbers(state_indices, "state_indices", {N}, x);
   CausalUpdateShape shape;

@@ -8,6 +8,7 @@
 //   activation         a name of activation.h
 //   padding_mode       a name of padding_mode.h
 #define USE_NUMPY 1  // as in functional.cpp: both compile the inline functions of torch's parser
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -229,6 +230,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::pair(former.bfloat16, former.float16);
       },
       "Whether the plan takes oneDNN to have kernels of bfloat16, and of float16. Returns the former values.");
+  // For what Python adds to an op's result; a wrapper of torch.func or a fake tensor has no storage to ask.
+  m.def("check_storage", [](const std::string& name, const at::Tensor& t) {
+    if (t.has_storage() && !at::isTensorSubclassLike(t)) check_storage(name.c_str(), t);
+  });
   m.def("activations", [] { return std::vector<std::string>(kActivationNames, kActivationNames + kActivationCount); });
 
   py::class_<Explanation>(m, "Explanation")

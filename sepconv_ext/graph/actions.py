@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import functional
 from . import nodes
@@ -51,13 +50,20 @@ def is_projection(program: Program, node: fx.Node) -> bool:
     return is_pointwise(program, node) and K < C
 
 
+def same_number(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+    """They are the same for every size of input that the graph takes."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy: half a second
+
+    return statically_known_true(m == n)
+
+
 def same_size(a: fx.Node, b: object) -> bool:
     if not isinstance(b, fx.Node):
         return False
     sizes = size_of(a), size_of(b)
     if None in sizes or len(sizes[0]) != len(sizes[1]):
         return False
-    return all(statically_known_true(m == n) for m, n in zip(*sizes, strict=True))
+    return all(same_number(m, n) for m, n in zip(*sizes, strict=True))
 
 
 @dataclass
@@ -485,6 +491,6 @@ def shuffle(r: Rewriter, node: fx.Node, m: Match) -> fx.Node | None:
     if not isinstance(split[2], int) or split[1] * split[2] != size_of(x)[1]:
         return None
     ends = [(split[0], size_of(x)[0]), (split[3], size_of(x)[2]), (split[4], size_of(x)[3])]
-    if not all(statically_known_true(m == n) for m, n in ends):
+    if not all(same_number(m, n) for m, n in ends):
         return None
     return r.call(node, nodes.channel_shuffle, x, split[1])

@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
 
 from .signature import Input, Signature
+
+if TYPE_CHECKING:
+    import sympy  # half a second, which only a capture takes
 
 __all__ = ["Program", "Uncapturable", "capture"]
 
@@ -162,6 +164,8 @@ def _grown(tensor: Tensor, dims: Sequence[int], factor: int) -> Tensor:
 
 def _sizes_of(program: Program, flat: Sequence) -> dict[sympy.Symbol, sympy.Integer]:
     """What each symbol among the sizes of the graph's inputs is for these tensors."""
+    from sympy import Integer
+
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     pairs = (
         pair
@@ -169,9 +173,7 @@ def _sizes_of(program: Program, flat: Sequence) -> dict[sympy.Symbol, sympy.Inte
         if isinstance(leaf, Tensor)
         for pair in zip(node.meta["val"].shape, leaf.shape, strict=True)
     )
-    return {
-        n.node.expr: sympy.Integer(size) for n, size in pairs if isinstance(n, torch.SymInt) and n.node.expr.is_symbol
-    }
+    return {n.node.expr: Integer(size) for n, size in pairs if isinstance(n, torch.SymInt) and n.node.expr.is_symbol}
 
 
 class _FewConditions(TorchFunctionMode):
@@ -195,7 +197,7 @@ class _FewConditions(TorchFunctionMode):
         else:
             guards = self.shapes.guards
             new, self.seen = guards[self.seen :], len(guards)
-            if len(guards) > self.most or any(sympy.count_ops(guard.expr) > self.longest for guard in new):
+            if len(guards) > self.most or any(guard.expr.count_ops() > self.longest for guard in new):
                 raise Uncapturable("its sizes depend on each other in too many ways")
         return function(*args, **(kwargs or {}))
 
@@ -208,7 +210,7 @@ def _branch_on_one(exported: torch.export.ExportedProgram) -> str | None:
     for guard in shapes.guards if shapes is not None else ():
         # The innermost one outside of the symbols' own machinery. A torch that does not tell it: as if the model asked.
         frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
-        if sympy.Integer(1) in guard.expr.args and not getattr(frame, "filename", "").startswith(_NOT_THE_MODEL):
+        if 1 in guard.expr.args and not getattr(frame, "filename", "").startswith(_NOT_THE_MODEL):
             return f"{guard.expr}, {frame}"
     return None
 
@@ -387,6 +389,8 @@ def _input(node: fx.Node, exported: torch.export.ExportedProgram, torchs: list[s
 
 def _range(size: int | torch.SymInt, ranges: dict) -> tuple[int, float]:
     """torch.export may start from 2 on, since it tells a size of 1 apart; the graph itself does not mind."""
+    from torch.utils._sympy.numbers import int_oo
+
     if isinstance(size, int):
         return size, size
     known = ranges.get(size.node.expr)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from . import nodes
-from .actions import same_size, size_of
+from .actions import same_number, same_size, size_of
 from .capture import Program
 from .match import arguments
 
@@ -357,7 +357,7 @@ class _Binary(_Step):
 
 
 def same_batch(a: fx.Node, b: fx.Node) -> bool:
-    return torch.fx.experimental.symbolic_shapes.statically_known_true(size_of(a)[0] == size_of(b)[0])
+    return same_number(size_of(a)[0], size_of(b)[0])
 
 
 class _Mean(_Step):

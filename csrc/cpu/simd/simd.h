@@ -127,22 +127,24 @@ SEPCONV_INLINE uint64_t load_up_to_four(const uint16_t* p, int count) {
 
 SEPCONV_INLINE Halves load_first_halves(const void* from, int count) {
   const uint16_t* const p = static_cast<const uint16_t*>(from);
-  typename VectorOf<uint64_t, sizeof(Halves) / sizeof(uint64_t)>::type pieces{load_up_to_four(p, count)};
-  if constexpr (sizeof(pieces) > sizeof(uint64_t)) {
-    if (count > 4) pieces[1] = load_piece<uint64_t>(p + count - 4) >> 16 * (8 - count);
+  constexpr int kPieces = sizeof(Halves) / sizeof(uint64_t);
+  typename VectorOf<uint64_t, kPieces>::type pieces{load_up_to_four(p, count)};
+  if constexpr (kPieces > 1) {
+    if (count > 4) pieces[kPieces - 1] = load_piece<uint64_t>(p + count - 4) >> 16 * (8 - count);
   }
   return (Halves)pieces;
 }
 
 SEPCONV_INLINE void store_first_halves(void* to, Halves v, int count) {
   uint16_t* p = static_cast<uint16_t*>(to);
-  uint64_t pieces[sizeof(Halves) / sizeof(uint64_t)];
+  constexpr int kPieces = sizeof(Halves) / sizeof(uint64_t);
+  uint64_t pieces[kPieces];
   std::memcpy(pieces, &v, sizeof(v));
   uint64_t rest = pieces[0];
-  if constexpr (std::size(pieces) > 1) {
+  if constexpr (kPieces > 1) {
     if (count >= 4) {
       std::memcpy(p, &rest, sizeof(uint64_t));
-      rest = pieces[1], p += 4, count -= 4;
+      rest = pieces[kPieces - 1], p += 4, count -= 4;
     }
   }
   if (count >= 4) std::memcpy(p, &rest, sizeof(uint64_t));
