@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 def _whole(name: str, n: object) -> int:
     """Of what torch takes for a whole number: int, a symbol, and numpy's and tensors' ones."""
     if isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool):
-        return n
+        return cast(int, n)
     try:
-        return operator.index(None if isinstance(n, bool) else n)
+        return operator.index(cast(SupportsIndex, None if isinstance(n, bool) else n))
     except TypeError:
         raise TypeError(f"{name} must be of integers, but has {n!r}") from None
 
@@ -285,7 +285,9 @@ def causal_conv1d(
         states, numbers = (None if t is None else t.unsqueeze(0) for t in (initial_states, seq_idx))
         batch = input.unsqueeze(0)
         result = causal_conv1d(batch, weight, bias, activation, states, return_final_states, numbers, dilation)
-        return tuple(_without(t, 0) for t in result) if isinstance(result, tuple) else _without(result, 0)
+        if isinstance(result, Tensor):
+            return _without(result, 0)
+        return _without(result[0], 0), _without(result[1], 0)
     filters = weight.squeeze(1) if weight.dim() == 3 else weight
     name = "identity" if activation is None else activation
     if initial_states is None and seq_idx is None and input.dim() == 3 and filters.dim() == 2:

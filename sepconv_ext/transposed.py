@@ -41,16 +41,14 @@ def conv_transpose(
     if pixels is None:
         torchs = torch.conv_transpose1d if dims == 1 else torch.conv_transpose2d
         return torchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if bias is not None and not torch.compiler.is_compiling():
+        _C.check_storage("bias", bias)
     size = (*input.shape[: -dims - 1], weight.shape[1] * groups, *pixels)
     channels_last = _suggests_channels_last(input, dims) or _suggests_channels_last(weight, dims)
     strides = _dense_strides(size, dims, channels_last)
     op = torch.ops.sepconv_ext.conv2d_grad_input
     output = op(input, weight, size, strides, stride, padding, dilation, groups)
-    if bias is None:
-        return output
-    if not torch.compiler.is_compiling():
-        _C.check_storage("bias", bias)
-    return output + bias.view(-1, *[1] * dims)
+    return output if bias is None else output + bias.view(-1, *[1] * dims)
 
 
 def _by_autocast(tensor: Any) -> Any:

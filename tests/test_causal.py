@@ -135,6 +135,21 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, order: str) -> Non
         assert y.stride(1) == 1 and (order == "slice" or grads[0].stride() == x.stride())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("of", ["xw", "xws", "s", "w"])
+def test_gradients_without_a_bias(of: str, packed: bool) -> None:
+    """autograd counts the tensors that are there: what comes behind a bias moves up where there is none."""
+    case = CASES[3 if packed else 0]
+    x, w, _, states = tensors(case, torch.float64)
+    named = dict(x=x, w=w, s=states)
+    wanted = [named[name].requires_grad_() for name in of]
+    i = numbers(case) if packed else None
+    y = functional.causal_conv1d(x, w, None, "silu", states, seq_idx=i, dilation=case.dilation)
+    exact = reference.causal(x, w, None, states, i, case.dilation, "silu")
+    g = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, wanted, g), torch.autograd.grad(exact, wanted, g))
+
+
 def test_the_plain_call_is_one_call_that_copies_nothing() -> None:
     x, w, b = random((2, 13, 40), torch.float32, "cpu").transpose(1, 2)[:, 3:35], *tensors(CASES[0], torch.float32)[1:3]
     w, b = w[:32], b[:32]

@@ -283,7 +283,7 @@ def test_ops_and_functional_validate_nothing_that_cpp_validates():
     assert not found(r"(?m)^\s*raise\b", [ROOT / "sepconv_ext" / "ops.py"])
     # Padding as a text, one value for two, a sequence as a row, and the promise of a 1x1 kernel never reach C++, which
     # knows one conv2d.
-    resolvers = ("def _pair", "def _single", "def _padding", "def pointwise_conv2d")
+    resolvers = ("def _whole", "def _entries", "def _padding", "def pointwise_conv2d")
     text = (ROOT / "sepconv_ext" / "functional.py").read_text()
     functions = re.split(r"(?m)^(?=def )", text)
     assert not [f for f in functions if re.search(r"(?m)^\s*raise\b", f) and not f.startswith(resolvers)]

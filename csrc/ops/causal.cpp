@@ -214,7 +214,7 @@ struct Causal : torch::autograd::Function<Causal> {
     SavedGeometry::store(ctx, "input", input);
     ctx->saved_data["width"] = weight.sym_size(1), ctx->saved_data["dilation"] = dilation;
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
-    ctx->saved_data["states"] = given(states);
+    ctx->saved_data["bias"] = given(bias), ctx->saved_data["states"] = given(states);
     const bool by_weight = weight.requires_grad(), by_states = given(states) && states->requires_grad();
     ctx->save_for_backward({saved_if(by_weight, input), saved_if(input.requires_grad() || by_states, weight),
                             saved_if(by_weight, tensor_or_none(states)), tensor_or_none(seq_idx),
@@ -229,7 +229,9 @@ struct Causal : torch::autograd::Function<Causal> {
     const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
     const Tensor grad = activation_backward(grads[0], saved[4], activation);
     variable_list result(7);
-    const bool by_states = ctx->saved_data["states"].toBool() && ctx->needs_input_grad(3);
+    // needs_input_grad() counts the tensors that are there.
+    const bool has_bias = ctx->saved_data["bias"].toBool(), has_states = ctx->saved_data["states"].toBool();
+    const bool by_states = has_states && ctx->needs_input_grad(has_bias ? 3 : 2);
     if (ctx->needs_input_grad(0) || by_states) {
       const SavedGeometry x = SavedGeometry::load(ctx, "input");
       const auto [by_input, by_state] =
@@ -240,7 +242,7 @@ struct Causal : torch::autograd::Function<Causal> {
     if (ctx->needs_input_grad(1)) {
       result[1] = ops::causal_conv1d_grad_weight(grad, saved[0], states, seq_idx, width, dilation);
     }
-    if (ctx->needs_input_grad(2)) {
+    if (has_bias && ctx->needs_input_grad(2)) {
       result[2] = sum_to_channels(seq_idx ? only(seq_idx->ge(0).unsqueeze(1), grad) : grad, 1);
     }
     return result;
