@@ -54,6 +54,7 @@ def code_of(call: Callable, *inputs: Tensor, wins: bool | None = None, **setting
     return codes[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_each_map_is_the_one_or_the_other(name: str) -> None:
     call, atens = CALLS[name]

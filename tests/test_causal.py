@@ -150,6 +150,19 @@ def test_gradients_without_a_bias(of: str, packed: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(y, wanted, g), torch.autograd.grad(exact, wanted, g))
 
 
+def test_a_dilation_beyond_the_sequence_costs_no_more() -> None:
+    """Only the last tap sees anything; a window as long as the reach would need gigabytes."""
+    x, w = torch.randn(2, 5, 12, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    i = torch.tensor([[0] * 12, [1] * 7 + [2] * 5])
+    y = functional.causal_conv1d(x, w, seq_idx=i, dilation=10**8)
+    torch.testing.assert_close(y, x * w[:, -1:])
+    g = torch.randn_like(y)
+    grads = torch.autograd.grad(y, (x, w), g)
+    torch.testing.assert_close(grads[0], g * w[:, -1:])
+    torch.testing.assert_close(grads[1][:, -1], (g * x).sum((0, 2)), rtol=1e-5, atol=1e-5)
+    assert not grads[1][:, :-1].any()
+
+
 def test_the_plain_call_is_one_call_that_copies_nothing() -> None:
     x, w, b = random((2, 13, 40), torch.float32, "cpu").transpose(1, 2)[:, 3:35], *tensors(CASES[0], torch.float32)[1:3]
     w, b = w[:32], b[:32]

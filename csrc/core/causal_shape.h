@@ -6,6 +6,7 @@
 // counts only where it stays in the run of its output; what is padding is zero.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -24,6 +25,8 @@ struct CausalShape {
   int64_t w_c = 0, w_s = 0;      // weight [C, S]
 
   int64_t reach() const { return (S - 1) * dilation; }
+  // Where nothing stands before the input, no tap reaches farther back than it is long: a larger dilation is the same.
+  void forget_states() { dilation = std::min(dilation, std::max<int64_t>(L, 1)); }
 };
 
 // Positions of one sequence of the batch that belong together; a run of padding is zero in every result.

@@ -79,6 +79,7 @@ CheckedCausal check(const Tensor& input, const Tensor& weight, const std::option
   check_states(initial_states, "initial_states", input, args.padding[0]);
   check_seq_idx(seq_idx, input);
   CausalShape shape = shape_of(input, weight.size(1), dilation, initial_states);
+  if (!given(initial_states)) shape.forget_states();
   shape.x = strides_of(input), shape.y = strides_of(checked.result);
   shape.w_c = weight.stride(0), shape.w_s = weight.stride(1);
   return {shape, checked.result};
@@ -111,6 +112,7 @@ CheckedCausal check_grad_weight(const Tensor& grad_output, const Tensor& input,
   check_states(initial_states, "initial_states", input, args.padding[0]);
   check_seq_idx(seq_idx, input);
   CausalShape shape = shape_of(input, width, dilation, initial_states);
+  if (!given(initial_states)) shape.forget_states();
   shape.x = strides_of(input), shape.y = strides_of(grad_output);
   shape.w_c = width, shape.w_s = 1;
   return {shape, checked.result};

@@ -72,6 +72,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, Bias bias, Bias states
 std::tuple<Tensor, Tensor> grad_input(const Tensor& grad_output, const Tensor& weight, Bias seq_idx,
                                       at::IntArrayRef input_stride, int64_t dilation, bool states) {
   auto [shape, result] = causal::check_grad_input(grad_output, weight, seq_idx, input_stride, dilation);
+  if (!states) shape.forget_states();
   const Tensor by_input = result.empty(grad_output);
   advise_huge_pages(by_input.mutable_data_ptr(), by_input.nbytes());
   const Tensor g = beside(grad_output, by_input, shape.y);
