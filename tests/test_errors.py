@@ -118,6 +118,9 @@ LEGAL = (
     Bad("numpy_string", (), arguments={"padding": np.str_("same")}),
     Bad("bytes", (), arguments={"padding": b"same"}),
     Bad("stride_beyond_int32", (), arguments={"stride": (1 << 31, 1 << 40), "padding": 1}),
+    Bad("same_far_taps", (), arguments={"padding": "same", "dilation": (1 << 31, 1 << 40)}),
+    Bad("far_taps", (), arguments={"padding": (1 << 31, 1), "dilation": (1 << 31, 1)}),
+    Bad("one_tap_far", (), weight=lambda t: t[..., :1, :1], arguments={"dilation": 1 << 62}),
     Bad("keyword_bias_none", (), bias=lambda t: None),
     Bad("unbatched", (), input=lambda t: t[0]),
     Bad("unbatched_same", (), input=lambda t: t[0], arguments={"padding": "same"}),
@@ -132,6 +135,26 @@ LEGAL = (
     Bad("flipped_input", (), input=lambda t: t.flip(3).transpose(2, 3)),
     Bad("conjugate_view", (), input=lambda t: torch.complex(t, t).conj().imag),
 )
+
+
+@pytest.mark.parametrize("padding", ["same", "causal", "by number"])
+@pytest.mark.parametrize("taps", [2, 3, 4])
+def test_taps_far_away(padding, taps: int) -> None:
+    """Taps 2^31 pixels apart do what taps do that are just too far apart, in all three maps."""
+    x, w = torch.randn(2, 4, 19, requires_grad=True), torch.randn(4, 1, taps, requires_grad=True)
+
+    def results(dilation: int) -> list[torch.Tensor]:
+        if padding == "by number":  # left and right: the second tap is the near one
+            sides = (0, 0, dilation, dilation * (taps - 2))
+            image, weight = x[:, :, None], w[:, :, None]
+            y = torch.ops.sepconv_ext.conv2d(image, weight, None, (1, 1), sides, (1, dilation), 4, "identity")
+        else:
+            y = functional.conv1d(x, w, None, 1, padding, dilation, 4)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, w))]
+
+    for far in ((1 << 31) - 1, 1 << 33):
+        for actual, expected in zip(results(far), results(40 + far % 2), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("legal", LEGAL, ids=lambda legal: legal.name)

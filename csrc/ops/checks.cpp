@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 #include "core/operand_layout.h"
 #include "cpu/pointwise/product.h"
@@ -133,6 +134,31 @@ int64_t output_size(const char* weight_name, const char* name, int64_t padded_si
   return (padded_size - extent) / stride + 1;
 }
 
+// So that no extent overflows: a kernel, too, has fewer than 2^31 rows.
+constexpr int64_t kMost = int64_t{1} << 31;
+
+// One dimension of a call with zeros around its image.
+struct Axis {
+  int64_t size, kernel, dilation, before, after;
+};
+
+// The same call with taps and zeros nearer to the image, where they are 2^31 and more away and the output has the
+// image's size (before a stride). Only the tap that lies nearest to its output pixel can meet the image. It keeps its
+// distance, or stays outside; the others stay outside.
+Axis nearer(Axis a) {
+  if (a.kernel == 1) return a.dilation = 1, a;
+  const int64_t farthest = std::max({a.dilation, a.before, a.after});
+  const bool overflows = farthest > std::numeric_limits<int64_t>::max() / 2 / a.kernel;
+  if (farthest < kMost || a.dilation < 2 * a.size || overflows || a.before + a.after != a.dilation * (a.kernel - 1))
+    return a;
+  const int64_t nearest = (a.before + a.dilation / 2) / a.dilation;
+  const int64_t distance = std::clamp(a.before - nearest * a.dilation, -a.size, a.size);
+  a.dilation = std::max<int64_t>(2 * a.size, 1);
+  a.before = nearest * a.dilation + distance;
+  a.after = a.dilation * (a.kernel - 1) - a.before;
+  return a;
+}
+
 // F.pad's rules: a reflection has no edge twice, and neither it nor a circle goes round more than once.
 void check_padding_mode(PaddingMode mode, const char* name, int64_t size, int64_t before, int64_t after) {
   if (mode == PaddingMode::zeros || (before == 0 && after == 0)) return;
@@ -166,12 +192,6 @@ ConvShape check_geometry(IntArrayRef input_size, IntArrayRef weight_size, const 
   }
   for (const int64_t p : padding) TORCH_CHECK(p >= 0, "padding must be at least 0, but is ", padding);
   TORCH_CHECK(args.groups >= 1, "groups must be at least 1, but is ", args.groups);
-  // So that no extent overflows: a kernel, too, has fewer than 2^31 rows.
-  constexpr int64_t kMost = int64_t{1} << 31;
-  const auto check_most = [](const char* name, IntArrayRef values) {
-    for (const int64_t v : values) TORCH_CHECK(v < kMost, name, " must be below 2^31, but is ", values);
-  };
-  check_most("padding", padding), check_most("dilation", args.dilation);
 
   const Four input = Image(input_size, input_size, sequence).size,
              weight = Image(weight_size, weight_size, sequence).size;
@@ -187,21 +207,26 @@ ConvShape check_geometry(IntArrayRef input_size, IntArrayRef weight_size, const 
 
   // What a sequence has no entry for is the one row's: stride and dilation of 1, no padding.
   const bool asymmetric = padding.size() > entries;
-  const int64_t stride_h = sequence ? 1 : args.stride[0], dilation_h = sequence ? 1 : args.dilation[0];
+  const int64_t stride_h = sequence ? 1 : args.stride[0], stride_w = args.stride.back();
   const int64_t pad_top = sequence ? 0 : padding[0], pad_bottom = sequence ? 0 : padding[asymmetric ? 1 : 0];
   const int64_t pad_left = padding[asymmetric ? padding.size() - 2 : entries - 1], pad_right = padding.back();
 
   check_padding_mode(args.padding_mode, "height", input[2], pad_top, pad_bottom);
   check_padding_mode(args.padding_mode, "width", input[3], pad_left, pad_right);
+  const Axis height = nearer({input[2], R, sequence ? 1 : args.dilation[0], pad_top, pad_bottom});
+  const Axis width = nearer({input[3], S, args.dilation.back(), pad_left, pad_right});
+  for (const Axis& a : {height, width}) {
+    TORCH_CHECK(a.before < kMost && a.after < kMost, "padding must be below 2^31, but is ", padding);
+    TORCH_CHECK(a.dilation < kMost, "dilation must be below 2^31, but is ", args.dilation);
+  }
 
   ConvShape shape;
   shape.N = input[0], shape.C = C, shape.H = input[2], shape.W = input[3];
   shape.K = K, shape.R = R, shape.S = S;
   shape.groups = args.groups;
-  shape.dilation_h = dilation_h, shape.dilation_w = args.dilation.back();
-  shape.pad_h = pad_top, shape.pad_w = pad_left;
-  const int64_t rows = shape.H + pad_top + pad_bottom, columns = shape.W + pad_left + pad_right;
-  const int64_t stride_w = args.stride.back();
+  shape.dilation_h = height.dilation, shape.dilation_w = width.dilation;
+  shape.pad_h = height.before, shape.pad_w = width.before;
+  const int64_t rows = shape.H + height.before + height.after, columns = shape.W + width.before + width.after;
   shape.P = output_size(weight_name, "height", rows, R, stride_h, shape.dilation_h);
   shape.Q = output_size(weight_name, "width", columns, S, stride_w, shape.dilation_w);
   // A stride that leads past the image leads nowhere: as large as the image it does the same, and overflows nothing.
