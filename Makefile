@@ -48,9 +48,10 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(PIP) $(call extra,docs)
 	@touch $@
 
-# Always asked: ninja knows what is up to date, and the one _C of the tree may be another environment's.
+# Always asked: ninja knows what is up to date, and the one _C of the tree may be another environment's. They share the
+# objects of kernels, so one builds at a time.
 build: $(INSTALLED)
-	$(PY) setup.py --quiet build_ext --inplace
+	flock setup.py $(PY) setup.py --quiet build_ext --inplace
 
 # The emulated tests stay in one process, which compiles once and runs their cases on all cores; other processes take
 # the rest meanwhile. A process that dies ends the run and names its test, and so does a test that hangs.

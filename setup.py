@@ -29,9 +29,7 @@ def run(*command):
 
 def find_cuda_home(environ):
     """The toolkit's folder or None: the one that the environment names, else the one that nvcc says it is in.
-
-    torch takes the folder above the nvcc on the PATH: wrong where that nvcc is a script that calls another.
-    """
+    torch takes the folder above the nvcc on the PATH: wrong where that nvcc is a script that calls another."""
     named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if not named and nvcc:
@@ -70,8 +68,7 @@ def choose_cuda_home(environ, torch_version, torch_cuda):
         raise SystemExit(f"sepconv_ext: SEPCONV_CUDA must be 0, 1 or unset, got {wanted!r}")
     if wanted == "0":
         return None, "CPU only: SEPCONV_CUDA=0"
-    home = find_cuda_home(environ)
-    problem = why_no_cuda(home, torch_version, torch_cuda)
+    problem = why_no_cuda(home := find_cuda_home(environ), torch_version, torch_cuda)
     if problem and wanted == "1":
         raise SystemExit(f"sepconv_ext: SEPCONV_CUDA=1, but {problem[0]}. Install {problem[1]}.")
     return (None, f"CPU only: {problem[0]}") if problem else (home, f"CPU and CUDA (toolkit: {home})")
@@ -79,9 +76,7 @@ def choose_cuda_home(environ, torch_version, torch_cuda):
 
 def choose_archs(setting, supported, gpus=()):
     """The architectures to compile for. `supported` by nvcc and `gpus` in this machine are given as (8, 6).
-
-    Hopper is always built as 9.0a: that runs on every 9.0 GPU, and some kernels need its instructions.
-    """
+    Hopper is always built as 9.0a: that runs on every 9.0 GPU, and some kernels need its instructions."""
     names = [name for name in DEFAULT_ARCHS if tuple(map(int, re.findall(r"\d+", name))) in supported]
     if setting == "native":
         best = {gpu: max((arch for arch in supported if arch <= gpu), default=gpu) for gpu in gpus}
@@ -113,9 +108,9 @@ def main():
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     macros = [("SEPCONV_DEBUG", str(int(debug))), ("AT_PER_OPERATOR_HEADERS", None)]  # not ATen whole: a shorter build
-    sources = [path for path in Path("csrc").rglob("*.cpp") if path.parts[1] != "cuda"]
+    sources = [path for path in sorted(Path("csrc").rglob("*.c*[pu]")) if home or path.parts[1] != "cuda"]
     include = [f"-I{Path('csrc').absolute()}"]  # every include starts there
-    cxx = "-std=c++20 -ffp-contract=fast -fno-math-errno -fvisibility=hidden -fopenmp -Wall -Wextra".split()
+    cxx = "-std=c++20 -ffp-contract=fast -fno-math-errno -fvisibility=hidden -fopenmp -Wall -Wextra".split() + include
     cxx += ["-O0", "-g"] if debug else ["-O3", "-g0"]
     nvcc = f"-std=c++20 -O{1 if debug else 3} -lineinfo -Xfatbin=-compress-all -Xcompiler=-fvisibility=hidden".split()
     if home:
@@ -124,19 +119,24 @@ def main():
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         archs = choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported, gpus)
         message += ", for " + " ".join(archs)
-        sources += [path for path in Path("csrc/cuda").rglob("*") if path.suffix in (".cpp", ".cu")]
         macros += [("SEPCONV_WITH_CUDA", "1"), ("SEPCONV_CUDA_ARCHS", '"' + " ".join(archs) + '"')]
-        # torch switches the half types' own operators off; kernels here use them.
-        names = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
-        nvcc += gencode(archs) + [f"-U__CUDA_NO_{name}__" for name in names]
+        names = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")  # torch has none
+        nvcc += include + gencode(archs) + [f"-U__CUDA_NO_{name}__" for name in names]
     print("sepconv_ext:", message, flush=True)
+    # What sees torch (tests/test_walls.py) or, in host code, the headers of a toolkit. The rest sees neither: kernels.
+    seeing = [path for path in map(str, sources) if re.search(r"csrc/ops/|bindings\.cpp$|csrc/cuda/.*\.cpp$", path)]
+    kernels = [path for path in map(str, sources) if path not in seeing]
     kind = CUDAExtension if home else CppExtension
-    extension = kind("sepconv_ext._C", sorted(map(str, sources)), define_macros=macros, extra_link_args=["-fopenmp"])
-    # As system headers torch's give no warnings; kernels (.cu) do not see them at all.
-    cxx += include + [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
-    extension.include_dirs, extension.extra_compile_args = [], {"cxx": cxx, "nvcc": nvcc + include}
+    extension = kind("sepconv_ext._C", seeing, define_macros=macros, extra_link_args=["-fopenmp"])
+    system = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]  # these give no warnings
+    extension.include_dirs, extension.extra_compile_args = [], {"cxx": cxx + system, "nvcc": []}
     class Build(BuildExtension):
-        def run(self):  # the objects of one torch do not fit another
+        def build_extension(self, ext):  # kernels first, without an environment's folders: once for all of them
+            folders, self.compiler.include_dirs = self.compiler.include_dirs, []
+            ext.extra_objects = self.compiler.compile(kernels, "build/kernels", extra_postargs=dict(cxx=cxx, nvcc=nvcc))
+            self.compiler.include_dirs = folders
+            super().build_extension(ext)
+        def run(self):  # the other objects of one torch do not fit another
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
             if self.inplace:
                 self.run_command("egg_info")  # where torch.compile finds the entry point of its backend

@@ -119,10 +119,9 @@ def test_kernels_see_no_torch():
     bindings["csrc/cpu/sequences/bindings.cpp"] = "the causal ops' dispatch key"
     bindings["csrc/cuda/sequences/bindings.cpp"] = "the causal ops' dispatch key"
     bindings["csrc/cpu/network/bindings.cpp"] = "the programs' dispatch key"
-    torch_headers = r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)(?!/Parallel\.h)\b"
+    torch_headers = r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)\b"
     assert not found(torch_headers, CUDA + CPU, bindings, keep_strings=True)
     assert not found(torch_headers, CORE, keep_strings=True)
-    assert not found(r"#\s*include\s*[<\"]ATen/Parallel\.h", CUDA, bindings, keep_strings=True)
     assert not found(r"\b(at|c10|torch)::", CORE + CUDA + CPU, bindings)
 
 
