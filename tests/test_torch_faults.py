@@ -81,6 +81,13 @@ check(f32, (2, 15, 37, 56), (15, 3, 11, 1), (1, 3), (5, 0), 1, 5, channels_last,
 check(f32, (2, 8, 9, 11), (8, 4, 1, 3), 1, (0, 1), 1, 2, channels_last, lambda t: channels_last(t.mT).mT)
 check(b16, (2, 32, 9, 11), (32, 16, 3, 1), 1, (1, 0), 1, 2, channels_last, permuted)
 """
+TALL_FILTERS = """
+check(f32, (1, 33, 14, 5), (1, 33, 31, 31), 1, 15, 1, 1, plain, plain, 3)
+check(f32, (1, 65, 14, 7), (2, 65, 27, 13), (1, 3), (13, 6), 1, 1, plain, plain, 3)
+check(f32, (1, 16, 11, 6), (32, 16, 29, 4), (1, 3), (14, 2), 1, 1, plain, plain, 3)
+check(f32, (1, 3, 19, 2), (32, 3, 19, 6), (2, 1), (9, 3), 1, 1, plain, plain, 3)
+check(b16, (1, 65, 14, 7), (2, 65, 31, 31), (1, 3), 15, 1, 1, plain, channels_last)
+"""
 
 
 @pytest.mark.parametrize(
@@ -93,15 +100,16 @@ check(b16, (2, 32, 9, 11), (32, 16, 3, 1), 1, (1, 0), 1, 2, channels_last, permu
         (WIDE_AND_ONE_COLUMN, 1, 9),
         (PERMUTED_WEIGHTS, 1, 3),
         (ODD_STRIDES, 1, 4),
+        (TALL_FILTERS, 1, 5),
     ],
     ids=[
         *("strided_1x1", "strided_1x1_threads", "half_weight_gradients"),
-        *("few_channels", "wide_and_one_column", "permuted_weights", "odd_strides"),
+        *("few_channels", "wide_and_one_column", "permuted_weights", "odd_strides", "tall_filters"),
     ],
 )
 def test_returns_right(calls: str, threads: int, rights: int) -> None:
-    """Before: a corrupted heap or a hang (strided 1x1), an exception or wrong values (permuted weights, odd strides),
-    NaN or a hang (AVX-512)."""
+    """Before: a corrupted heap or a hang (strided 1x1, tall filters), an exception or wrong values (permuted weights,
+    odd strides), NaN or a hang (AVX-512)."""
     program = PROGRAM.replace("CALLS", calls)
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "SEPCONV_STRICT": "0"}
     done = subprocess.run(
@@ -142,6 +150,14 @@ def test_plan_of_strided_1x1() -> None:
         size, weight_size = (8, channels, 56, 56), (64, channels // groups, 1, 1)
         assert kernel("grad_weight", torch.float32, size, weight_size, groups, stride=2).kernel != "aten"
     assert kernel("grad_weight", torch.float32, (8, 64, 56, 56), (64, 64, 1, 1), 1, stride=2).kernel == "aten"
+
+
+def test_plan_of_tall_filters() -> None:
+    """Where one row of the output sees the whole filter, torch is right, and dense convolutions are its."""
+    for rows, stride, padding, taken in ((19, 1, 9, True), (18, 1, 9, False), (20, 2, 9, True), (19, 2, 9, False)):
+        x, w = torch.empty(1, 16, rows, 8), torch.empty(32, 16, 19, 5)
+        plan = functional.explain(x, w, None, (stride, 1), (padding, 2), map="grad_weight")
+        assert (plan.kernel == "aten") == taken, f"{rows} rows, stride {stride}: {plan.reason}"
 
 
 def test_plan_of_strided_gradients_in_bfloat16() -> None:
