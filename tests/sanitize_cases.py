@@ -20,6 +20,8 @@ import torch
 
 import sepconv_ext
 from sepconv_ext.functional import (
+    causal_conv1d,
+    causal_conv1d_update,
     depthwise_conv2d,
     padded_conv2d,
     pointwise_conv2d,
@@ -55,6 +57,33 @@ def run(device: str, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, keywords
     y = padded_conv2d(x, w, b, **keywords)
     y.backward(y.detach())
     return [t.detach().cpu().double() for t in (y, x.grad, w.grad, b.grad)]
+
+
+def sequences() -> int:
+    """States, packed rows and decoding, in both memory orders and off their alignment."""
+    checked = 0
+    for dtype, nlc, (C, L, S) in itertools.product(DTYPES, (False, True), [(40, 70, 4), (35, 33, 3), (9, 40, 7)]):
+        x = torch.randn(2, L, C).transpose(1, 2) if nlc else torch.randn(2, C, L)
+        sequence = (torch.arange(L) // 11).to(torch.int32).expand(2, L).contiguous()
+        w, b, states = torch.randn(C, S), torch.randn(C), torch.randn(2, C, S - 1)
+        for seq_idx in (None, sequence):
+            halves = [t.to(dtype) for t in (x, w, b, states)]
+            want = causal_conv1d(*(t.double() for t in halves[:3]), "silu", halves[3].double(), True, seq_idx)
+            x_, w_, b_, s_ = (t.cuda() for t in halves)
+            got = causal_conv1d(x_, w_, b_, "silu", s_, True, seq_idx if seq_idx is None else seq_idx.cuda())
+            for ours, theirs in zip(got, want, strict=True):
+                close = DTYPES[dtype] * max(theirs.abs().max().item(), 1)
+                torch.testing.assert_close(ours.cpu().double(), theirs, rtol=DTYPES[dtype], atol=close)
+            checked += 1
+        state, double = states.to(dtype).cuda(), states.to(dtype).double()
+        y = causal_conv1d_update(x_[..., :1], state, w_, b_, "silu")
+        theirs = causal_conv1d_update(
+            halves[0][..., :1].double(), double, halves[1].double(), halves[2].double(), "silu"
+        )
+        torch.testing.assert_close(y.cpu().double(), theirs, rtol=DTYPES[dtype], atol=10 * DTYPES[dtype])
+        assert torch.equal(state.cpu().double(), double)
+        checked += 1
+    return checked
 
 
 def main() -> int:
@@ -101,6 +130,7 @@ def main() -> int:
         y = spatial_separable_conv2d(x.cuda(), column.cuda(), row.cuda(), padding="same").cpu()
         torch.testing.assert_close(y, spatial_separable_conv2d(x, column, row, padding="same"), rtol=1e-4, atol=1e-4)
         checked += 1
+    checked += sequences()
     torch.cuda.synchronize()
     print(f"{checked} passed, 0 failed; kernels: {sepconv_ext.kernel_counts()}")
     return 0

@@ -135,6 +135,35 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, order: str) -> Non
         assert y.stride(1) == 1 and (order == "slice" or grads[0].stride() == x.stride())
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@by_case
+def test_values_and_gradients_on_a_gpu(case: Case, dtype: torch.dtype, order: str) -> None:
+    """The forward pass by the kernels of its own; the gradients are compositions there."""
+    cpu = tensors(case, dtype, "NCL", grad=True)
+    x, w, b, states = (
+        t if t is None else in_order(t.detach().cuda(), order) if t.dim() == 3 else t.cuda() for t in cpu
+    )
+    seq_idx = numbers(case)
+    with only_our_kernels():
+        seen = seq_idx if seq_idx is None else seq_idx.cuda()
+        y, final = functional.causal_conv1d(x, w, b, "silu", states, True, seen, case.dilation)
+    exact = by_float(*(t if t is None else t.detach().double() for t in cpu), case, "silu")
+    assert_as_accurate(y.cpu(), by_float(*cpu, case, "silu").detach(), exact, str(case))
+    _, expected = functional.causal_conv1d(*cpu[:3], "silu", cpu[3], True, seq_idx, case.dilation)
+    assert torch.equal(final.cpu(), expected)
+    given = [t.detach().requires_grad_() for t in (x, w, b, states) if t is not None]
+    again = functional.causal_conv1d(*given[:3], "silu", *given[3:], seq_idx=seen, dilation=case.dilation)
+    ours = torch.autograd.grad(again.square().sum(), given, materialize_grads=True)
+    truth = [t.detach().double().requires_grad_() for t in cpu if t is not None]
+    z = by_float(*truth[:3], truth[3] if states is not None else None, case, "silu")
+    for got, want in zip(ours, torch.autograd.grad(z.square().sum(), truth, materialize_grads=True), strict=True):
+        close = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)
+        largest = max(want.abs().flatten().tolist(), default=0)
+        torch.testing.assert_close(got.cpu().double(), want, rtol=close, atol=close * largest)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("of", ["xw", "xws", "s", "w"])
 def test_gradients_without_a_bias(of: str, packed: bool) -> None:
@@ -225,17 +254,16 @@ def test_final_states(L: int, packed: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 9])
 @pytest.mark.parametrize("order", ["NCL", "slice"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_update_is_the_reference(dtype: torch.dtype, order: str, tokens: int, ring: bool) -> None:
+def test_update_is_the_reference(dtype: torch.dtype, order: str, tokens: int, ring: bool, device: str) -> None:
     """Rows of a larger state, one of them skipped; what the state holds afterwards too."""
     C, S, length, dilation = 37, 3, 6, 2
     x, state = random((3, C, tokens), dtype, "cpu"), random((5, C, length), dtype, "cpu", seed=1)
     w, b = random((C, S), dtype, "cpu", seed=2), random((C,), dtype, "cpu", seed=3)
     rows, before = torch.tensor([4, -1, 0], dtype=torch.int32), torch.tensor([7, 0, 20], dtype=torch.int32)
-    ours, expected = in_order(state.clone(), order), state.clone()
+    ours, expected = in_order(state.to(device, copy=True), order), state.clone()
     with only_our_kernels():
-        y = functional.causal_conv1d_update(
-            in_order(x, order), ours, w, b, "silu", before if ring else None, rows, dilation
-        )
+        given = [t.to(device) for t in (w, b)], [t.to(device) if ring or t is rows else None for t in (before, rows)]
+        y = functional.causal_conv1d_update(in_order(x.to(device), order), ours, *given[0], "silu", *given[1], dilation)
     exact, peer = torch.zeros(3, C, tokens, dtype=torch.float64), torch.zeros(3, C, tokens, dtype=dtype)
     for n, row in ((0, 4), (2, 0)):
         places = [(int(before[n]) - length + i) % length for i in range(length)] if ring else list(range(length))
@@ -248,9 +276,9 @@ def test_update_is_the_reference(dtype: torch.dtype, order: str, tokens: int, ri
         for out, kind in ((exact, torch.float64), (peer, dtype)):
             z = seen[:, -(tokens + 4) :].to(kind).unsqueeze(0)
             out[n] = F.silu(F.conv1d(z, w.to(kind).unsqueeze(1), b.to(kind), dilation=dilation, groups=C))[0]
-    assert torch.equal(ours, expected)
-    assert_as_accurate(y, peer, exact)
-    if tokens < 9:  # the composition, which other devices take
+    assert torch.equal(ours.cpu(), expected)
+    assert_as_accurate(y.cpu(), peer, exact)
+    if tokens < 9 and device == "cpu":  # the composition, which other devices take
         composed, geometry = state.clone()[None], (w, b, "silu", before if ring else None, rows, dilation)
         with strictness(False):
             other = torch.func.vmap(lambda x, state: functional.causal_conv1d_update(x, state, *geometry))(
