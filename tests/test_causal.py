@@ -226,7 +226,7 @@ def test_other_instruction_sets(order: str, instructions: str) -> None:
     try:
         for dtype in DTYPES:
             test_values_and_gradients(CASES[6], dtype, order)
-            test_update_is_the_reference(dtype, order, 2, True)
+            test_update_is_the_reference(dtype, order, 2, True, "cpu")
     finally:
         sepconv_ext._C.set_cpu_isa(former)
 
