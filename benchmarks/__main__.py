@@ -25,6 +25,7 @@ from . import (
     peers,
     predict,
     report,
+    sequences,
     sweep,
     views,
 )
@@ -36,7 +37,7 @@ LATEST = Path(__file__).parent / "results" / "latest"
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    what = parser.add_argument_group("what (default: all but --views)")
+    what = parser.add_argument_group("what (default: all but --views and --sequences)")
     what.add_argument(
         "--layers",
         nargs="?",
@@ -57,6 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="training steps of the twelve large ones (all), or of NAMEs; compiled, with --peers compile",
     )
     what.add_argument("--separable", action="store_true", help="pairs of depthwise and 1x1 layers, and their memory")
+    what.add_argument("--sequences", action="store_true", help="state-space models of transformers, on a CPU")
     what.add_argument("--overhead", action="store_true", help="host time a call")
     what.add_argument("--views", action="store_true", help="tensors that are not dense: op x map x view")
     parser.add_argument(
@@ -141,7 +143,7 @@ def _list_of(known):
 def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     cuda = options.device.type == "cuda" or options.predict is not None or options.sweep is not None
     whole = (options.models is not None, options.training is not None)
-    parts = (bool(options.layers), options.separable, options.overhead, options.views, *whole)
+    parts = (bool(options.layers), options.separable, options.sequences, options.overhead, options.views, *whole)
     everything = not any(parts)
     bar_check = options.layers == "bars" and options.quick and not cuda
     options.sweep_batches = [options.batch] if options.batch else [1, 64]
@@ -253,6 +255,12 @@ def measure(options: argparse.Namespace, record: dict) -> None:
         with console.progress(mode, len(plan)) as advance:
             for row in models.run(plan, advance, record["skipped"]):
                 record["models"].append(row)
+    if options.sequences:
+        count = len(sequences.MODELS) * len(sequences.MODES) * len(options.threads)
+        with console.progress("state-space models", count) as advance:
+            turns, scale = (1, 16) if options.quick else (9, 1)
+            for row in sequences.run(advance, options.threads, turns, scale):
+                record["sequences"].append(row)
     if options.overhead:
         with console.progress("host time", 2 * len(overhead.CASES)) as advance:
             for row in overhead.run(device, advance, 0.5 if options.quick else 1.5):

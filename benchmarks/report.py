@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import console, plots
+from . import console, plots, sequences
 from .record import LISTS, LOSING, VIEW_BAR, bars, disagreements, dumps, geometric_mean, losses, timed
 
 
@@ -92,6 +92,8 @@ def tables(record: dict) -> list[Table]:
         found += [_networks(record["networks"]), _networks_means(record["networks"])]
     if record["models"]:
         found += [_models(record["models"]), _models_means(record["models"])]
+    if record.get("sequences"):  # likewise
+        found.append(Table("State-space models", *sequences.shown(record["sequences"])))
     if record["overhead"]:
         found.append(_overhead(record["overhead"]))
     if record.get("views"):  # likewise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import re
 import threading
@@ -29,6 +31,7 @@ from benchmarks import (
     record,
     report,
     runtimes,
+    sequences,
     timing,
     views,
 )
@@ -242,6 +245,21 @@ def test_training_steps_compiled(monkeypatch, right):
     assert {name.rpartition(" ")[0] for row in rows for name in row["samples_ms"]} == {"sepconv", "torch", "compile"}
     assert all(row["agrees"] is right and row["speedup"] for row in rows)
     assert sorted(asked, key=str) == 2 * [("inductor", {nn.Conv2d})] + 2 * [("sepconv_ext", {nn.Conv2d})]
+
+
+def test_state_space_models(monkeypatch, tmp_path):
+    """The table and the record's fields; and a convolution that gets it wrong is found out."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.setattr(sequences, "MODELS", {"mamba2": sequences.MODELS["mamba2"]})
+    rows = list(sequences.run(lambda _: None, [1], turns=1, scale=16))
+    assert [row["mode"] for row in rows] == list(sequences.MODES) and all(row["agrees"] for row in rows)
+    text = report.markdown({**made_up([]), "sequences": rows})
+    assert all(f"| mamba2 | {mode} | {positions // 16} | 1 |" in text for mode, positions in sequences.MODES.items())
+    module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+    right = module.causal_conv1d_fn
+    wrong = functools.wraps(right.__wrapped__)(lambda *args, **kwargs: 1.1 * right(*args, **kwargs))
+    monkeypatch.setattr(module, "causal_conv1d_fn", wrong)
+    assert not any(row["agrees"] for row in sequences.run(lambda _: None, [1], turns=1, scale=16))
 
 
 @pytest.mark.parametrize("arguments", (["--dtype", "int8"], ["--models", "vgg"], ["--maps", "backward"]))
