@@ -63,14 +63,16 @@ inline void multiply_pixels(const Factors& x, const Panels& w, const Outputs& y,
     if (are_dense(x, pixels)) return multiply_panels(x, w, y, pixels, begin, end);
   }
   const Pieces pieces(pixels, kRows);
-  const int64_t step = columns_of(pixels);
   const bool fetches_next = next.from != nullptr && pieces.count == 1;
+  const int64_t step = columns_of(pixels), steps = fetches_next ? ceil_div(end - begin, step) : 1;
+  const Shares shares = fetches_next ? Shares(ceil_div(next.count, kPanelColumns), steps, w.terms)
+                                     : Shares(step / kPanelColumns * w.terms, pieces.count, w.terms);
   for (int64_t k = begin; k < end; k += step) {
     const int64_t columns = std::min(step, end - k);
     for (int64_t piece = 0; piece < pieces.count; ++piece) {
       const int64_t i = pieces.begin(piece);
-      const Panels panels = fetches_next ? w.from(k).before(next.share(k - begin, end - begin).from)
-                                         : w.from(k).before(step, piece, pieces.count);
+      const Panels panels = fetches_next ? w.from(k).before(next.from, shares, (k - begin) / step)
+                                         : w.from(k).before(step, shares, piece);
       multiply(x.from(i), panels, y.from(i, k), pieces.begin(piece + 1) - i, columns);
     }
   }

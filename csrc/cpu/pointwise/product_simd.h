@@ -42,26 +42,36 @@ struct Factors {
   }
 };
 
+// What blocks fetch beside their own panels, in equal shares: lines a block, and numbers from what one term fetches to
+// what the next one does. That is a line at most, and less where a block has fewer lines than terms: what is asked for
+// faster than memory gives it keeps others waiting, and what is asked for twice takes room in the near caches.
+struct Shares {
+  int64_t lines, further;
+  Shares(int64_t all_lines, int64_t shares, int64_t terms)
+      : lines(ceil_div(all_lines, shares)),
+        further(std::min(kPanelColumns, ceil_div(lines * kPanelColumns, std::max<int64_t>(terms, 1)))) {}
+};
+
 struct Panels {
   const float* data;
   int64_t terms;
-  // How far ahead, in numbers, a line is fetched with each term, beside those of the panels themselves. A product of
+  int64_t stored = 0;  // terms of a panel in memory, where those are more than `terms`; else 0
+  // What is fetched with the first term, in numbers from `data`, and how much further with each next one. A product of
   // few pixels passes over a weight that lies in memory far away once, and waits for it where it is not asked for
   // early; one of many pixels passes over them once.
-  int64_t ahead = 0;
-  int64_t stored = 0;  // terms of a panel in memory, where those are more than `terms`; else 0
+  int64_t ahead = 0, further = 0;
 
   int64_t distance() const { return kPanelColumns * (stored > 0 ? stored : terms); }  // from panel to panel
-  Panels from(int64_t j) const { return {data + j / kPanelColumns * distance() + j % kPanelColumns, terms, 0, stored}; }
-  // The same, of which piece `piece` of `pieces` fetches its share of the next `columns`, or a part of it.
-  Panels before(int64_t columns, int64_t piece, int64_t pieces) const {
-    const int64_t panels = ceil_div(columns, kPanelColumns), lines = panels * terms;
-    return {data, terms, panels * distance() + lines * piece / pieces * kPanelColumns, stored};
+  Panels from(int64_t j) const { return {data + j / kPanelColumns * distance() + j % kPanelColumns, terms, stored}; }
+  // The same, which fetches a share of the next `columns`; and one of what lies at `next`, pixels.
+  Panels before(int64_t columns, const Shares& shares, int64_t share) const {
+    const int64_t panels = ceil_div(columns, kPanelColumns) * distance();
+    return {data, terms, stored, panels + share * shares.lines * kPanelColumns, shares.further};
   }
-  // The same, which fetches what lies at `next`, a line with each term.
-  Panels before(const float* next) const {
+  Panels before(const float* next, const Shares& shares, int64_t share) const {
     const intptr_t bytes = reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(data);
-    return {data, terms, bytes / static_cast<intptr_t>(sizeof(float)), stored};
+    const int64_t away = bytes / static_cast<intptr_t>(sizeof(float));
+    return {data, terms, stored, away + share * shares.lines * kPanelColumns, shares.further};
   }
 };
 
@@ -221,8 +231,8 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
   constexpr int L = kLanes<float>, kStarts = (kI + 2) / 3;
   Vector<float> sums[kI][kV];
   begin_sums(sums, out, rest);
-  const int64_t row = factors.row, term = factors.term, panel = panels.distance(), ahead = panels.ahead;
-  const float *starts[kStarts], *columns = panels.data;
+  const int64_t row = factors.row, term = factors.term, panel = panels.distance(), further = panels.further;
+  const float *starts[kStarts], *columns = panels.data, *fetched = columns + panels.ahead;
 #pragma GCC unroll 5
   for (int i = 0; i < kStarts; ++i) starts[i] = factors.data + 3 * i * row;
   const int64_t* jumps = factors.jumps;
@@ -240,7 +250,8 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
           line[v] = load(from);
           if (v * L % kPanelColumns == 0) __builtin_prefetch(from + kPrefetchTerms * kPanelColumns);
         }
-        __builtin_prefetch(columns + ahead);
+        __builtin_prefetch(fetched);
+        fetched += further;
 #pragma GCC unroll 14
         for (int i = 0; i < kI; ++i) {
           const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row]);

@@ -206,15 +206,15 @@ struct Windows {
     const bool one_chain = windows.jumps == nullptr || w.terms <= kChain;
     if (one_chain && are_dense(windows, s.Q)) return multiply_rows(windows, y, rows.end - rows.begin, part);
     const Pieces pieces(s.Q, kRows);
-    const int64_t step = columns_of(std::min<int64_t>(s.Q, kRows));
+    const int64_t step = columns_of(std::min<int64_t>(s.Q, kRows)), all = (rows.end - rows.begin) * pieces.count;
+    const Shares shares(step / kPanelColumns * w.terms, all, w.terms);
     for (int64_t k = part.begin; k < part.end; k += step) {
       for (int64_t p = 0; p < rows.end - rows.begin; ++p) {
         Factors row = windows;
         row.data += p * s.stride_h * pitch;
         for (int64_t piece = 0; piece < pieces.count; ++piece) {
           const int64_t i = pieces.begin(piece);
-          const Panels panels =
-              w.from(k).before(step, p * pieces.count + piece, (rows.end - rows.begin) * pieces.count);
+          const Panels panels = w.from(k).before(step, shares, p * pieces.count + piece);
           multiply(row.from(i), panels, y.from(p * s.Q + i, k), pieces.begin(piece + 1) - i,
                    std::min(step, part.end - k));
         }
