@@ -19,9 +19,12 @@ inline constexpr int kWide = 0;          // instead of a number of channels
 inline constexpr int kRowPixels = 7;     // sums of a block: 7 divides 7, 14, 28, 56 and 112
 inline constexpr int kNarrowPixels = 4;  // where fewer columns are left
 inline constexpr int kAsPartSays = -1;   // instead of a number of columns
-// Vectors of channels that pass over a block of columns one after another. A vector of half a cache line would else
-// bring each line twice, and the lines of one vector share few of the first-level cache's sets. Weights of 18 KiB.
-inline constexpr int kVectorsTogether = SEPCONV_ISA_LEVEL == 2 ? 1 : 64;
+// Vectors of channels that pass over a block of columns one after another, in the order of memory. A vector of half a
+// cache line would else bring each line twice, and the lines of one vector are far apart: they share few of the
+// first-level cache's sets, and the processor fetches none of them ahead by itself. Weights of up to 36 KiB; with
+// AVX-512, whose vector is a whole line, those of many taps would take more room than the order is worth.
+inline constexpr int kVectorsTogether = 64, kVectorsOfManyTaps = SEPCONV_ISA_LEVEL == 2 ? 4 : kVectorsTogether;
+inline constexpr int64_t kFewTaps = 9;
 
 #include "cpu/depthwise/depthwise_row_sums_simd.h"
 
@@ -75,8 +78,8 @@ inline void fetch_next_row(const DepthwiseRows& d, int64_t c, int64_t row, int64
 struct BlockPlace {
   int64_t p, row, place, q, column;  // of the output; the first kernel row's; the output's; the first tap's
 };
-// The same of whole vectors of AVX2, where the kernel's rows and what a vector needs of them are found once for all
-// vectors: a vector's 63 multiply-adds take 32 ticks, in which the processor looks ahead no more than to the next one.
+// The same of whole vectors, where the kernel's rows and what a vector needs of them are found once for all vectors: a
+// vector's 63 multiply-adds take 32 ticks, in which the processor looks ahead no more than to the next one.
 inline constexpr int kMostLines = 8;
 template <int kTaps, int kStride, int kQ, int kLeft, int kRight>
 void block_of_whole_vectors(const DepthwiseRows& d, int64_t c, int vectors, const BlockPlace& at, const RowPart& b,
@@ -97,12 +100,12 @@ void block_of_whole_vectors(const DepthwiseRows& d, int64_t c, int vectors, cons
   float* y = d.y + at.p * d.y_row + at.q * d.y_pixel + c;
   const bool far = d.far;
   for (int64_t v = 0; v < vectors; ++v) {
-    if (far && v % 2 == 0) fetch_next_row(d, c + v * L, at.row, at.column, b.count * kStride);
+    if (far && v % (kDepthwiseLanes / L) == 0) fetch_next_row(d, c + v * L, at.row, at.column, b.count * kStride);
     Vector<float> sums[kQ];
     const Vector<float> first = bias == nullptr ? Vector<float>{} : load(bias + v * L);
 #pragma GCC unroll 8
     for (int q = 0; q < kQ; ++q) sums[q] = first;
-    const float* taps = w + v / 2 * panel + v % 2 * L;
+    const float* taps = w + v * L / kDepthwiseLanes * panel + v * L % kDepthwiseLanes;
     for (int64_t r = 0; r < count; ++r, taps += line) {
       add_row<kTaps, kStride, kQ, kLeft, kRight, true>(sums, lines[r] + v * L, x_pixel, taps, b);
     }
@@ -114,7 +117,7 @@ template <int kTaps, int kStride, int kQ, int kLeft, int kRight, bool kWhole, in
 void block_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, const BlockPlace& at, const RowPart& b,
                       Vector<float>* totals) {
   constexpr int64_t L = kLanes<float>;
-  if constexpr (SEPCONV_ISA_LEVEL == 1 && kTaps > 0 && kLeft != kAsPartSays && kWhole && kGroup == 1) {
+  if constexpr (SEPCONV_ISA_LEVEL > 0 && kTaps > 0 && kLeft != kAsPartSays && kWhole && kGroup == 1) {
     if (d.shape->R <= kMostLines && c % kDepthwiseLanes == 0) {
       return block_of_whole_vectors<kTaps, kStride, kQ, kLeft, kRight>(d, c, vectors, at, b, totals);
     }
@@ -128,7 +131,7 @@ void block_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, const Bloc
   }
 }
 
-// The same for a wide block: which of its columns exist is known to the compiler where all do, and with AVX2 where a
+// The same for a wide block: which of its columns exist is known to the compiler where all do, and where a
 // padding of half a kernel is at an end. Half of the blocks of 14 columns are such, and all of 7.
 template <int kTaps, int kStride, bool kWhole, int kGroup>
 void wide_block_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, const BlockPlace& at, const RowPart& b,
@@ -140,7 +143,7 @@ void wide_block_of_vectors(const DepthwiseRows& d, int64_t c, int vectors, const
     if (whole_left && whole_right) {
       return block_of_vectors<kTaps, kStride, kQ, 0, 0, kWhole, kGroup>(d, c, vectors, at, b, totals);
     }
-    if constexpr (SEPCONV_ISA_LEVEL == 1 && kGroup == 1) {
+    if constexpr (kGroup == 1 && (SEPCONV_ISA_LEVEL == 1 || (SEPCONV_ISA_LEVEL == 2 && (kTaps == 3 || kStride == 1)))) {
       const bool pad_left = b.from == kPad, pad_right = b.to == kSpan - kBehind;
       if (pad_left && whole_right) {
         return block_of_vectors<kTaps, kStride, kQ, kPad, 0, kWhole, kGroup>(d, c, vectors, at, b, totals);
@@ -224,7 +227,8 @@ RowsOfVectors rows_function(const DepthwiseShape& s) {
 inline void rows_of_channels(const DepthwiseRows& d, int64_t p0, int64_t p1) {
   constexpr int64_t L = kLanes<float>;
   const RowsOfVectors whole = rows_function<true>(*d.shape);
-  const int64_t most = d.shape->group == 1 ? kVectorsTogether : 1;  // weights of groups are larger
+  const int64_t together = d.shape->R * d.shape->S > kFewTaps ? kVectorsOfManyTaps : kVectorsTogether;
+  const int64_t most = d.shape->group == 1 ? together : 1;  // weights of groups are larger
   int64_t c = 0;
   while (c + L <= d.channels) {
     const int vectors = static_cast<int>(std::min(most, (d.channels - c) / L));

@@ -37,6 +37,7 @@ void inverted_residual_forward(const InvertedResidualShape& shape, const Inverte
 // Of the ring and the band of d: half of a second-level cache, 1 MiB with AVX-512 and 512 KiB without, is the rest's.
 inline constexpr int64_t kBandBytes = (SEPCONV_ISA_LEVEL == 2 ? 384 : 256) << 10;
 inline constexpr int64_t kFarImage = 512 << 10;   // bytes of an image that is not in the second-level cache
+inline constexpr int64_t kFetchedTerms = 64;      // below which AVX-512's products lose more than such fetches bring
 inline constexpr int64_t kChannelStep = 32;       // tasks have whole panels, two of them with the widest vectors
 inline constexpr int64_t kMostExpandedTwice = 8;  // one row in so many, or else threads share channels
 
@@ -69,7 +70,8 @@ struct Block {
   // and all of the weight is read for each few pixels.
   bool fetches() const {
     const int64_t weight = s.E * s.K * int64_t{sizeof(float)};
-    return SEPCONV_ISA_LEVEL != 2 && !expands() && image_bytes() > kFarImage && weight <= kNearWeight / 2;
+    const bool few_terms = SEPCONV_ISA_LEVEL == 2 && s.E < kFetchedTerms;
+    return !few_terms && !expands() && image_bytes() > kFarImage && weight <= kNearWeight / 2;
   }
   int64_t reach() const { return (s.depthwise.R - 1) * s.depthwise.dilation_h + 1; }
   int64_t ring_floats() const { return expands() ? ring * s.depthwise.W * pitch : 0; }
