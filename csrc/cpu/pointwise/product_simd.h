@@ -224,11 +224,52 @@ SEPCONV_INLINE void copy(const Vector<float> (&from)[kI][kV], Vector<float> (&to
 
 #include "cpu/pointwise/product_dense_simd.h"
 
-// kI rows of kV vectors, the last of which has `rest` columns. The rows of factors are reached from every third
-// pointer, which the address modes of the processor can do without a register for each.
+// One term of a block. The rows of factors are reached from every third pointer, which the address modes of the
+// processor can do without a register for each.
+template <int kI, int kV>
+SEPCONV_INLINE void add_any_term(Vector<float> (&sums)[kI][kV], const float* const* starts, int64_t row,
+                                 const float* columns, int64_t panel) {
+  constexpr int L = kLanes<float>;
+  Vector<float> line[kV];
+#pragma GCC unroll 4
+  for (int v = 0; v < kV; ++v) {
+    const float* from = columns + v * L / kPanelColumns * panel + v * L % kPanelColumns;
+    line[v] = load(from);
+    if (v * L % kPanelColumns == 0) __builtin_prefetch(from + kPrefetchTerms * kPanelColumns);
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kI; ++i) {
+    const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) sums[i][v] += factor * line[v];
+  }
+}
+
+// kI rows of kV vectors, the last of which has `rest` columns, where the terms are one run and one chain. A function of
+// its own: beside the other one's loops, what stands before and behind the terms takes as long as some of them.
+template <int kI, int kV>
+void multiply_run(const Factors& factors, const Panels& panels, const Outputs& out, int rest) {
+  constexpr int kStarts = (kI + 2) / 3;
+  Vector<float> sums[kI][kV];
+  begin_sums(sums, out, rest);
+  const int64_t row = factors.row, term = factors.term, panel = panels.distance(), further = panels.further;
+  const float *starts[kStarts], *columns = panels.data, *fetched = columns + panels.ahead;
+#pragma GCC unroll 5
+  for (int i = 0; i < kStarts; ++i) starts[i] = factors.data + 3 * i * row;
+  for (int64_t left = panels.terms; left > 0; --left) {
+    add_any_term<kI, kV>(sums, starts, row, columns, panel);
+    __builtin_prefetch(fetched);
+    fetched += further, columns += kPanelColumns;
+#pragma GCC unroll 5
+    for (int i = 0; i < kStarts; ++i) starts[i] += term;
+  }
+  end_sums(sums, out, rest);
+}
+
+// The same of any runs and chains.
 template <int kI, int kV>
 void multiply_block(const Factors& factors, const Panels& panels, const Outputs& out, int rest) {
-  constexpr int L = kLanes<float>, kStarts = (kI + 2) / 3;
+  constexpr int kStarts = (kI + 2) / 3;
   Vector<float> sums[kI][kV];
   begin_sums(sums, out, rest);
   const int64_t row = factors.row, term = factors.term, panel = panels.distance(), further = panels.further;
@@ -243,22 +284,9 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
     const int64_t chain_end = std::min(t + kChain, panels.terms);
     for (;;) {
       for (const int64_t end = std::min(chain_end, run_end); t < end; ++t) {
-        Vector<float> line[kV];
-#pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) {
-          const float* from = columns + v * L / kPanelColumns * panel + v * L % kPanelColumns;
-          line[v] = load(from);
-          if (v * L % kPanelColumns == 0) __builtin_prefetch(from + kPrefetchTerms * kPanelColumns);
-        }
+        add_any_term<kI, kV>(sums, starts, row, columns, panel);
         __builtin_prefetch(fetched);
-        fetched += further;
-#pragma GCC unroll 14
-        for (int i = 0; i < kI; ++i) {
-          const Vector<float> factor = broadcast<float>(starts[i / 3][i % 3 * row]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kV; ++v) sums[i][v] += factor * line[v];
-        }
-        columns += kPanelColumns;
+        fetched += further, columns += kPanelColumns;
 #pragma GCC unroll 5
         for (int i = 0; i < kStarts; ++i) starts[i] += term;
       }
@@ -284,19 +312,23 @@ void multiply_block(const Factors& factors, const Panels& panels, const Outputs&
 using MultiplyBlock = void (*)(const Factors&, const Panels&, const Outputs&, int);
 
 template <int kV, int... kI>
-MultiplyBlock block_of_rows(int64_t rows, std::integer_sequence<int, kI...>) {
+MultiplyBlock block_of_rows(int64_t rows, bool one_run, std::integer_sequence<int, kI...>) {
+  if constexpr (SEPCONV_ISA_LEVEL == 2) {
+    static constexpr MultiplyBlock runs[] = {multiply_run<kI + 1, kV>...};
+    if (one_run) return runs[rows - 1];
+  }
   static constexpr MultiplyBlock blocks[] = {multiply_block<kI + 1, kV>...};
   return blocks[rows - 1];
 }
 
-inline MultiplyBlock block_of(int64_t rows, int64_t vectors) {
+inline MultiplyBlock block_of(int64_t rows, int64_t vectors, bool one_run) {
   const std::make_integer_sequence<int, kRows> all;
   const std::make_integer_sequence<int, kFewRows> few;
   switch (vectors) {
-    case 1: return block_of_rows<1>(rows, all);
-    case 2: return block_of_rows<2>(rows, all);
-    case 3: return block_of_rows<3>(rows, few);
-    default: return block_of_rows<4>(rows, few);
+    case 1: return block_of_rows<1>(rows, one_run, all);
+    case 2: return block_of_rows<2>(rows, one_run, all);
+    case 3: return block_of_rows<3>(rows, one_run, few);
+    default: return block_of_rows<4>(rows, one_run, few);
   }
 }
 
@@ -309,5 +341,6 @@ inline void multiply(const Factors& factors, const Panels& panels, const Outputs
     }
   }
   const int64_t vectors = ceil_div(columns, L);
-  block_of(rows, vectors)(factors, panels, out, static_cast<int>(columns - (vectors - 1) * L));
+  const bool one_run = factors.jumps == nullptr && panels.terms <= kChain;
+  block_of(rows, vectors, one_run)(factors, panels, out, static_cast<int>(columns - (vectors - 1) * L));
 }
