@@ -66,8 +66,9 @@ def peer(case: Case, dtype: torch.dtype, device: str, layout: str) -> Results:
     """torch's own results on the same inputs."""
     x, w, b = tensors(case, dtype, device, layout, requires_grad=True)
     g = grad_like_output(case, dtype, device, layout)
-    if dtype == torch.bfloat16 and case.S > 9:
-        # oneDNN (torch 2.14) takes minutes for such a depthwise call in channels_last: take float32, rounded once.
+    if dtype in (torch.bfloat16, torch.float16) and case.S > 9:
+        # oneDNN (torch 2.14) takes minutes for such a depthwise call, of float16 on processors with AVX512-FP16: take
+        # float32, rounded once.
         y = F.conv2d(x.float(), w.float(), None if b is None else b.float(), *case.geometry).to(dtype)
     else:
         y = F.conv2d(x, w, b, *case.geometry)
