@@ -3,15 +3,13 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define SEPCONV_HOST_DEVICE __host__ __device__
-#else
-#define SEPCONV_HOST_DEVICE
-#endif
+#include "core/epilogue.h"
+#include "core/host_device.h"
 
 namespace sepconv {
 
 enum class Activation : int { identity, relu, relu6, leaky_relu, gelu, silu, hardswish, sigmoid, tanh };
+static_assert(Activation::identity == kNoActivation);
 
 inline constexpr const char* kActivationNames[] = {"identity", "relu",      "relu6",   "leaky_relu", "gelu",
                                                    "silu",     "hardswish", "sigmoid", "tanh"};
@@ -26,12 +24,6 @@ constexpr bool derivative_from_output(Activation a) {
   return a == Activation::identity || a == Activation::relu || a == Activation::relu6 || a == Activation::leaky_relu ||
          a == Activation::sigmoid || a == Activation::tanh;
 }
-
-// What happens to an accumulated output before it is stored.
-struct Epilogue {
-  const void* bias = nullptr;  // [K], dense, in the tensors' dtype; or null
-  Activation activation = Activation::identity;
-};
 
 // T is the accumulation type, float or double. NaN passes through every activation, as in torch.
 template <typename T>

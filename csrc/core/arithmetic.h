@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/activation.h"  // SEPCONV_HOST_DEVICE
 #include "core/conv_shape.h"
+#include "core/host_device.h"
 
 namespace sepconv {
 

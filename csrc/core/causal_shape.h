@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/activation.h"
+#include "core/epilogue.h"
 
 namespace sepconv {
 

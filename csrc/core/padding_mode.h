@@ -12,8 +12,8 @@
 
 #include <cstdint>
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/host_device.h"
 
 namespace sepconv {
 

@@ -6,8 +6,8 @@
 // No torch header is seen here: kernels include this file and nothing of torch.
 #pragma once
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 
 namespace sepconv {
 

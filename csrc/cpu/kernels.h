@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "core/padding_mode.h"
 #include "core/separable_shape.h"
 

@@ -1,8 +1,8 @@
 // Which CPU kernel runs a call, and why: a pure function of the call. No torch, no processor queries.
 #pragma once
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "core/operand_layout.h"
 #include "core/padding_mode.h"
 #include "core/separable_shape.h"

@@ -9,9 +9,9 @@
 
 #include <driver_types.h>  // cudaStream_t and cudaError_t, nothing else of CUDA
 
-#include "core/activation.h"
 #include "core/causal_shape.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "core/padding_mode.h"
 #include "core/separable_shape.h"
 

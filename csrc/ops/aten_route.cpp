@@ -28,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/activation.h"
 #include "ops/checks.h"
 #include "ops/spatial_passes.h"
 

@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "core/activation.h"
+#include "core/epilogue.h"
 #include "core/padding_mode.h"
 #include "ops/ops.h"
 

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/activation.h"
+#include "core/epilogue.h"
 #include "ops/ops.h"
 
 namespace sepconv {

@@ -13,6 +13,7 @@
 
 #include <array>
 
+#include "core/activation.h"
 #include "ops/aten_route.h"
 #include "ops/autograd.h"
 #include "ops/checks.h"

@@ -7,6 +7,7 @@
 #include <array>
 #include <optional>
 
+#include "core/epilogue.h"
 #include "core/operand_layout.h"
 #include "ops/aten_route.h"
 #include "ops/checks.h"
@@ -25,7 +26,7 @@ struct Call {
   Result result;
   at::IntArrayRef size{}, stride{};  // grad_input and grad_weight: what the result was asked to look like
   std::optional<at::Tensor> bias{};  // forward: dense
-  Activation activation = Activation::identity;
+  Activation activation = kNoActivation;
 
   DType dtype() const { return dtype_of(*first); }
   const void* first_data() const { return first->const_data_ptr(); }

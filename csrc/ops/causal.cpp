@@ -19,6 +19,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "core/activation.h"
 #include "ops/aten_route.h"
 #include "ops/autograd.h"
 #include "ops/runtime.h"

@@ -7,6 +7,7 @@
 #include <array>
 #include <limits>
 
+#include "core/activation.h"
 #include "core/operand_layout.h"
 #include "cpu/pointwise/product.h"
 #include "ops/inverted_residual.h"
@@ -508,6 +509,8 @@ int parse_name(const char* argument, std::string_view name, const char* const (&
 }
 
 }  // namespace
+
+const char* name_of(Activation a) { return kActivationNames[static_cast<int>(a)]; }
 
 Activation parse_activation(std::string_view name) {
   return static_cast<Activation>(parse_name("activation", name, kActivationNames));

@@ -10,8 +10,8 @@
 #include <optional>
 #include <string_view>
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "core/padding_mode.h"
 #include "core/separable_shape.h"
 
@@ -92,7 +92,7 @@ at::Tensor as_image(const at::Tensor&, bool sequence);
 Activation parse_activation(std::string_view name);
 bool is_hard_gate(std::string_view name);  // of "sigmoid" and "hardsigmoid"
 PaddingMode parse_padding_mode(std::string_view name);
-constexpr const char* name_of(Activation a) { return kActivationNames[static_cast<int>(a)]; }
+const char* name_of(Activation);
 constexpr const char* name_of(PaddingMode mode) { return kPaddingModeNames[static_cast<int>(mode)]; }
 
 // True for the four types that kernels are written for; everything else (complex, integers, quantised) goes to ATen.

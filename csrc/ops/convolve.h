@@ -32,6 +32,7 @@
 #include <optional>
 #include <tuple>
 
+#include "core/activation.h"
 #include "core/overlap.h"
 #include "ops/aten_route.h"
 #include "ops/call.h"

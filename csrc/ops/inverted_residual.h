@@ -8,7 +8,7 @@
 #include <optional>
 #include <string_view>
 
-#include "core/activation.h"
+#include "core/epilogue.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 

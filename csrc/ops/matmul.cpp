@@ -8,6 +8,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
+#include "core/activation.h"
 #include "core/operand_layout.h"
 #include "ops/aten_route.h"
 

@@ -7,7 +7,7 @@
 
 #include <optional>
 
-#include "core/activation.h"
+#include "core/epilogue.h"
 #include "ops/checks.h"
 
 namespace sepconv::packed {

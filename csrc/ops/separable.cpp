@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "core/activation.h"
 #include "ops/aten_route.h"
 #include "ops/ops.h"
 
@@ -30,6 +31,8 @@ Tensor pointwise(const Call& c, const Tensor& activated, Activation activation, 
 }
 
 }  // namespace
+
+Activation kept_activation(Activation a) { return derivative_from_output(a) ? a : Activation::identity; }
 
 Tensor depthwise(const Call& c) { return depthwise(c, kept_activation(c.depthwise_activation), ops::conv2d); }
 

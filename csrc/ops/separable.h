@@ -9,7 +9,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "core/activation.h"
+#include "core/epilogue.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 
@@ -53,7 +53,7 @@ at::Tensor by_dispatcher(const Call&, bool save_intermediate);
 std::tuple<at::Tensor, at::Tensor> training_by_dispatcher(const Call&, bool output, bool intermediate);
 
 // The activation that the intermediate is kept behind: none where the derivative needs the value before.
-constexpr Activation kept_activation(Activation a) { return derivative_from_output(a) ? a : Activation::identity; }
+Activation kept_activation(Activation);
 
 // The stages, each one conv2d of the op table; differentiable when called above the autograd key. depthwise() gives the
 // intermediate as it is kept: behind kept_activation(); activated() the pointwise stage's input from it.

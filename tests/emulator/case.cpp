@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "core/activation.h"
 #include "cuda/architectures.h"
 #include "tensor.h"
 

@@ -32,6 +32,7 @@ struct BordersJob {
 
 }  // namespace sepconv::cpu
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -100,6 +101,8 @@ void borders_grad_input(const ConvShape& s, PaddingMode mode, DType dtype, const
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 inline constexpr int kBlock = 4;  // vectors of channels whose sums stay in registers
 

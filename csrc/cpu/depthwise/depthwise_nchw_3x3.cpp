@@ -43,6 +43,7 @@ constexpr int64_t kMaxTasks = 64;
 
 }  // namespace sepconv::cpu
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -60,6 +61,8 @@ void depthwise_nchw_3x3_grad_input(const ConvShape& s, DType dtype, const void* 
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/grouped/grouped_planes_simd.h"
 

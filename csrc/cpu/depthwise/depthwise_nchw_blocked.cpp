@@ -13,6 +13,7 @@
 #define SEPCONV_KERNELS "cpu/depthwise/depthwise_nchw_blocked.cpp"
 #include "cpu/depthwise/depthwise_nchw_blocked.h"
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {

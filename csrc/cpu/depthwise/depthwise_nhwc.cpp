@@ -18,6 +18,7 @@
 
 #include <numeric>
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {

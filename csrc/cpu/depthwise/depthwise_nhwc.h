@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "cpu/simd/storage.h"
 
 namespace sepconv::cpu {
@@ -24,7 +24,7 @@ struct Correlation {
   T* y;           // [P, Q, C]
   const A* w;     // [channel groups, R, S, group], see pack()
   const A* bias;  // [channel groups, group]
-  Activation activation = Activation::identity;
+  Activation activation = kNoActivation;
   int64_t C, H, W, P, Q, R, S;
   int64_t x_row, x_pixel, y_row, y_pixel;
   int64_t stride_h = 1, stride_w = 1, pad_h, pad_w, dilation_h = 1, dilation_w = 1;

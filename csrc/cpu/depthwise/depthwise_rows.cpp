@@ -25,6 +25,7 @@ struct RowsCall {
 
 }  // namespace sepconv::cpu
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -53,6 +54,8 @@ void depthwise_rows(const DepthwiseRows& rows, int64_t p0, int64_t p1) {
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/pointwise/product_simd.h"
 

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "core/pixels.h"
 
 namespace sepconv::cpu {

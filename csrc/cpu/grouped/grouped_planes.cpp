@@ -26,6 +26,7 @@ struct PlanesJob {
 
 }  // namespace sepconv::cpu
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -79,7 +80,6 @@ void grouped_planes_grad_input(const ConvShape& s, DType dtype, const void* grad
 
 }  // namespace sepconv::cpu
 #else
-
 #include "cpu/simd/activate_simd.h"
 
 #include "cpu/grouped/grouped_planes_simd.h"

@@ -10,6 +10,7 @@
 #define SEPCONV_KERNELS "cpu/grouped/grouped_planes_grad_weight.cpp"
 #include "cpu/grouped/grouped_planes.h"
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -21,6 +22,8 @@ void grouped_planes_grad_weight(const ConvShape& s, DType dtype, const void* gra
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/grouped/grouped_planes_simd.h"
 

@@ -2,6 +2,7 @@
 // second-level cache.
 #include <algorithm>
 
+#include "core/activation.h"
 #include "cpu/network/program.h"
 
 namespace sepconv::cpu::network {

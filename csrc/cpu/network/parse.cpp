@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "core/activation.h"
 #include "cpu/network/program.h"
 
 namespace sepconv::cpu::network {

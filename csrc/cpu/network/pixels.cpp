@@ -6,6 +6,7 @@
 #define SEPCONV_KERNELS "cpu/network/pixels.cpp"
 #include "cpu/network/pixels.h"
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu::network {
@@ -41,6 +42,8 @@ void to_nhwc(const Size& size, const float* x, const Strides& strides, float* y)
 
 }  // namespace sepconv::cpu::network
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 using network::Line;
 using network::Scale;

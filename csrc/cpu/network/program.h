@@ -21,8 +21,8 @@
 #include <string_view>
 #include <vector>
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 
 namespace sepconv::cpu::network {
 
@@ -69,7 +69,7 @@ struct Step {
   int64_t top = 0, bottom = 0, left = 0, right = 0;
   int64_t begin = 0;  // the first channel of a slice
   int64_t ceil = 0;   // 1: a pool's last window may begin inside the image and end beyond its padding
-  Activation activation = Activation::identity;
+  Activation activation = kNoActivation;
   float eps = 0, factor = 1, shift = 0, low = 0, high = 0;
   Block block;  // of a step that is one
   Perceptron perceptron;

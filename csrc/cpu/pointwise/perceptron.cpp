@@ -13,6 +13,7 @@
 #include "cpu/pointwise/product_shared.h"
 #include "cpu/simd/thread_scratch.h"
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -24,6 +25,8 @@ void perceptron_forward(const PerceptronShape& shape, const PerceptronMemory& me
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/pointwise/product_simd.h"
 

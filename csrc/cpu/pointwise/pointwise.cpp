@@ -12,6 +12,7 @@
 // A task is a range of output rows or columns.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/pointwise/pointwise.cpp"
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -31,6 +32,8 @@ void pointwise_grad_weight(const ConvShape& shape, DType dtype, const void* grad
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 // `count` numbers at p, zero in the other lanes; a whole vector where it can be.
 template <typename T>

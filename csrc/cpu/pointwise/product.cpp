@@ -18,6 +18,7 @@
 #include "cpu/pointwise/product_shared.h"
 #include "cpu/simd/thread_scratch.h"
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -72,6 +73,8 @@ void product_pack(int64_t K, int64_t C, const float* w, int64_t w_output, int64_
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/simd/transpose_simd.h"
 

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "core/activation.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 
 namespace sepconv::cpu {
 

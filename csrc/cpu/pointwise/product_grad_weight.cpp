@@ -14,6 +14,7 @@
 #include "cpu/pointwise/product_shared.h"
 #include "cpu/simd/thread_scratch.h"
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -24,6 +25,8 @@ void product_grad_weight(const ConvShape& s, const float* grad_y, const float* x
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/simd/transpose_simd.h"
 

@@ -29,6 +29,7 @@ struct WindowsCall {
 
 }  // namespace sepconv::cpu
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -41,6 +42,8 @@ void windows_forward(const ConvShape& shape, const float* x, const float* packed
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/pointwise/product_simd.h"
 

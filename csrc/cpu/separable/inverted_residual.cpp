@@ -18,6 +18,7 @@
 #include "cpu/pointwise/product_shared.h"
 #include "cpu/simd/thread_scratch.h"
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -29,6 +30,8 @@ void inverted_residual_forward(const InvertedResidualShape& shape, const Inverte
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/pointwise/product_simd.h"
 

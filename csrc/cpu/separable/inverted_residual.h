@@ -9,7 +9,7 @@
 // e and d stay in the second-level cache, but for d of a block with a gate.
 #pragma once
 
-#include "core/activation.h"
+#include "core/epilogue.h"
 #include "cpu/depthwise/depthwise_rows.h"
 
 namespace sepconv::cpu {

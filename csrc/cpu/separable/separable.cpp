@@ -20,6 +20,7 @@
 
 #include "cpu/depthwise/depthwise_nhwc.h"
 
+#include "core/activation.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {

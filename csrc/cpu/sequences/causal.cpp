@@ -8,6 +8,7 @@
 #define SEPCONV_KERNELS "cpu/sequences/causal.cpp"
 #include "cpu/sequences/causal.h"
 
+#include "core/activation.h"
 #include "core/arithmetic.h"
 #include "cpu/simd/foreach_isa.h"
 
@@ -25,6 +26,8 @@ void causal_grad_input(const CausalShape& s, const Packing& packing, DType dtype
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 #include "cpu/sequences/causal_simd.h"
 

@@ -5,9 +5,9 @@
 // Any strides. Where the channels of both sequences are dense, vectors hold channels; else they hold positions.
 #pragma once
 
-#include "core/activation.h"
 #include "core/causal_shape.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 
 namespace sepconv::cpu {
 

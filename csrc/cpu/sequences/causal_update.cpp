@@ -4,6 +4,7 @@
 // the last `reach` inputs and the tokens, into vectors of channels in scratch, sums, and writes outputs and state back.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/sequences/causal_update.cpp"
+#include "core/activation.h"
 #include "core/arithmetic.h"
 #include "cpu/sequences/causal.h"
 #include "cpu/simd/foreach_isa.h"
@@ -17,6 +18,8 @@ void causal_update(const CausalUpdateShape& s, DType dtype, const void* x, const
 
 }  // namespace sepconv::cpu
 #else
+
+#include "cpu/simd/activate_simd.h"
 
 // `count` channels, at most a vector of them.
 template <typename T>

@@ -1,4 +1,30 @@
-// Activations of several sums at a time. Read like simd.h, after it, by the files that need it.
+// Activations of lanes, and of several sums at a time. Read like simd.h, after it, by the files that need it, which
+// include activation.h.
+
+// activate() of activation.h on every lane. Only tanh, and in double what has an exponential, go lane by lane.
+template <typename A>
+SEPCONV_INLINE Vector<A> activate_lanes(Activation activation, Vector<A> v) {
+  const Vector<A> zero{};
+  switch (activation) {
+    case Activation::identity: return v;
+    case Activation::relu: return max_lanes<A>(zero, v);
+    case Activation::relu6: return clamp_lanes<A>(v, A(6));
+    case Activation::leaky_relu: return max_lanes<A>(v * A(kLeakySlope), v);
+    case Activation::hardswish: return v * limit_lanes<A>(v * A(1.0 / 6.0) + A(0.5), A(0), A(1));
+    default: break;
+  }
+  if constexpr (std::is_same_v<A, float>) {
+    const Floats above = max_lanes<float>(broadcast<float>(-kExponentLimit), v);
+    const Floats inside = min_lanes<float>(broadcast<float>(kExponentLimit), above);
+    if (activation == Activation::silu) return above * sigmoid_lanes(inside);
+    if (activation == Activation::sigmoid) return sigmoid_lanes(inside);
+    if (activation == Activation::gelu) return gelu_lanes(v);
+  }
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = activate(activation, lanes[i]);
+  return load(lanes);
+}
 
 template <Activation kActivation, typename A>
 SEPCONV_INLINE void activate_each(A* values, int count) {

@@ -1,0 +1,15 @@
+// What happens to an accumulated output before it is stored. Apart from activation.h, so that a new activation compiles
+// anew what names activations, and nothing else.
+#pragma once
+
+namespace sepconv {
+
+enum class Activation : int;                   // activation.h names them
+inline constexpr Activation kNoActivation{0};  // Activation::identity
+
+struct Epilogue {
+  const void* bias = nullptr;  // [K], dense, in the tensors' dtype; or null
+  Activation activation = kNoActivation;
+};
+
+}  // namespace sepconv
