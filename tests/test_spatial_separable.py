@@ -51,8 +51,12 @@ def by_two_convs(x: Tensor, column: Tensor, row: Tensor, padding) -> Tensor:
     else:
         pair = (padding, padding) if isinstance(padding, int) else padding
         vertical, horizontal = (pair[0], 0), (0, pair[1])
-    between = F.conv2d(x, column.expand(C, R)[:, None, :, None], padding=vertical, groups=C)
-    return F.conv2d(between, row.expand(C, S)[:, None, None], padding=horizontal, groups=C)
+    # oneDNN (torch 2.14) takes minutes for long filters of float16 on processors with AVX512-FP16, and of bfloat16 in
+    # channels_last: take float32, rounded once by each convolution.
+    wide = torch.float32 if x.element_size() == 2 and max(R, S) > 9 else x.dtype
+    column, row = (w.expand(C, -1)[:, None].to(wide) for w in (column, row))
+    between = F.conv2d(x.to(wide), column[..., None], padding=vertical, groups=C).to(x.dtype)
+    return F.conv2d(between.to(wide), row[:, :, None], padding=horizontal, groups=C).to(x.dtype)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -71,7 +75,7 @@ def test_values(name: str, layout: str, dtype: torch.dtype, device: str) -> None
         with only_our_kernels(at_least=int(size[0] > 0)):
             y = spatial_separable_conv2d(x, column, row, padding)
         exact = by_conv2d(x.double(), column.double(), row.double(), padding)
-        peer = by_two_convs(x.contiguous(), column, row, padding)  # torch takes minutes for one of channels_last
+        peer = by_two_convs(x.contiguous(), column, row, padding)
         assert_as_accurate(y, peer, exact, f"shared {shared}")
         assert y.stride() == torch.empty_like(exact, memory_format=torch.preserve_format).stride() or size[0] == 0
         kernels = [k for k in sepconv_ext.kernel_counts() if "spatial_separable" in k]
