@@ -11,6 +11,7 @@ the hash of everything that went into them, so nothing is compiled twice and not
 from __future__ import annotations
 
 import bisect
+import fcntl
 import functools
 import hashlib
 import os
@@ -239,7 +240,9 @@ class Planned:
 def planner() -> Path:
     """Compiles the plan alone, in a few seconds, once."""
     parts = (*PLAN, HERE / "tensor.cpp", HERE / "case.cpp", HERE / "planner.cpp")
-    with ThreadPoolExecutor(JOBS) as pool:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "planner.lock", "w") as lock, ThreadPoolExecutor(JOBS) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that collect tests at the same time: one compiles
         return link(pool.map(lambda p: compile_object(p, "race"), parts), "race", "planner")
 
 
