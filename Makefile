@@ -24,8 +24,8 @@ PACKAGES := setuptools wheel ninja pybind11 $(call extra,test) $(call extra,whee
 INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-all test-emulator test-mutations fuzz bench train-digits docs docs-data lint format clean
-.PHONY: wheels wheel-test
+.PHONY: help install build test test-all test-emulator test-mutations fuzz bench train-digits docs docs-data lint
+.PHONY: format clean wheels wheel-test
 help:
 	@echo "make test | test-all | bench | train-digits | test-emulator | test-mutations | fuzz | build"
 	@echo "make wheels | wheel-test"
@@ -47,6 +47,8 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(PIP) $(call extra,docs)
 	@touch $@
+
+install: $(INSTALLED)
 
 # Always asked: ninja knows what is up to date, and the one _C of the tree may be another environment's. They share the
 # objects of kernels, so one builds at a time.
