@@ -788,6 +788,45 @@ def test_a_separable_pair_is_two_calls_but_for_stride_2_in_channels_last() -> No
     assert planned(**case, dtype="float16", tf32=1).kernel == "cuda_separable_mma"
 
 
+def block(N: int, C: int, E: int, K: int, size: int, stride: int = 1, R: int = 3, **rest: object) -> emulate.Planned:
+    case = {"op": "inverted_residual", "inputs": C, "outputs": K, "N": N, "C": E, "H": size, "W": size, "K": E}
+    pad = ",".join([str(R // 2)] * 4)
+    case |= {"R": R, "S": R, "groups": E, "stride": f"{stride},{stride}", "padding": pad}
+    return planned(**case | {"dtype": "bfloat16", "layout": "channels_last", "strict": 0} | rest)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"dtype": "float32"}, {"sm": 75}, {"layout": "contiguous"}, {"layout": "strided"}, {"offset": 1},
+        {"inputs": 20}, {"outputs": 20}, {"outputs": 320},
+        {"R": 7}, {"stride": "1,2"}, {"dilation": "2,2"}, {"archs": "9.0", "sm": 86},
+        {"inputs": 0, "residual": 1},
+    ],
+)  # fmt: skip
+def test_blocks_that_stay_calls(call: dict[str, object]) -> None:
+    plan = block(8, 24, 144, 24, 28, **call, strict=1)
+    assert plan.kernel == "composite" and plan.reason
+    assert block(8, 24, 144, 24, 28, strict=1).kernel == "cuda_inverted_residual"
+
+
+@pytest.mark.parametrize("size", [1, 7, 14, 28, 56, 112, 150])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("R", [3, 5])
+def test_tiles_of_blocks_fit(size: int, stride: int, R: int) -> None:
+    """As every kernel is compiled for, with all outputs of a tile in it."""
+    for C, E, K in ((16, 96, 24), (24, 144, 40), (96, 576, 96), (160, 960, 160)):
+        for sm in (80, 86, 90, 120):
+            plan = block(128, C, E, K, size, stride, R, strict=1, sm=sm)
+            if plan.kernel == "composite":
+                assert "no tile" in plan.reason and C >= 96
+                continue
+            tile = plan.tile
+            assert tile.get("rows", 1) * tile.get("columns", 1) <= tile["most_pixels"]
+            assert tile["most_outputs"] >= K
+            assert (tile["most_pixels"], tile["most_outputs"]) in ((128, 32), (128, 96), (64, 64), (64, 160))
+
+
 def causal(N: int, C: int, L: int, S: int = 4, layout: str = "channels_last", **rest: object) -> emulate.Planned:
     reach = (S - 1) * int(str(rest.get("dilation", "1,1")).split(",")[1])
     case = {"op": "causal", "dtype": "bfloat16", "layout": layout, "N": N, "C": C, "W": L, "K": C, "S": S, "groups": C}

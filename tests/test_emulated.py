@@ -239,6 +239,31 @@ SEPARABLE = (
     ("depthwise_k3_one_pixel", 8),
 )
 
+# Inverted residual blocks: the depthwise stage; channels of the input (0: nothing is expanded) and of the output, and
+# whether the input is added. Chunks of 64 channels with a rest of 8 to 56; odd numbers of eight channels; tiles of rows
+# and columns with a rest, images of one tile, of one pixel and of one column; padding beyond the kernel and none.
+BLOCKS = (
+    (Case("block_k3", 2, 72, 9, 17, 72, 3, 3, padding=(1, 1), groups=72, bias=True), 24, 24, 1),
+    (Case("block_k3_c64", 1, 64, 16, 15, 64, 3, 3, padding=(1, 1), groups=64), 16, 32, 0),
+    (Case("block_k3_two_chunks", 2, 128, 7, 7, 128, 3, 3, padding=(1, 1), groups=128, bias=True), 40, 136, 0),
+    (Case("block_k3_wide", 1, 80, 14, 14, 80, 3, 3, padding=(1, 1), groups=80, bias=True), 96, 96, 1),
+    (Case("block_k3_separable", 2, 24, 11, 18, 24, 3, 3, padding=(1, 1), groups=24, bias=True), 0, 16, 0),
+    (Case("block_k3_stride2", 1, 88, 13, 22, 88, 3, 3, stride=(2, 2), padding=(1, 1), groups=88, bias=True), 8, 40, 0),
+    (Case("block_k3_stride2_even", 2, 96, 8, 12, 96, 3, 3, stride=(2, 2), padding=(0, 2), groups=96), 32, 160, 0),
+    (Case("block_k3_no_padding", 1, 16, 9, 8, 16, 3, 3, groups=16, bias=True), 72, 8, 0),
+    (Case("block_k3_far_padding", 1, 24, 4, 3, 24, 3, 3, padding=(4, 5), groups=24, bias=True), 8, 24, 0),
+    (Case("block_k3_one_pixel", 5, 40, 1, 1, 40, 3, 3, padding=(1, 1), groups=40, bias=True), 16, 16, 1),
+    (Case("block_k5", 1, 56, 10, 19, 56, 5, 5, padding=(2, 2), groups=56, bias=True), 56, 56, 1),
+    (
+        Case("block_k5_stride2", 2, 104, 9, 14, 104, 5, 5, stride=(2, 2), padding=(2, 1), groups=104, bias=True),
+        16,
+        80,
+        0,
+    ),
+    (Case("block_k5_one_column", 1, 32, 13, 1, 32, 5, 5, padding=(2, 2), groups=32), 8, 8, 1),
+    (Case("block_k5_separable_stride2", 1, 72, 12, 13, 72, 5, 5, stride=(2, 2), padding=(2, 2), groups=72), 0, 24, 0),
+)
+
 # Column and row filters: tiles of rows, columns and channels with and without a rest, halos on every side.
 SPATIAL = (
     Case("spatial_k3x5", 2, 3, 9, 20, 3, 3, 5, padding=(1, 2), groups=3),
@@ -486,6 +511,28 @@ def _runs() -> Iterator[Run]:
                 made(case, "forward", layout)  # takes a turn
                 extra = {"kernel": "spatial_separable", "op": "spatial_separable", "shared": count % 4}
                 yield Run(case, "forward", dtype, layout, extra=extra | ({"offset": 1} if count % 3 == 0 else {}))
+    for case, inputs, outputs, residual in BLOCKS:
+        block = {"op": "inverted_residual", "inputs": inputs, "outputs": outputs, "residual": residual}
+        for layout, extra in (
+            ("channels_last", {"multiprocessors": 1}),
+            ("sliced_last", {"y_layout": "channels_last"}),
+            ("channels_last", {"rows": 3, "columns": 5}),
+        ):
+            for dtype in ("float16", "bfloat16"):
+                own = {
+                    "expand_activation": ACTIVATIONS[(count + 4) % 9],
+                    "pointwise_activation": ACTIVATIONS[count % 7],
+                }
+                yield made(case, "forward", layout, dtype, **block, **own, **extra)
+        for expand in ("relu", "leaky_relu"):  # what is infinite spoils no channel that the activation bounds
+            bounded = {"infinite": 1, "activation": "relu6", "expand_activation": expand}
+            yield made(case, "forward", "channels_last", "float16", **block, **bounded)
+        if outputs <= 64:  # the other kernels that are compiled
+            tile = {"most_pixels": 64, "most_outputs": 160, "rows": 4, "columns": 7}
+            yield made(case, "forward", "channels_last", "float16", **block, **tile)
+        if 32 < outputs <= 96:
+            tile = {"most_pixels": 128, "most_outputs": 96, "rows": 8, "columns": 6}
+            yield made(case, "forward", "channels_last", "float16", **block, **tile)
     for case in CAUSAL:
         reach = case.dilation[1] * (case.S - 1)
         for packed in (0, 4):

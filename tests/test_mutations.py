@@ -45,6 +45,7 @@ KEPT = (
     *test_emulated.GROUPS,
     *test_emulated.PLAIN,
     *test_emulated.SPATIAL,
+    *(case for case, *_ in test_emulated.BLOCKS),
     *test_emulated.CAUSAL,
     *test_emulated.UPDATES,
 )
@@ -59,6 +60,7 @@ HEADERS = {
     "depthwise_toeplitz.cu": ("depthwise_toeplitz.cuh",),
     "depthwise_nchw.cu": ("depthwise_nchw.cuh",),
     "grouped_nhwc_mma.cu": ("grouped_nhwc_mma.cuh",),
+    "inverted_residual.cu": ("inverted_residual.cuh",),
     "pointwise.cu": ("pointwise.cuh",),
     "pointwise_nhwc_mma.cu": ("pointwise_nhwc_mma.cuh",),
     "separable.cu": ("separable.cuh",),

@@ -116,6 +116,7 @@ def test_kernels_see_no_torch():
     bindings = {f"csrc/{name}/bindings.cpp": f"the {name} dispatch key" for name in ("cpu", "cuda")}
     bindings["csrc/cpu/packed_bindings.cpp"] = "the packed products' dispatch key"
     bindings["csrc/cpu/separable/inverted_residual_bindings.cpp"] = "the dispatch key of one op, whose weights it packs"
+    bindings["csrc/cuda/separable/inverted_residual_bindings.cpp"] = "the dispatch key of one op"
     bindings["csrc/cpu/sequences/bindings.cpp"] = "the causal ops' dispatch key"
     bindings["csrc/cuda/sequences/bindings.cpp"] = "the causal ops' dispatch key"
     bindings["csrc/cpu/network/bindings.cpp"] = "the programs' dispatch key"

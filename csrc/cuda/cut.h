@@ -25,6 +25,6 @@ struct NoCut {
 // each(cut, f) calls f(name, value) for every number of a cut; those that are 1 go without saying.
 using Cut = std::variant<NoCut, NhwcCut, NhwcMmaCut, NhwcTmaCut, NchwCut, NchwMmaCut, DirectCut, GradWeightCut,
                          GradWeightRowsCut, ToeplitzCut, LargeCut, SplitsCut, ProductCut, GroupedMmaCut, SeparableCut,
-                         CausalCut>;
+                         BlockCut, CausalCut>;
 
 }  // namespace sepconv::cuda

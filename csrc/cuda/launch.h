@@ -9,6 +9,7 @@
 
 #include <driver_types.h>  // cudaStream_t and cudaError_t, nothing else of CUDA
 
+#include "core/block_shape.h"
 #include "core/causal_shape.h"
 #include "core/conv_shape.h"
 #include "core/epilogue.h"
@@ -67,6 +68,7 @@ struct SplitsCut;
 struct ProductCut;
 struct GroupedMmaCut;
 struct SeparableCut;
+struct BlockCut;
 struct CausalCut;
 
 // What depthwise_nhwc.cu, depthwise_nchw.cu and their two companions for grad_weight keep a window in registers for:
@@ -195,6 +197,10 @@ cudaError_t launch_separable(const SeparableShape&, DType, const SeparableMemory
 // columns.
 cudaError_t launch_separable_mma(const SeparableShape&, DType, const SeparableMemory&, const SeparableCut&,
                                  cudaStream_t);
+
+// inverted_residual.cu: an inverted residual block where plan_block (plan.h) says so, with a cut whose tile
+// (separable/cut.h) fits.
+cudaError_t launch_inverted_residual(const BlockShape&, DType, const BlockMemory&, const BlockCut&, cudaStream_t);
 
 // spatial_separable.cu: a column and a row filter over every channel, where spatial_tile (spatial/cut.h) finds a tile.
 // x and y have any strides.

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/block_shape.h"
 #include "core/conv_shape.h"
 #include "core/explain.h"
 #include "core/operand_layout.h"
@@ -41,6 +42,7 @@ enum class Kernel : int {
   separable,
   separable_mma,
   composite,
+  inverted_residual,
   // causal_conv1d
   causal_nlc,
   causal_ncl,
@@ -78,6 +80,10 @@ Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool s
 // kernel wherever it can run.
 Plan plan_separable(const SeparableShape&, DType, const Device&, bool strict);
 
+// An inverted residual block without a gate: one kernel, or the composite of calls that have plans of their own. With
+// `strict`, the kernel wherever it can run.
+Plan plan_block(const BlockShape&, DType, const Device&, int64_t alignment, bool strict);
+
 // A causal call with states or packed: a kernel, or other ops in its place (composite).
 Plan plan_causal(const CausalShape&, DType, const Device&, int64_t alignment);
 
@@ -100,7 +106,8 @@ cudaError_t run(const Plan&, Map, const Launch&);
 // The same for plan_separable; Kernel::composite is not launched here.
 cudaError_t run_separable(const Plan&, const SeparableShape&, DType, const SeparableMemory&, cudaStream_t);
 
-// The same for plan_causal.
+// The same for plan_block and plan_causal.
+cudaError_t run_block(const Plan&, const BlockShape&, DType, const BlockMemory&, cudaStream_t);
 cudaError_t run_causal(const Plan&, const CausalShape&, DType, const CausalMemory&, cudaStream_t);
 
 // What depends on the padding, after run(), or instead of it where that is all (border_extent() of padding_mode.h).

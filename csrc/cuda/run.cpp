@@ -82,6 +82,12 @@ cudaError_t run_separable(const Plan& plan, const SeparableShape& shape, DType d
                                               : launch_separable(shape, dtype, memory, *cut, stream);
 }
 
+cudaError_t run_block(const Plan& plan, const BlockShape& shape, DType dtype, const BlockMemory& memory,
+                      cudaStream_t stream) {
+  const auto* const cut = std::get_if<BlockCut>(&plan.cut);
+  return cut == nullptr ? cudaErrorNotSupported : launch_inverted_residual(shape, dtype, memory, *cut, stream);
+}
+
 cudaError_t run_causal(const Plan& plan, const CausalShape& shape, DType dtype, const CausalMemory& memory,
                        cudaStream_t stream) {
   const auto* const cut = std::get_if<CausalCut>(&plan.cut);

@@ -73,11 +73,6 @@ Tensor autograd(const Call& c) {
   return composite(c);
 }
 
-Tensor without_kernel(const Call& c) {
-  check_inverted_residual(c);
-  return composite(c);
-}
-
 }  // namespace
 
 Tensor composite(const Call& c) { return block(c, ops::conv2d); }
@@ -88,7 +83,4 @@ Tensor by_aten(const Call& c) { return block(c, aten::conv2d); }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, Autograd, m) {
   m.impl("inverted_residual", sepconv::inverted_residual::as_op<sepconv::inverted_residual::autograd>);
-}
-TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) {
-  m.impl("inverted_residual", sepconv::inverted_residual::as_op<sepconv::inverted_residual::without_kernel>);
 }

@@ -97,6 +97,18 @@ Case read_pointwise(const Arguments& a, const Case& depthwise) {
   return c;
 }
 
+sepconv::BlockShape read_block(const Arguments& a, const Case& depthwise) {
+  sepconv::BlockShape s;
+  s.depthwise = depthwise.shape;
+  ConvShape& d = s.depthwise;
+  s.expands = a.number("inputs", 0) > 0, s.residual = a.number("residual", 0);
+  s.C = s.expands ? a.number("inputs", 0) : d.C, s.K = a.number("outputs", 1);
+  const std::string layout = a.text("layout", "contiguous");
+  d.x = make_strides({d.N, s.C, d.H, d.W}, layout);
+  d.y = make_strides({d.N, s.K, d.P, d.Q}, a.text("y_layout", layout));
+  return s;
+}
+
 static sepconv::SequenceStrides of_row(const sepconv::Strides& s) { return {s.n, s.c, s.w}; }
 
 sepconv::CausalShape read_causal(const Arguments& a, const Case& c) {
@@ -171,9 +183,16 @@ static int64_t alignment_of(const Case& c) {
   return unit ? std::min<int64_t>(unit & -unit, 16) : 16;
 }
 
+sepconv::cuda::Plan make_block_plan(const Case& c, const Arguments& a) {
+  using namespace sepconv::cuda;
+  const Plan p = plan_block(read_block(a, c), c.dtype, make_device(a), alignment_of(c), a.number("strict", 1) != 0);
+  return overruled(p, Map::forward, c.shape, c.dtype, "", named_numbers(p.cut, a));
+}
+
 sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
   using namespace sepconv::cuda;
   if (c.spatial) return {Kernel::aten, "cuda_spatial_separable", "", {}, 0};
+  if (c.op == "inverted_residual") return make_block_plan(c, a);
   if (c.op == "causal_update") return {Kernel::aten, "cuda_causal_update", "", {}, 0};
   if (c.op == "causal") {
     const Plan causal = plan_causal(read_causal(a, c), c.dtype, make_device(a), alignment_of(c));

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/block_shape.h"
 #include "core/causal_shape.h"
 #include "cuda/plan.h"
 
@@ -29,7 +30,7 @@ struct Case {
   sepconv::PaddingMode padding_mode;
   bool bias;
   sepconv::Activation activation;
-  std::string op;                  // conv2d, separable, spatial_separable, causal, causal_update
+  std::string op;                  // conv2d, separable, inverted_residual, spatial_separable, causal, causal_update
   bool spatial;                    // a column and a row filter in the place of the weight
   bool shared_column, shared_row;  // one for all channels
   int64_t offset;                  // elements by which every tensor lies off its allocation's alignment
@@ -41,6 +42,11 @@ Case read_case(const Arguments&);
 // pointwise_bias= and pointwise_activation=.
 Case read_pointwise(const Arguments&, const Case& depthwise);
 bool is_separable(const Arguments&);
+
+// With op=inverted_residual the case is the depthwise stage, and this the whole block: inputs= (0: it expands nothing),
+// outputs=, expand_activation=, pointwise_activation=, residual=; bias= is for all stages.
+sepconv::BlockShape read_block(const Arguments&, const Case& depthwise);
+sepconv::cuda::Plan make_block_plan(const Case& depthwise, const Arguments&);
 
 // With op=causal a case has W positions of C channels, S taps and a dilation; and states=1, packed= (the mean length of
 // a run; with numbers of 64 bits where wide=1), state_layout=.

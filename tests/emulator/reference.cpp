@@ -85,9 +85,39 @@ double Expected::bound(sepconv::DType dtype) const {
          1.01 * unit * std::fabs(value) + smallest;
 }
 
-std::vector<Expected> reference_pointwise(const sepconv::ConvShape& s, const std::vector<Expected>& depthwise,
+// Adds a number that is exact.
+static void add(Expected& e, double value) {
+  e.value += value;
+  e.magnitude += std::fabs(value);
+  ++e.terms;
+}
+
+std::vector<Expected> reference_depthwise(const sepconv::ConvShape& s, const std::vector<Expected>& x,
                                           sepconv::DType dtype, const Buffer& weight, const Buffer* bias,
                                           sepconv::Activation activation) {
+  std::vector<Expected> result(s.output_elements());
+  for (int64_t plane = 0; plane < s.N * s.C; ++plane)
+    for (int64_t p = 0; p < s.P; ++p)
+      for (int64_t q = 0; q < s.Q; ++q) {
+        Expected& e = result[(plane * s.P + p) * s.Q + q];
+        const int64_t c = plane % s.C;
+        for (int64_t r = 0; r < s.R; ++r)
+          for (int64_t t = 0; t < s.S; ++t) {
+            const int64_t h = p * s.stride_h + r - s.pad_h, w = q * s.stride_w + t - s.pad_w;
+            if (h < 0 || w < 0 || h >= s.H || w >= s.W) continue;
+            const Expected& seen = x[(plane * s.H + h) * s.W + w];
+            add(e, seen.value * weight.at(c, 0, r, t));
+            e.inherited += seen.bound(dtype) * std::fabs(weight.at(c, 0, r, t));
+          }
+        if (bias) add(e, bias->at(0, c, 0, 0));
+        e.value = activate(activation, e.value);
+      }
+  return result;
+}
+
+std::vector<Expected> reference_pointwise(const sepconv::ConvShape& s, const std::vector<Expected>& depthwise,
+                                          sepconv::DType dtype, const Buffer& weight, const Buffer* bias,
+                                          sepconv::Activation activation, const Buffer* residual) {
   std::vector<Expected> result(s.output_elements());
   const int64_t plane = s.P * s.Q;
   for (int64_t n = 0; n < s.N; ++n)
@@ -97,17 +127,11 @@ std::vector<Expected> reference_pointwise(const sepconv::ConvShape& s, const std
         for (int64_t c = 0; c < s.C; ++c) {
           const Expected& h = depthwise[(n * s.C + c) * plane + pixel];
           const double w = weight.at(k, c, 0, 0);
-          e.value += h.value * w;
-          e.magnitude += std::fabs(h.value * w);
+          add(e, h.value * w);
           e.inherited += h.bound(dtype) * std::fabs(w);
-          ++e.terms;
         }
-        if (bias) {
-          const double value = bias->at(0, k, 0, 0);
-          e.value += value;
-          e.magnitude += std::fabs(value);
-          ++e.terms;
-        }
+        if (bias) add(e, bias->at(0, k, 0, 0));
+        if (residual) add(e, residual->at(n, k, pixel / s.Q, pixel % s.Q));
         e.value = activate(activation, e.value);
       }
   return result;

@@ -26,10 +26,15 @@ struct Expected {
 std::vector<Expected> reference(sepconv::Map, const sepconv::ConvShape&, sepconv::PaddingMode, const Buffer& a,
                                 const Buffer& b, const Buffer* bias, sepconv::Activation);
 
-// The 1x1 convolution of what the map forward gave for a depthwise stage, whose errors it inherits.
+// The depthwise convolution of such a result, whose errors it inherits.
+std::vector<Expected> reference_depthwise(const sepconv::ConvShape&, const std::vector<Expected>& x, sepconv::DType,
+                                          const Buffer& weight, const Buffer* bias, sepconv::Activation);
+
+// The 1x1 convolution of what the map forward gave for a depthwise stage, whose errors it inherits; `residual` is added
+// before the activation, or null.
 std::vector<Expected> reference_pointwise(const sepconv::ConvShape& pointwise, const std::vector<Expected>& depthwise,
-                                          sepconv::DType, const Buffer& weight, const Buffer* bias,
-                                          sepconv::Activation);
+                                          sepconv::DType, const Buffer& weight, const Buffer* bias, sepconv::Activation,
+                                          const Buffer* residual = nullptr);
 
 // The same for a column and a row filter: [C or 1, 1, 1, R] and [C or 1, 1, 1, S].
 std::vector<Expected> spatial_reference(const sepconv::ConvShape&, const Buffer& x, const Buffer& column,

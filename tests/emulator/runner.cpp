@@ -121,6 +121,70 @@ std::string run_separable(const Case& d, const Arguments& arguments, uint64_t se
   return judge(p, y, reference_pointwise(ps, h, d.dtype, v, second_bias, p.activation), y_sizes);
 }
 
+// op=inverted_residual. Empty: right.
+std::string run_block(const Case& c, const Arguments& arguments, uint64_t seed) {
+  const sepconv::BlockShape s = read_block(arguments, c);
+  const sepconv::cuda::Plan plan = make_plan(c, arguments);
+  if (seed == 0) printf("plan: %s\n", plan.name);
+  const ConvShape& d = s.depthwise;
+  const auto activation = [&](const char* key) {
+    return read_case(Arguments({std::string("activation=") + arguments.text(key, "identity")})).activation;
+  };
+  const Activation expand_activation = activation("expand_activation"), last = activation("pointwise_activation");
+  const auto dense = [](const Sizes& sizes) { return make_strides(sizes, "contiguous"); };
+  const Sizes x_sizes{d.N, s.C, d.H, d.W}, y_sizes{d.N, s.K, d.P, d.Q},
+      w_sizes[] = {{d.C, s.C, 1, 1}, {d.C, 1, d.R, d.S}, {s.K, d.C, 1, 1},
+                   {1, d.C, 1, 1},   {1, d.C, 1, 1},     {1, s.K, 1, 1}};
+  Buffer x(x_sizes, d.x, c.dtype, c.offset), y(y_sizes, d.y, c.dtype, c.offset);
+  Buffer expand(w_sizes[0], dense(w_sizes[0]), c.dtype, c.offset), w(w_sizes[1], dense(w_sizes[1]), c.dtype, c.offset);
+  Buffer project(w_sizes[2], dense(w_sizes[2]), c.dtype, c.offset);
+  Buffer expand_bias(w_sizes[3], dense(w_sizes[3]), c.dtype, c.offset),
+      bias(w_sizes[4], dense(w_sizes[4]), c.dtype, c.offset);
+  Buffer project_bias(w_sizes[5], dense(w_sizes[5]), c.dtype, c.offset);
+  Buffer* inputs[] = {&x, &expand, &w, &project, &expand_bias, &bias, &project_bias};
+  for (uint64_t i = 0; i < 7; ++i) inputs[i]->fill_random(seed * 7 + i);
+  if (arguments.number("infinite", 0)) x.scatter_infinite(seed);
+  const auto given = [&](Buffer& b) { return c.bias ? &b : nullptr; };
+  const auto data = [&](Buffer& b) { return c.bias ? b.data() : nullptr; };
+  Buffer workspace(0);
+  const std::string failed = run_watched(seed, y, workspace, [&] {
+    const sepconv::BlockMemory memory{x.data(),
+                                      s.expands ? expand.data() : nullptr,
+                                      {data(expand_bias), expand_activation},
+                                      w.data(),
+                                      {data(bias), c.activation},
+                                      project.data(),
+                                      {data(project_bias), last},
+                                      y.data()};
+    return sepconv::cuda::run_block(plan, s, c.dtype, memory, nullptr);
+  });
+  if (!failed.empty()) return failed;
+  const auto product = [](int64_t N, int64_t C, int64_t K, int64_t H, int64_t W) {
+    ConvShape p;
+    p.N = N, p.C = C, p.K = K, p.R = p.S = 1, p.H = p.P = H, p.W = p.Q = W;
+    return p;
+  };
+  const auto of = [&](const ConvShape& shape, const Buffer& weight, Buffer& b, Activation a) {
+    return reference(Map::forward, shape, sepconv::PaddingMode::zeros, x, weight, given(b), a);
+  };
+  const auto saturated = [&](std::vector<Expected> e) {  // as the kernel keeps e finite
+    const double largest = c.dtype == DType::float16 ? 65504 : 0x1.FEp127;
+    for (Expected& number : e) {
+      if (std::isinf(number.value)) number.value = std::copysign(largest, number.value), number.magnitude = largest;
+    }
+    return e;
+  };
+  const std::vector<Expected> deep =
+      !s.expands ? of(d, w, bias, c.activation)
+                 : reference_depthwise(
+                       d, saturated(of(product(d.N, s.C, d.C, d.H, d.W), expand, expand_bias, expand_activation)),
+                       c.dtype, w, given(bias), c.activation);
+  return judge(c, y,
+               reference_pointwise(product(d.N, d.C, s.K, d.P, d.Q), deep, c.dtype, project, given(project_bias), last,
+                                   s.residual ? &x : nullptr),
+               y_sizes);
+}
+
 // op=spatial_separable: a column and a row filter, each of its own memory. Empty: right.
 std::string run_spatial(const Case& c, uint64_t seed) {
   const ConvShape& s = c.shape;
@@ -288,11 +352,12 @@ int main(int count, char** values) {
       const auto seeds = arguments.numbers("seeds", "0:1", ':');  // first and one past the last
       for (int64_t seed = seeds.at(0); seed < seeds.at(1); ++seed) {
         fprintf(stderr, "case %zu seed %lld\n", i, (long long)seed);  // what a sanitizer's report belongs to
-        const std::string wrong = c.spatial                 ? run_spatial(c, seed)
-                                  : c.op == "causal"        ? run_causal(c, arguments, seed)
-                                  : c.op == "causal_update" ? run_causal_update(c, arguments, seed)
-                                  : is_separable(arguments) ? run_separable(c, arguments, seed)
-                                                            : run(c, arguments, seed);
+        const std::string wrong = c.spatial                     ? run_spatial(c, seed)
+                                  : c.op == "inverted_residual" ? run_block(c, arguments, seed)
+                                  : c.op == "causal"            ? run_causal(c, arguments, seed)
+                                  : c.op == "causal_update"     ? run_causal_update(c, arguments, seed)
+                                  : is_separable(arguments)     ? run_separable(c, arguments, seed)
+                                                                : run(c, arguments, seed);
         if (wrong.empty()) continue;
         printf("FAULT with seed %lld: %s\n", (long long)seed, wrong.c_str());
         return 1;

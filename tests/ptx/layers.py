@@ -37,6 +37,11 @@ def _sequence(op: str, dtype: str, layout: str, N: int, C: int, L: int, S: int, 
     return [f"{key}={value}" for key, value in (values | rest).items()]
 
 
+def _block(N: int, C: int, E: int, K: int, size: int, stride: int = 1, **rest: object) -> list[str]:
+    block = {"op": "inverted_residual", "inputs": C, "outputs": K, "bias": 1, "expand_activation": "relu6"}
+    return _layer("forward", "bfloat16", "channels_last", N, E, size, 3, stride, **block, activation="relu6", **rest)
+
+
 LAST, PLANES = "channels_last", "contiguous"
 # By the .cu files that a layer needs.
 LAYERS: dict[str, dict[str, list[str]]] = {
@@ -127,6 +132,12 @@ LAYERS: dict[str, dict[str, list[str]]] = {
     "causal_update": {
         "k4 1 token": _sequence("causal_update", "bfloat16", PLANES, 4, 256, 1, 4),
         "k4 1 token ring": _sequence("causal_update", "float32", LAST, 4, 256, 1, 4, ring=1, rows=1, length=4),
+    },
+    "inverted_residual": {
+        "24 to 144 to 24 56x56": _block(1, 24, 144, 24, 56, residual=1),
+        "16 to 96 to 24 stride 2 112x112": _block(1, 16, 96, 24, 112, 2),
+        "64 to 384 to 64 14x14": _block(1, 64, 384, 64, 14, residual=1),
+        "160 to 960 to 160 7x7": _block(1, 160, 960, 160, 7, residual=1),
     },
     "separable_mma": {"k3 14x14": _layer("forward", "float16", LAST, 1, 32, 14, 3, op="separable", outputs=64)},
     "separable": {"k3 14x14": _layer("forward", "float32", LAST, 1, 32, 14, 3, op="separable", outputs=64)},
