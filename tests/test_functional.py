@@ -385,6 +385,15 @@ def test_groups_that_the_plan_gives_to_torch(dtype, size, weight_size, groups, s
     assert (said.kernel == "aten") == taken, said.reason
 
 
+@pytest.mark.parametrize(("rows", "taps", "stride", "taken"), [(31, 3, 2, True), (29, 3, 2, False), (31, 5, 2, False)])
+def test_multipliers_that_the_plan_gives_to_torch(rows: int, taps: int, stride: int, taken: bool) -> None:
+    """Gradients by the input in channels_last with a stride: oneDNN is faster for 3x3, from 16x16 outputs on."""
+    x, w = torch.empty(2, 48, rows, 32).to(memory_format=torch.channels_last), torch.empty(96, 1, taps, taps)
+    with strictness(False):
+        said = functional.explain(x, w, None, stride, taps // 2, 1, 48, map="grad_input")
+    assert (said.kernel == "aten") == taken, said.reason
+
+
 @by_layout
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize(

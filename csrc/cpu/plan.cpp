@@ -50,15 +50,14 @@ constexpr int64_t kSmallPlane = 40;
 // depthwise-nchw.md and the last paragraph of grouped.md. oneDNN multiplies faster where there is much to multiply.
 constexpr int64_t kManyTaps = 7 * 7, kManyTapsOfBlocks = 8 * 8, kMostTaps = 13 * 13;
 constexpr int64_t kTapsOnAnyPlane = 9 * 9, kMediumPlane = 28 * 28;
-// Where no blocks are taken, its reordering costs it little on tiny planes: vectors along rows are mostly padding
-// there.
+// Where no blocks are taken, its reordering is cheap on tiny planes: vectors along rows are mostly padding.
 constexpr int64_t kTinyPlane = 10 * 10;
 // sequences.md.
 constexpr int64_t kShortSequence = 128, kShortFilter = 3, kLongFilter = 31;
 
 // depthwise-nhwc.md and the last paragraph of grouped.md.
 constexpr int64_t kFewChannels = 16, kPartialChannels = 96, kLanes = 16;
-constexpr int64_t kStridedChannels = 480, kStridedPixels = 19 * 19;
+constexpr int64_t kStridedChannels = 480, kStridedPixels = 19 * 19, kMultiplierPixels = 16 * 16;
 // oneDNN multiplies bfloat16 without widening, but so many numbers of a 3x3 take each thread here as long as a call.
 constexpr int64_t kBfloat16Outputs = 280'000, kBfloat16OutputsStrided = 190'000, kBfloat16Gradients = 400'000;
 constexpr int64_t kBfloat16TapsStrided = 7 * 7;
@@ -202,7 +201,9 @@ const char* onednn_is_faster_channels_last(const Question& q) {
   const ConvShape& s = q.s;
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
   const bool forward = q.map == Map::forward;
-  if (s.K != s.C) return q.map == Map::grad_input ? nullptr : "a multiplier on channels_last: oneDNN is faster";
+  const bool short_sums = q.dtype == DType::float32 && is_strided(s) && taps <= 3 * 3 && pixels >= kMultiplierPixels;
+  if (s.K != s.C && q.map == Map::grad_input && !short_sums) return nullptr;
+  if (s.K != s.C) return "a multiplier on channels_last: oneDNN is faster";
   if (s.C < kFewChannels || (s.C == kFewChannels && forward)) return "16 channels last or fewer: oneDNN is faster";
   if (q.dtype == DType::bfloat16 && taps <= 3 * 3 && much_is_multiplied(q)) {
     return "bfloat16 3x3 on many channels_last pixels: oneDNN multiplies without widening";
