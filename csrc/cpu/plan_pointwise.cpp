@@ -13,6 +13,8 @@ namespace {
 
 // Multiply-adds that take about as long as what a call of torch's costs beside its product.
 constexpr int64_t kSmallForward = 1'500'000, kSmallGradient = 600'000;
+// The same where MKL has blocks of pixels enough: few channels cost it less a block (pointwise.md, "small calls").
+constexpr int64_t kSmallForwardMkl = 300'000, kPixelsOfMkl = 28 * 28;
 // Fewer outputs take the product as long as so many: NCHW pixels are packed all the same, and lanes of channels_last
 // are idle. MKL has code of its own for them (pointwise.md, "few outputs").
 constexpr int64_t kLeastOutputs = 16;
@@ -83,7 +85,9 @@ bool product_can(Map map, const ConvShape& s, DType dtype) {
 const char* product_is_best(Map map, const ConvShape& s, Layout layout, int threads) {
   const Sizes sizes(s);
   const bool channels_last = layout == Layout::nhwc, against_mkl = torch_takes_mkl(s, threads);
-  if (products_of(map, sizes, channels_last, against_mkl) <= (map == Map::forward ? kSmallForward : kSmallGradient)) {
+  const bool many_pixels = against_mkl && sizes.pixels >= kPixelsOfMkl;
+  const int64_t small = map != Map::forward ? kSmallGradient : many_pixels ? kSmallForwardMkl : kSmallForward;
+  if (products_of(map, sizes, channels_last, against_mkl) <= small) {
     return "1x1: a product so small that a call of torch's costs more";
   }
   if (!is_matrix_product(s)) {
