@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from . import _C, reference
 from .ops import _suggests_channels_last
 from .packed import PANEL_COLUMNS
 from .program import Line, parse
@@ -25,7 +26,7 @@ aten = torch.ops.aten
 
 TABLE: dict[torch._ops.OpOverload, Callable] = {}
 
-# name -> the op, and what it is called with besides
+# Of those that `freeze` finds, by name: the op, and what it is called with besides.
 ACTIVATIONS: dict[str, tuple] = {
     "relu": (aten.relu.default,),
     "relu6": (aten.hardtanh.default, 0.0, 6.0),
@@ -36,8 +37,6 @@ ACTIVATIONS: dict[str, tuple] = {
     "sigmoid": (aten.sigmoid.default,),
     "tanh": (aten.tanh.default,),
 }
-# Those whose derivative can be read off the output: separable_conv2d_training keeps its intermediate behind them.
-_KEPT_BEHIND = ("identity", "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 
 
 def _of(name: str, overload: str = "default") -> Callable[[Callable], Callable]:
@@ -46,13 +45,6 @@ def _of(name: str, overload: str = "default") -> Callable[[Callable], Callable]:
         return function
 
     return register
-
-
-def _activate(t: Tensor, name: str) -> Tensor:
-    if name == "identity":
-        return t
-    op, *more = ACTIVATIONS[name]
-    return op(t, *more)
 
 
 # --- conv2d and its gradients; sequences are those with one entry in stride ---
@@ -103,7 +95,7 @@ def conv2d(input, weight, bias, stride, padding, dilation, groups, activation, p
     image, rest = _padded(input, padding, dims, padding_mode)
     convolve = torch.conv1d if dims == 1 else torch.conv2d
     output = convolve(image, weight, bias, stride, rest, dilation, groups)
-    return _activate(_lying(output, input, weight, dims=dims), activation)
+    return reference.ACTIVATIONS[activation](_lying(output, input, weight, dims=dims))
 
 
 def _transposed(grad, weight, pixels: Sequence[int], stride, padding, dilation, groups) -> Tensor:
@@ -198,10 +190,10 @@ def separable_conv2d(
 def separable_conv2d_training(
     input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, act_d, act_p, output, intermediate
 ) -> tuple[Tensor, Tensor]:
-    kept_act, later_act = (act_d, "identity") if act_d in _KEPT_BEHIND else ("identity", act_d)
+    kept_act, later_act = (act_d, "identity") if _C.derivative_from_output(act_d) else ("identity", act_d)
     kept = conv2d(input, depthwise, bias_d, stride, padding, dilation, input.shape[-3], kept_act)
     none = input.new_empty(0)
-    result = _product(_activate(kept, later_act), pointwise, bias_p, act_p) if output else none
+    result = _product(reference.ACTIVATIONS[later_act](kept), pointwise, bias_p, act_p) if output else none
     return result, kept if intermediate else none
 
 
@@ -231,7 +223,7 @@ def inverted_residual(
         excited = _product(squeezed, excite, bias_x)
         t = t * (aten.hardsigmoid.default(excited) if gate == "hardsigmoid" else excited.sigmoid())
     t = _product(t, project, bias_p)
-    return _activate(t + input if residual else t, act_p)
+    return reference.ACTIVATIONS[act_p](t + input if residual else t)
 
 
 # --- causal sequences ---
@@ -268,13 +260,13 @@ def causal_conv1d(input, weight, bias, initial_states, seq_idx, dilation, activa
     z = _joined(input, initial_states, (width - 1) * dilation)
     if seq_idx is None:
         y = torch.conv1d(z, weight.unsqueeze(1), bias, 1, 0, dilation, C)
-        return _activate(_lying(y, input, dims=1), activation)
+        return reference.ACTIVATIONS[activation](_lying(y, input, dims=1))
     valid, taps = _taps(seq_idx, width, dilation)
     z, w = _wide(z), _wide(weight)
     parts = [_only(taps[s], z.narrow(2, s * dilation, length)) * w[:, s, None] for s in range(width)]
     y = sum(parts[1:], parts[0])
     y = y if bias is None else y + _wide(bias)[:, None]
-    y = _only(valid, _activate(y, activation)).to(input.dtype)
+    y = _only(valid, reference.ACTIVATIONS[activation](y)).to(input.dtype)
     return _lying(y, input, dims=1)
 
 
@@ -327,7 +319,7 @@ def causal_conv1d_update(x, state, weight, bias, cache_seqlens, state_indices, d
         kept = min(tokens, length)  # of more tokens than places the last ones stay
         next = old.scatter(2, ring(tokens - kept, tokens), x.narrow(2, tokens - kept, kept))
     y = torch.conv1d(seen.to(weight.dtype), weight.unsqueeze(1), bias, 1, 0, dilation, C)
-    y = _activate(y, activation).to(x.dtype)
+    y = reference.ACTIVATIONS[activation](y).to(x.dtype)
     if state_indices is None or rows is None:
         state.copy_(next)
         return y
@@ -370,7 +362,7 @@ def _unpacked(panels: Tensor, K: int) -> Tensor:
 def packed_pointwise(input, packed, bias, residual, out_channels, stride, activation) -> Tensor:
     weight = _unpacked(packed, out_channels)[:, :, None, None]
     y = torch.conv2d(input, weight, bias, stride)
-    return _activate(y if residual is None else y + residual, activation)
+    return reference.ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
 @_of("packed_pointwise", "out")
@@ -390,7 +382,7 @@ def program(inputs, constants, code) -> list[Tensor]:
             values[line.target] = t if t.dim() == 4 else t[:, :, None, None]
         else:
             y = _STEPS[line.kind](line, [values[value] for value in line.reads], constants)
-            values[line.target] = _activate(y, line.fields.get("act", "identity"))
+            values[line.target] = reference.ACTIVATIONS[line.fields.get("act", "identity")](y)
     return [
         values[value].flatten(1) if is_matrix else values[value].contiguous(memory_format=torch.channels_last)
         for value, is_matrix in results

@@ -234,6 +234,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("check_storage", [](const std::string& name, const at::Tensor& t) {
     if (t.has_storage() && !at::isTensorSubclassLike(t)) check_storage(name.c_str(), t);
   });
+  m.def("derivative_from_output",
+        [](const std::string& activation) { return derivative_from_output(parse_activation(activation)); });
   m.def("activations", [] { return std::vector<std::string>(kActivationNames, kActivationNames + kActivationCount); });
 
   py::class_<Explanation>(m, "Explanation")
