@@ -149,9 +149,9 @@ struct Axis {
 Axis nearer(Axis a) {
   if (a.kernel == 1) return a.dilation = 1, a;
   const int64_t farthest = std::max({a.dilation, a.before, a.after});
+  if (farthest < kMost) return a;
   const bool overflows = farthest > std::numeric_limits<int64_t>::max() / 2 / a.kernel;
-  if (farthest < kMost || a.dilation < 2 * a.size || overflows || a.before + a.after != a.dilation * (a.kernel - 1))
-    return a;
+  if (a.dilation < 2 * a.size || overflows || a.before + a.after != a.dilation * (a.kernel - 1)) return a;
   const int64_t nearest = (a.before + a.dilation / 2) / a.dilation;
   const int64_t distance = std::clamp(a.before - nearest * a.dilation, -a.size, a.size);
   a.dilation = std::max<int64_t>(2 * a.size, 1);
