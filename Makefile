@@ -158,11 +158,12 @@ RECORD := $(OUT)/gpu
 logged = set -o pipefail; mkdir -p $(RECORD); timeout -k 10 $(1) $(2) 2>&1 | tee $(RECORD)/$(3)
 
 .PHONY: gpu gpu-peers gpu-build gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench
-# In nine minutes, step by step with limits; then who else is there, and compute-sanitizer (tests/gpu_record.py).
+# In nine minutes, step by step with limits; then who else is there, and compute-sanitizer (tests/gpu_record.py). The
+# record is one file, OUT/gpu.tar.gz: a borrowed machine may give back few.
 gpu:
-	$(GPU_PYTHON) tests/gpu_record.py --out $(RECORD)
+	$(GPU_PYTHON) tests/gpu_record.py --out build/gpu --packed $(OUT)/gpu.tar.gz
 gpu-peers:
-	$(GPU_PYTHON) tests/gpu_record.py --out $(RECORD) --peers
+	$(GPU_PYTHON) tests/gpu_record.py --out build/gpu --packed $(OUT)/gpu.tar.gz --peers
 
 gpu-build:
 	SEPCONV_CUDA=1 timeout -k 10 $(GPU_BUILD_LIMIT) $(GPU_PYTHON) setup.py --quiet build_ext --inplace

@@ -1,12 +1,13 @@
 """`make gpu`: everything that a GPU should say, within nine minutes.
 
-    python3 tests/gpu_record.py --out gpu            the first command: ours
-    python3 tests/gpu_record.py --out gpu --peers    the second: who else is there, and compute-sanitizer
+    python3 tests/gpu_record.py --out gpu --packed gpu.tar.gz            the first command: ours
+    python3 tests/gpu_record.py --out gpu --packed gpu.tar.gz --peers    the second: who else, and compute-sanitizer
 
 A plan is a list of steps in the order of their worth, each in a process group of its own and with a limit. What a step
 prints goes to a file as it comes, and its end to steps.jsonl at once: wherever a run is cut off, what was done stands
 there. A step that hangs is asked to stop, then killed with its children; the next one begins. A plan has a limit
-too: late steps get what is left of it. No GPU is needed to rehearse that (test_gpu_record.py).
+too: late steps get what is left of it. After each step the whole record is packed into one file, as a borrowed machine
+may give back few. No GPU is needed to rehearse that (test_gpu_record.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,19 +68,23 @@ def first_plan(out: Path) -> list[Step]:
     ncu = ("ncu", "--clock-control", "none", "--csv", "--log-file", str(out / "ncu.csv"), "--launch-count", "25",
            "--kernel-name", "regex:sepconv|depthwise|mma|kernel", "--metrics", COUNTERS)  # fmt: skip
     build = {"TORCH_CUDA_ARCH_LIST": "native", "SEPCONV_CUDA": "1"}
+    fused = (PYTHON, "-m", "benchmarks.fused", str(out / "fused.jsonl"))
     return [
         Step("build", (PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"), 110, "for this GPU alone",
              environment=build),
-        pytest_step("golden", 25, "what the inline PTX means", "tests/test_golden_ptx.py"),
-        pytest_step("fill", 60, "layers that fill a GPU", "tests/test_functional.py", "-k", "layers_that_fill_a_gpu"),
-        pytest_step("maps", 100, "every map, the rest of the tests", "tests", *PARALLEL),
-        Step("ncu", (*ncu, PYTHON, str(Path(__file__).resolve()), "--launches"), 60, "what 25 launches count",
+        pytest_step("golden", 35, "what the inline PTX means", "tests/test_golden_ptx.py"),
+        pytest_step("fill", 55, "layers that fill a GPU", "tests/test_functional.py", "-k", "layers_that_fill_a_gpu"),
+        pytest_step("maps", 95, "every map, the rest of the tests", "tests", *PARALLEL),
+        Step("ncu", (*ncu, PYTHON, str(Path(__file__).resolve()), "--launches"), 45, "what 25 launches count",
              tool="ncu", after="build"),
-        bench_step("ours", 80, "times of ours, torch beside them", out, "--layers", "--all", "--kinds", "depthwise",
+        bench_step("ours", 70, "times of ours, torch beside them", out, "--layers", "--all", "--kinds", "depthwise",
                    "--peers", "torch", "--quick"),
-        bench_step("small", 35, "the same of one image", out, "--layers", "--kinds", "depthwise", "--peers", "torch",
-                   "--quick", "--batch", "1"),
-        bench_step("sweep", 80, "other kernels and cuts than the plan's, for --fit", out,
+        Step("fused", fused, 25, "blocks and sequences in one kernel, and in calls", after="build"),
+        bench_step("products", 30, "1x1 and grouped layers", out, "--layers", "--kinds", "pointwise,grouped",
+                   "--peers", "torch", "--quick", "--dtype", "float16"),
+        bench_step("small", 25, "the depthwise ones of one image", out, "--layers", "--kinds", "depthwise",
+                   "--peers", "torch", "--quick", "--batch", "1"),
+        bench_step("sweep", 60, "other kernels and cuts than the plan's, for --fit", out,
                    "--sweep", str(out / "sweep.jsonl"), "--budget", "0.02"),
     ]  # fmt: skip
 
@@ -148,6 +154,15 @@ def run_step(step: Step, limit: float, log: Path, grace: float) -> tuple[str, in
     return ("ok" if code == 0 else "failed"), code
 
 
+def pack(out: Path, packed: Path) -> None:
+    """All files of the record in one, which is whole whenever it is read."""
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    part = packed.with_name(packed.name + ".part")
+    with tarfile.open(part, "w:gz") as archive:
+        archive.add(out, arcname=out.name)
+    part.replace(packed)
+
+
 def run_plan(
     plan: Sequence[Step],
     out: Path,
@@ -155,6 +170,7 @@ def run_plan(
     grace: float = GRACE,
     least: float = LEAST,
     find: Callable[[str], str | None] = shutil.which,
+    packed: Path | None = None,
     say: Callable[[str], None] = lambda text: print(text, flush=True),
 ) -> list[dict[str, object]]:
     """Runs the steps in turn; returns what steps.jsonl says of each."""
@@ -182,6 +198,8 @@ def run_plan(
         rows.append(row)
         with (out / "steps.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if packed:
+            pack(out, packed)
         say(f"{step.name}: {row['status']}{f' ({reason})' if reason else ''}, {row['seconds']:.0f} s")
     return rows
 
@@ -189,13 +207,14 @@ def run_plan(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "gpu", help="folder for the record")
+    parser.add_argument("--packed", type=Path, metavar="FILE", help="the record as one file too, after each step")
     parser.add_argument("--peers", action="store_true", help="the second plan")
     parser.add_argument("--launches", action="store_true", help="the calls that ncu counts")
     options = parser.parse_args(arguments)
     if options.launches:
         return launches()
     out = options.out.resolve()
-    rows = run_plan(second_plan(out) if options.peers else first_plan(out), out)
+    rows = run_plan(second_plan(out) if options.peers else first_plan(out), out, packed=options.packed)
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -12,8 +14,11 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import sepconv_ext
-from harness import LAYOUTS, assert_as_accurate, random, with_layout
+from harness import LAYOUTS, assert_as_accurate, dtype_name, only_our_kernels, random, with_layout
 from sepconv_ext import functional, reference
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import emulate
 
 
 class Block(NamedTuple):
@@ -353,3 +358,45 @@ def test_strided_biases_and_weights():
     every_second = [t if t is None or t.dim() == 4 else torch.stack([t, t * 0], 1)[:, 0] for t in given]
     assert torch.equal(ours(block, *every_second), ours(block, *given))
     assert torch.equal(ours(block, *strided), ours(block, *given))
+
+
+def in_one_kernel(block: Block) -> bool:
+    """Whether the CUDA kernel can compute it: whole vectors of channels, 3x3 and 5x5 of stride 1 and 2."""
+    whole = block.C % 8 == block.E % 8 == block.K % 8 == 0 and block.N > 0 and not block.M
+    plain = block.dilation == (1, 1) and block.padding != "same" and (block.expands or not block.residual)
+    return whole and plain and block.kernel in ((3, 3), (5, 5)) and block.stride in ((1, 1), (2, 2))
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(emulate.why_not() is not None, reason=str(emulate.why_not()))
+def test_which_blocks_are_one_kernel_on_a_gpu() -> None:
+    """By the plan, which needs no GPU: test_on_a_gpu holds the GPU to it."""
+
+    def words(b: Block) -> list[str]:
+        top, left = (0, 0) if b.padding == "same" else b.padding
+        case = {"op": "inverted_residual", "dtype": "float16", "layout": "channels_last", "N": b.N, "H": b.H, "W": b.W}
+        case |= {"C": b.E, "K": b.E, "groups": b.E, "R": b.kernel[0], "S": b.kernel[1]}
+        case |= {"padding": f"{top},{top},{left},{left}", "inputs": b.C if b.expands else 0, "outputs": b.K}
+        case |= {"stride": f"{b.stride[0]},{b.stride[1]}", "dilation": f"{b.dilation[0]},{b.dilation[1]}"}
+        return [f"{key}={value}" for key, value in (case | {"residual": int(b.residual)}).items()]
+
+    blocks = [b for b in BLOCKS if b.N and not b.M]  # what else the binding leaves to calls
+    planned = emulate.planned_kernels([words(b) for b in blocks])
+    assert [k == "cuda_inverted_residual" for k in planned] == [in_one_kernel(b) for b in blocks]
+    assert sum(map(in_one_kernel, BLOCKS)) >= 10
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("block", [b for b in BLOCKS if in_one_kernel(b) and b.H * b.W > 1], ids=str)
+def test_on_a_gpu(block: Block, dtype: torch.dtype) -> None:
+    """One pixel has no layout, and goes by calls."""
+    given = tensors(block, dtype)
+    exact, before = torchs(block, *(t if t is None else t.double() for t in given))
+    on_gpu = [t if t is None else t.cuda() for t in given]
+    on_gpu[0] = on_gpu[0].contiguous(memory_format=torch.channels_last)
+    with only_our_kernels():
+        y = ours(block, *on_gpu)
+        assert sepconv_ext.kernel_counts() == {"cuda_inverted_residual": 1}
+    close = 8 * torch.finfo(dtype).eps * before.abs().max().item()
+    torch.testing.assert_close(y.cpu().double(), exact, rtol=0, atol=close)
