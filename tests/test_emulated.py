@@ -527,6 +527,9 @@ def _runs() -> Iterator[Run]:
         for expand in ("relu", "leaky_relu"):  # what is infinite spoils no channel that the activation bounds
             bounded = {"infinite": 1, "activation": "relu6", "expand_activation": expand}
             yield made(case, "forward", "channels_last", "float16", **block, **bounded)
+        if inputs == 0:  # each channel of the last pixel, which nobody's product has bounded
+            for dtype in ("float16", "bfloat16"):
+                yield made(case, "forward", "channels_last", dtype, **block, infinite=2, activation="relu6")
         if outputs <= 64:  # the other kernels that are compiled
             tile = {"most_pixels": 64, "most_outputs": 160, "rows": 4, "columns": 7}
             yield made(case, "forward", "channels_last", "float16", **block, **tile)

@@ -143,7 +143,8 @@ std::string run_block(const Case& c, const Arguments& arguments, uint64_t seed) 
   Buffer project_bias(w_sizes[5], dense(w_sizes[5]), c.dtype, c.offset);
   Buffer* inputs[] = {&x, &expand, &w, &project, &expand_bias, &bias, &project_bias};
   for (uint64_t i = 0; i < 7; ++i) inputs[i]->fill_random(seed * 7 + i);
-  if (arguments.number("infinite", 0)) x.scatter_infinite(seed);
+  if (arguments.number("infinite", 0) == 1) x.scatter_infinite(seed);
+  if (arguments.number("infinite", 0) == 2) x.make_last_pixel_infinite();
   const auto given = [&](Buffer& b) { return c.bias ? &b : nullptr; };
   const auto data = [&](Buffer& b) { return c.bias ? b.data() : nullptr; };
   Buffer workspace(0);

@@ -143,6 +143,14 @@ void Buffer::scatter_infinite(uint64_t seed) {
   }
 }
 
+void Buffer::make_last_pixel_infinite() {
+  for (int64_t c = 0; c < sizes_.c; ++c) {
+    const int64_t at =
+        (sizes_.n - 1) * strides_.n + c * strides_.c + (sizes_.h - 1) * strides_.h + (sizes_.w - 1) * strides_.w;
+    write_element(data_, dtype_, at, std::numeric_limits<double>::infinity());
+  }
+}
+
 int64_t Buffer::gap_bytes_written() const {
   const size_t size = dtype_bytes(dtype_);
   std::vector<bool> element(bytes_ / size);

@@ -40,6 +40,7 @@ class Buffer {
   double at(int64_t n, int64_t c, int64_t h, int64_t w) const;
   const void* address(int64_t n, int64_t c, int64_t h, int64_t w) const;
   void fill_random(uint64_t seed);       // uniform in [-1, 1], gaps stay NaN
+  void make_last_pixel_infinite();       // all of its channels
   void scatter_infinite(uint64_t seed);  // three elements become infinite, minus infinite and NaN
   void fill_nan();                       // every byte 0xFF
   // Bytes between the elements that are no longer 0xFF: somebody wrote where no element is.
