@@ -162,7 +162,7 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
         options.runtimes = [*chosen, *ours]
     options.model_batches = [options.batch] if options.batch else [1, 8]
     options.all |= bar_check or options.layers in ("learnt", "held-out")
-    options.kinds = options.kinds or (["depthwise"] if bar_check else list(layers.KINDS))
+    options.kinds = options.kinds or (["depthwise"] if bar_check or options.sweep else list(layers.KINDS))
     only_views = sum(parts) == 1 and options.views
     options.dtype = options.dtype or (
         ["float32", "float16"] if cuda else ["float32", "bfloat16"] if only_views else ["float32"]
@@ -295,8 +295,7 @@ def without_record(options: argparse.Namespace) -> int | None:
     if not options.predict and not options.sweep:
         return None
     found = layers.load(half=options.layers or "bars")
-    kinds = ["depthwise"] if options.sweep else options.kinds
-    chosen = layers.select(found, kinds, options.all)
+    chosen = layers.select(found, options.kinds, options.all)
     chosen = layers.drawn(chosen, options.sample) if options.sample else chosen
     chosen = [predict.layer_of(options.layer)] if options.layer else chosen
     if options.sweep:

@@ -48,6 +48,24 @@ def test_alternatives(text: str, map: str, layout: str, dtype: str) -> None:
         assert (by_name.kernel, by_name.tile) == (plan.kernel, plan.tile)
 
 
+PRODUCTS = ("C=24 K=144 H=28 R=1 groups=1", "C=144 K=24 H=14 R=1 groups=1")
+GROUPS = ("C=64 H=28 R=3 groups=8", "C=64 H=28 R=3 groups=4 stride=2")
+
+
+@pytest.mark.parametrize("text", [*PRODUCTS, *GROUPS])
+@pytest.mark.parametrize("map", ["forward", "grad_input", "grad_weight"])
+def test_alternatives_of_products(text: str, map: str) -> None:
+    """1x1 and groups in half types: cuts of their kernel, and the general kernel of the family."""
+    asked = case(text, map=map)
+    found = emulate.alternatives(predict.words(asked))
+    general = "cuda_pointwise_mma" if text in PRODUCTS else "cuda_grouped"
+    assert {p.kernel for p in found} == {found[0].kernel, general} and found[-1].kernel == general
+    assert len({(p.kernel, *sorted(p.tile.items())) for p in found}) == len(found) >= 3
+    named = [predict.words(asked | {"kernel": p.kernel.removeprefix("cuda_"), **p.tile}) for p in found]
+    for plan, by_name in zip(found, emulate.plans(named), strict=True):
+        assert (by_name.kernel, by_name.tile) == (plan.kernel, plan.tile)
+
+
 def test_a_row_for_each_architecture() -> None:
     table = emulate.tuning()
     assert list(table) == [0, 80, 86, 89, 90, 100, 120]
@@ -185,5 +203,6 @@ def test_the_plan_chooses_within_five_percent_of_the_best(path: Path) -> None:
 def test_layers_of_the_command() -> None:
     options = command.parse(["--sweep", "--sample", "2"])
     assert options.sweep.name == "sweep.jsonl" and options.sweep_batches == [1, 64]
-    assert options.dtype == ["float32", "float16"]
+    assert options.dtype == ["float32", "float16"] and options.kinds == ["depthwise"]
+    assert command.parse(["--sweep", "--kinds", "pointwise,grouped"]).kinds == ["pointwise", "grouped"]
     assert layers.select(layers.load(), ["depthwise"])

@@ -205,6 +205,41 @@ class Cuts {
       add({{"vec", cut.vec}, {"rows", rows}, {"splits", ceil_div(total, rows)}});
     }
   }
+  void operator()(const ProductCut& cut) const {
+    const bool forward = map_ == Map::forward;
+    const int64_t depth = forward ? s_.C : s_.K, outputs = forward ? s_.K : s_.C;
+    const int64_t tiles = ceil_div<int64_t>(s_.N * s_.P * s_.Q, kProductPixels);
+    const int64_t own = cut.blocks * ceil_div<int64_t>(outputs, cut.outputs);
+    for (const int64_t wide : {32, 64, 96, 128}) {
+      if (product_bytes(depth, wide) > kMostShared || wide - 32 >= outputs) continue;
+      for (const int64_t blocks : {own / 2, own, 2 * own, outputs * tiles}) {
+        add({{"outputs", wide}, {"blocks", std::clamp<int64_t>(blocks / ceil_div(outputs, wide), 1, tiles)}});
+      }
+    }
+  }
+  void operator()(const GroupedMmaCut& cut) const {
+    const int64_t most_tiles = map_ == Map::forward && s_.stride_h == 2 ? 2 : 4;
+    for (int64_t tiles = 1; tiles <= most_tiles; ++tiles) {
+      for (const int64_t pairs : {1, 2}) {
+        GroupedMmaCut tried;
+        tried.tiles = static_cast<int>(tiles), tried.pairs = static_cast<int>(pairs);
+        const GroupedMmaTile t = grouped_mma_tile(map_, s_, tried);
+        const int64_t columns = ceil_div<int64_t>(t.across, 16 * tiles), steps = ceil_div(t.down, pairs);
+        if (t.bytes > kMostShared || 16 * (tiles - 1) >= t.across || pairs > t.down) continue;
+        for (const int64_t rows : strip_rows(steps)) {
+          const int64_t strips = ceil_div(steps, rows), items = s_.N * columns * strips;
+          for (const int64_t blocks : {int64_t{cut.blocks}, items}) {
+            const int64_t shared = ceil_div(items, ceil_div(items, std::min<int64_t>(blocks, items)));
+            add({{"pairs", pairs}, {"tiles", tiles}, {"strips", strips}, {"blocks", shared}});
+          }
+        }
+      }
+    }
+  }
+  void operator()(const SplitsCut& cut) const {
+    if (map_ != Map::grad_weight) return;
+    for (const int64_t splits : around(cut.splits, s_.N * s_.P * s_.Q / 64)) add({{"splits", splits}});
+  }
   template <typename Other>
   void operator()(const Other&) const {}
 
@@ -239,7 +274,22 @@ class Cuts {
 
 std::vector<Plan> alternatives(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   std::vector<Plan> found{plan(map, s, dtype, device, alignment, /*strict=*/true)};
-  if (!s.is_depthwise() || found[0].copies.any()) return found;
+  if (found[0].copies.any()) return found;
+  if (!s.is_depthwise()) {
+    if (found[0].kernel == Kernel::aten) return found;
+    const Plan own = found[0];
+    std::visit(Cuts(map, s, dtype, own, found), own.cut);
+    const bool sums = map == Map::grad_weight;
+    CutNumbers general;
+    if (own.kernel == Kernel::pointwise_nhwc_mma) {
+      if (sums) general = {{"splits", pointwise_grad_weight_splits(s)}};
+      found.push_back(overruled(own, map, s, dtype, "pointwise_mma", general));
+    } else if (own.kernel == Kernel::grouped_nhwc_mma) {
+      if (sums) general = {{"splits", grouped_grad_weight_splits(s)}};
+      found.push_back(overruled(own, map, s, dtype, "grouped", general));
+    }
+    return found;
+  }
   for (const Plan& own : depthwise_plans(map, s, dtype, device, alignment)) {
     if (own.kernel != found[0].kernel) {
       found.push_back(own);
