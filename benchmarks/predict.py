@@ -115,7 +115,7 @@ UNITS = (
     ("fp64", r"\w+\..*f64$"),
     ("fp32", r"(fma|mul|add|sub|max|min|neg|abs)\..*(f32|f16|f16x2|bf16|bf16x2)$"),
     ("access", r"(ld|st|ldmatrix|cp|mbarrier|fence)\."),
-    ("control", r"(bra|ret|bar|exit|shfl|vote|elect)"),
+    ("control", r"(bra|ret|bar|exit|shfl|vote|elect|griddepcontrol)"),
     ("integer", r""),
 )
 

@@ -23,7 +23,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +68,7 @@ def first_plan(out: Path) -> list[Step]:
     ncu = ("ncu", "--clock-control", "none", "--csv", "--log-file", str(out / "ncu.csv"), "--launch-count", "25",
            "--kernel-name", "regex:sepconv|depthwise|mma|kernel", "--metrics", COUNTERS)  # fmt: skip
     build = {"TORCH_CUDA_ARCH_LIST": "native", "SEPCONV_CUDA": "1"}
+    small = ("--layers", "--kinds", "depthwise", "--peers", "torch", "--quick", "--batch", "1")
     fused = (PYTHON, "-m", "benchmarks.fused", str(out / "fused.jsonl"))
     return [
         Step("build", (PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"), 110, "for this GPU alone",
@@ -82,9 +83,10 @@ def first_plan(out: Path) -> list[Step]:
         Step("fused", fused, 25, "blocks and sequences in one kernel, and in calls", after="build"),
         bench_step("products", 30, "1x1 and grouped layers", out, "--layers", "--kinds", "pointwise,grouped",
                    "--peers", "torch", "--quick", "--dtype", "float16"),
-        bench_step("small", 25, "the depthwise ones of one image", out, "--layers", "--kinds", "depthwise",
-                   "--peers", "torch", "--quick", "--batch", "1"),
-        bench_step("sweep", 60, "other kernels and cuts than the plan's, for --fit", out,
+        bench_step("small", 25, "the depthwise ones of one image", out, *small),
+        replace(bench_step("early", 25, "the same, where kernels begin early", out, *small),
+                environment={"SEPCONV_CUDA_PDL": "1"}),
+        bench_step("sweep", 35, "other kernels and cuts than the plan's, for --fit", out,
                    "--sweep", str(out / "sweep.jsonl"), "--budget", "0.02"),
     ]  # fmt: skip
 

@@ -14,6 +14,7 @@ class Faulty:
     by: str
     told: str
     threads: int = 64
+    early: bool = False  # launched while the kernel before may still run
 
 
 def kernel(body: str, shared: int = 4096) -> str:
@@ -74,6 +75,7 @@ ASYNC = kernel("""
   ld.shared.u32 %r9, [%r8];
   st.global.u32 [%rd5], %r9;
 """)
+EARLY = kernel("griddepcontrol.wait; ld.global.u32 %r5, [%rd4]; st.global.u32 [%rd5], %r5;")
 DIVERGED = kernel("""
   mov.u32 %r7, 0;
   @%p1 bra SKIP;
@@ -155,5 +157,17 @@ FAULTS = {
     "unknown_opcode": Faulty(COPY, "ld.global.u32", "prefetch.global.L2 [%rd4]; ld.global.u32", "prefetch.global.L2"),
     "unknown_label": Faulty(DIVERGED, "bra SKIP", "bra SKIPPED", "no label SKIPPED"),
     "unknown_register": Faulty(COPY, "[%rd5], %r5", "[%rd5], %q5", "unknown name %q5"),
+    "early_read": Faulty(
+        EARLY, "griddepcontrol.wait; ld.global.u32 %r5, [%rd4];", "ld.global.u32 %r5, [%rd4]; griddepcontrol.wait;",
+        "global memory before griddepcontrol.wait", early=True,
+    ),
+    "early_copy": Faulty(
+        ASYNC.replace("mul.lo.s32 %r5, %r1, 16;", "griddepcontrol.wait; mul.lo.s32 %r5, %r1, 16;"),
+        "griddepcontrol.wait;", "", "global memory before griddepcontrol.wait", early=True,
+    ),
+    "early_end": Faulty(
+        EARLY, "griddepcontrol.wait; ld", "@%p1 griddepcontrol.wait; @!%p1 ret; ld", "without griddepcontrol.wait",
+        early=True,
+    ),
     "too_many_threads": Faulty(COPY, ".maxntid 128", ".maxntid 32", r"\.maxntid is 32"),
 }  # fmt: skip

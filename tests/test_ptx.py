@@ -54,11 +54,20 @@ def text_program() -> Path:
     return ptx.link([ptx.compile_machine(source) for source in sources], "text")
 
 
-def run_text(folder: Path, text: str, threads: int = 64, data: bytes | None = None, out: int = 256, seed: int = 0):
+def run_text(
+    folder: Path,
+    text: str,
+    threads: int = 64,
+    data: bytes | None = None,
+    out: int = 256,
+    seed: int = 0,
+    early: bool = False,
+) -> tuple[subprocess.CompletedProcess[str], bytes]:
     """Runs an entry of (in, out, work); returns the process and what it wrote."""
     (folder / "kernel.ptx").write_text(text)
     (folder / "in").write_bytes(bytes(range(256)) if data is None else data)
     words = [f"block={threads}", f"seed={seed}", f"in:{folder}/in", f"out:{out}:{folder}/out", "work:256"]
+    words += ["early"] if early else []
     done = subprocess.run(
         [text_program(), "run", folder / "kernel.ptx", "kernel", *words], text=True, capture_output=True, timeout=60
     )
@@ -70,10 +79,11 @@ def test_fault_is_seen(tmp_path: Path, name: str) -> None:
     """For several orders of warps; without the fault the same kernel runs."""
     case = FAULTS[name]
     assert case.what in case.right
-    done, _ = run_text(tmp_path, case.right, case.threads)
+    done, _ = run_text(tmp_path, case.right, case.threads, early=case.early)
     assert done.returncode == 0, done.stdout
     for seed in range(4):
-        done, _ = run_text(tmp_path, case.right.replace(case.what, case.by, 1), case.threads, seed=seed)
+        wrong = case.right.replace(case.what, case.by, 1)
+        done, _ = run_text(tmp_path, wrong, case.threads, seed=seed, early=case.early)
         assert done.returncode == 1 and re.search(case.told, done.stdout), f"seed {seed}: {done.stdout}"
 
 
@@ -193,6 +203,43 @@ def test_meaning(tmp_path: Path, instruction: str) -> None:
         mean = MEANINGS[instruction]
         want = mean(a, b, c, x, y, t) if "shfl" in instruction else mean(a, b, c, x, y)
         assert got == want % 2 ** (64 if wide else 32), f"thread {t}: {a:#x} {b:#x} {c:#x} {x:#x} {y:#x}"
+
+
+# CUTLASS' (thread, value) -> element for SM80_16x8x16_F32F16F16F32_TN (cute/atom/mma_traits_sm80.hpp): the steps of
+# thread % 4, of thread / 4, and of each bit of the value, in a matrix whose rows (of B: columns) lie side by side.
+CUTLASS = {"A": (16, (32, 1), (16, 8, 128)), "B": (8, (16, 1), (8, 64)), "C": (16, (32, 1), (16, 8))}
+
+
+def test_products_have_the_layouts_of_cutlass(tmp_path: Path) -> None:
+    """Public code beside our reading of the manual: a mistake that the emulator's authors share shows."""
+
+    def place(matrix: str, thread: int, value: int) -> tuple[int, int]:
+        rows, (fast, slow), bits = CUTLASS[matrix]
+        at = thread % 4 * fast + thread // 4 * slow + sum(step for i, step in enumerate(bits) if value >> i & 1)
+        return at % rows, at // rows
+
+    left = [[(3 * m * m + 5 * k) % 15 - 7 for k in range(16)] for m in range(16)]
+    right = [[(7 * n + 2 * k * k) % 13 - 6 for k in range(16)] for n in range(8)]
+    start = [[100 * m + n for n in range(8)] for m in range(16)]
+    data = b""
+    for t in range(32):
+        for matrix, name, count, form in ((left, "A", 8, "e"), (right, "B", 4, "e"), (start, "C", 4, "f")):
+            numbers = [matrix[i][j] for i, j in (place(name, t, v) for v in range(count))]
+            data += struct.pack(f"<{count}{form}", *numbers)
+    loads = "".join(f"ld.global.u32 %r{10 + i}, [%rd9+{4 * i}];" for i in range(6))
+    loads += "".join(f"ld.global.f32 %f{1 + i}, [%rd9+{24 + 4 * i}];" for i in range(4))
+    body = f"""
+      mul.wide.u32 %rd8, %r1, 40; add.s64 %rd9, %rd1, %rd8; {loads}
+      mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{%f11,%f12,%f13,%f14}}, {{%r10,%r11,%r12,%r13}},
+        {{%r14,%r15}}, {{%f1,%f2,%f3,%f4}};
+      mul.wide.u32 %rd10, %r1, 16; add.s64 %rd11, %rd2, %rd10;
+      st.global.v4.f32 [%rd11], {{%f11,%f12,%f13,%f14}};"""
+    done, out = run_text(tmp_path, kernel(body), threads=32, data=data, out=512)
+    assert done.returncode == 0, done.stdout
+    for t in range(32):
+        for v, got in enumerate(struct.unpack_from("<4f", out, 16 * t)):
+            m, n = place("C", t, v)
+            assert got == start[m][n] + sum(a * b for a, b in zip(left[m], right[n], strict=True)), (t, v)
 
 
 # ---- the kernels
@@ -381,6 +428,7 @@ BOX_FAULTS = {
     "arrival": (r"mbarrier\.arrive[^;]*;", "waits for ever"),
     "initialisation": (r"mbarrier\.init[^;]*;", "unwritten shared"),
     "copy": (r"cp\.async\.bulk[^;]*;", "waits for ever"),
+    "early_beginning": (r"griddepcontrol\.wait;", "global memory before griddepcontrol.wait"),
 }
 
 

@@ -243,6 +243,16 @@ def test_the_barrier_check_can_fail():
     assert returns_before_a_barrier(inside) == []
 
 
+def test_kernels_begin_with_the_wait_for_earlier_ones():
+    """launch() may let a kernel begin before the one before it has ended."""
+    kernels = [
+        (name_of(path), name, body) for path in KERNELS for name, body, kernel in bodies(code_of(path)) if kernel
+    ]
+    assert len(kernels) == sum(code_of(path).count("__global__") for path in KERNELS) > 30
+    first = re.compile(r"\{\s*wait_for_earlier_kernels\(\);")
+    assert not [f"{file}: {name}" for file, name, body in kernels if not first.match(body)]
+
+
 # --- who decides, and who checks ---
 
 

@@ -97,6 +97,7 @@ __global__ void copy_golden(const uint32_t* from, uint32_t* out) {
 
 // out: [lane][4 words]. Every third lane reads nothing, from an address that is nobody's.
 __global__ void load_golden(const uint32_t* from, uint32_t* out) {
+  wait_for_earlier_kernels();
   const int lane = static_cast<int>(threadIdx.x);
   const uint32_t valid = static_cast<uint32_t>(opaque(lane % 3)) << 5;
   const uint32_t* at = valid ? from + 2 * lane : nullptr;

@@ -96,6 +96,8 @@ void shfl(Step& s) {
   }
 }
 
+void griddepcontrol_wait(Step& s) { s.warp.waited |= s.lanes; }
+
 // vote.sync.ballot.b32 d, p, membermask
 void ballot(Step& s) {
   check_mask(s, s.in.operands.at(2));
@@ -131,6 +133,7 @@ Meaning control(const Instruction& in) {
   if (base == "shfl" && in.words.size() == 4 && in.words[1] == "sync") return shfl;
   if (in.opcode == "vote.sync.ballot.b32") return ballot;
   if (in.opcode == "elect.sync") return elect;
+  if (in.opcode == "griddepcontrol.wait") return griddepcontrol_wait;
   return nullptr;
 }
 

@@ -145,7 +145,8 @@ LAYERS: dict[str, dict[str, list[str]]] = {
 
 
 def counts(used: ptx.Runner, arguments: list[str], arch: str) -> dict[str, object]:
-    """Warp instructions of all launches, and of each kind of access wavefronts (ideal ones) or sectors a request."""
+    """Warp instructions of all launches, how busy shared memory is beside them, and of each kind of access wavefronts
+    (ideal ones) or sectors a request."""
     done = used.run(arguments, arch, counts=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"{done.stdout}\n{ptx.command(arch, arguments)}")
@@ -158,7 +159,9 @@ def counts(used: ptx.Runner, arguments: list[str], arch: str) -> dict[str, objec
     shared = {w: [round(v[1] / v[0], 3), round(v[2] / v[0], 3)] for w, v in sums.items() if v[1]}
     sectors = {w: round(v[3] / v[0], 3) for w, v in sums.items() if v[3]}
     plan = re.search(r"^plan: (?:cuda_)?(.*)", done.stdout, re.MULTILINE)[1]
-    return {"plan": plan, "instructions": instructions, "wavefronts": shared, "sectors": sectors}
+    # Clocks of shared memory over those of four schedulers: from about one on, bank conflicts cost time.
+    busy = round(sum(v[1] for v in sums.values()) * 4 / instructions, 2)
+    return {"plan": plan, "instructions": instructions, "busy": busy, "wavefronts": shared, "sectors": sectors}
 
 
 def is_more(now: dict[str, object], recorded: dict[str, object]) -> list[str]:

@@ -110,12 +110,15 @@ bool Machine::release_barriers(Block& block) {
   return true;
 }
 
+static bool touches_global(const Instruction& in) { return in.has("global") && in.words[0] != "cvta"; }
+
 void Machine::run_warp(Block& block, Warp& warp) {
   while (warp.waits == Wait::no) {
     while (!warp.frames.empty() && (!warp.frames.back().lanes || warp.frames.back().pc == warp.frames.back().join)) {
       warp.frames.pop_back();
     }
     if (warp.frames.empty()) {
+      if (launch.early && !warp.waited) throw Fault(program.name + ": a warp ends without griddepcontrol.wait");
       warp.waits = Wait::done;
       return;
     }
@@ -133,6 +136,9 @@ void Machine::run_warp(Block& block, Warp& warp) {
     try {
       if (lanes && in.aligned && lanes != warp.alive) {
         throw Fault("diverged: an aligned instruction for a part of the warp");
+      }
+      if (launch.early && lanes & ~warp.waited && touches_global(in)) {
+        throw Fault("global memory before griddepcontrol.wait: the launch before may still write or read it");
       }
       if (lanes) in.execute(step);
     } catch (const Fault& fault) {

@@ -23,6 +23,7 @@ namespace ptx {
 struct Launch {
   std::array<uint32_t, 3> grid{1, 1, 1}, block{1, 1, 1};
   uint32_t dynamic_shared = 0;
+  bool early = false;               // it may begin before the launch before it has ended: griddepcontrol.wait
   std::vector<uint8_t> parameters;  // as the program lays them out
 };
 
@@ -75,6 +76,7 @@ struct Warp {
   Wait waits = Wait::no;
   uint32_t barrier = 0;
   uint32_t synchronised = 0;  // the clock at its last warp barrier
+  uint32_t waited = 0;        // lanes behind griddepcontrol.wait
 };
 
 struct Block {

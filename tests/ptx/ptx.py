@@ -161,7 +161,8 @@ class Runner:
         """One case. `replaced`: other PTX for some of the files (planted faults); `lines`: print which lines ran;
         `dry`: print what would be launched, and fail."""
         files = {**self.ptx[arch], **(replaced or {})}
-        variables = {"PTX_FILES": ":".join(map(str, files.values()))}
+        # Launches that begin early, as far as the architecture has them: what a kernel must wait for is seen.
+        variables = {"PTX_FILES": ":".join(map(str, files.values())), "SEPCONV_CUDA_PDL": "1"}
         variables |= {"PTX_DRY": "1"} if dry else {}
         variables |= {"PTX_REWRITES": "1"} if "infinite=1" in arguments else {}  # memory.cpp
         variables |= {"PTX_COUNTS": "1"} if counts else {}

@@ -110,6 +110,14 @@ void print_counts(const ptx::Machine& machine) {
   }
 }
 
+void read_attribute(ptx::Launch& launch, const cudaLaunchAttribute& a) {
+  if (a.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+    launch.early = a.val.programmaticStreamSerializationAllowed != 0;
+  } else if (a.id != cudaLaunchAttributePreferredSharedMemoryCarveout || a.val.sharedMemCarveout > 100) {
+    throw ptx::Fault("an attribute of a launch that is not known here");  // a carveout is a wish, without effect
+  }
+}
+
 void run(const void* function, const cudaLaunchConfig_t& config, void** arguments) {
   const ptx::Program& program = program_of(function);
   const Kernel& kernel = kernels().at(function);
@@ -118,7 +126,7 @@ void run(const void* function, const cudaLaunchConfig_t& config, void** argument
   launch.grid = {config.gridDim.x, config.gridDim.y, config.gridDim.z};
   launch.block = {config.blockDim.x, config.blockDim.y, config.blockDim.z};
   launch.dynamic_shared = static_cast<uint32_t>(config.dynamicSmemBytes);
-  if (config.numAttrs) throw ptx::Fault("attributes of a launch are not known here");
+  for (unsigned i = 0; i < config.numAttrs; ++i) read_attribute(launch, config.attrs[i]);
   if (launch.dynamic_shared > kernel.most_shared) {
     throw ptx::Fault("a launch asks for " + std::to_string(launch.dynamic_shared) +
                      " bytes of shared memory, allowed are " + std::to_string(kernel.most_shared));
@@ -249,6 +257,14 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrComputeCapabilityMajor || ptx_texts().empty()) return cudaErrorNotSupported;
+  const std::string& text = ptx_texts().front();
+  const size_t at = text.find(".target sm_");
+  if (at == std::string::npos) return cudaErrorNotSupported;
+  *value = std::stoi(text.substr(at + strlen(".target sm_"))) / 10;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** found, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
   *found = reinterpret_cast<void*>(&encode);

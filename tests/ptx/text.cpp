@@ -70,6 +70,8 @@ int run(int count, char** words) {
       sscanf(value.c_str(), "%u,%u,%u", &size[0], &size[1], &size[2]);
     } else if (key == "shared") {
       launch.dynamic_shared = static_cast<uint32_t>(std::stoul(value));
+    } else if (key == "early") {
+      launch.early = true;
     } else if (key == "seed") {
       seed = std::stoull(value);
     } else if (key == "in") {

@@ -8,6 +8,7 @@
 // order. Where channels are dense, a block has 32 weights, of neighbouring output channels, one a lane, and its eight
 // warps take turns. Frames are small, so every index is of 64 bits and divided where it is needed.
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace sepconv::cuda {
 namespace {
@@ -71,6 +72,7 @@ template <typename T, bool kTransposed, bool kChannelsFastest>
 __global__ void __launch_bounds__(kThreads, 2)
     border_kernel(const BorderGatherArgs a, const T* __restrict__ in, const T* __restrict__ weight,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ out) {
+  wait_for_earlier_kernels();
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t pixels = a.frame.pixels();
   if (thread >= a.images * a.channels * pixels) return;
@@ -126,6 +128,7 @@ template <typename T, bool kChannelLanes>
 __global__ void __launch_bounds__(kThreads, 2)
     border_grad_weight_kernel(const BorderProductArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                               T* __restrict__ grad_w) {
+  wait_for_earlier_kernels();
   constexpr int kWorkers = kChannelLanes ? kWarps : kThreads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Weights are counted as [R, S, C / groups, K]. Lanes beyond the last one work on weight 0 and add nothing to it.

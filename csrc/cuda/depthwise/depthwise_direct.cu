@@ -14,6 +14,7 @@
 
 #include "cuda/depthwise/cut.h"
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace sepconv::cuda {
 namespace {
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2
                                                            : 4)
     gather_kernel(const DirectArgs<kWide> a, const T* __restrict__ in, const T* __restrict__ weight,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ out) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   using Index = typename DirectArgs<kWide>::Index;
   using Count = typename DirectArgs<kWide>::Count;

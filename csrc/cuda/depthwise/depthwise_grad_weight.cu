@@ -11,6 +11,7 @@
 // memory, the blocks (splits) by launch_sum_partials. Nothing is added atomically.
 #include "cuda/depthwise/cut.h"
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace sepconv::cuda {
 namespace {
@@ -61,6 +62,7 @@ template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     grad_weight_kernel(const GradWeightArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                        acc_t<T>* __restrict__ partials) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   SMEM_ARRAY(A, buffer, [kPiece * kVec * kThreads]);
 

@@ -19,6 +19,8 @@
 #ifndef CUDA_ON_CPU
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <string_view>
 #include <utility>
 
 // Shared memory has two spellings only: a static array, SMEM_ARRAY(float, tile, [8][33]), and the dynamic bytes of the
@@ -33,6 +35,18 @@ struct LaunchConfig {
   int cluster = 1;  // blocks a cluster, along x
 };
 
+// Programmatic dependent launch, from 9.0 on: a kernel begins while the one before it ends, and waits for its memory
+// (wait_for_earlier_kernels). By SEPCONV_CUDA_PDL=1 only, until a GPU has said what it gains.
+inline bool begins_early() {
+  static const bool wanted = [] {
+    const char* const value = std::getenv("SEPCONV_CUDA_PDL");
+    return value != nullptr && std::string_view(value) == "1";
+  }();
+  int device = 0, major = 0;
+  return wanted && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 // The only way to start a kernel. Arguments are converted to the kernel's parameter types here, at compile time.
 template <typename... Params, typename... Args>
 [[nodiscard]] cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
@@ -45,18 +59,32 @@ template <typename... Params, typename... Args>
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{sepconv::cuda::kMostShared});
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute cluster[1];
-  cluster[0].id = cudaLaunchAttributeClusterDimension;
-  cluster[0].val.clusterDim.x = static_cast<unsigned>(config.cluster);
-  cluster[0].val.clusterDim.y = 1;
-  cluster[0].val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t c{};
   c.gridDim = config.grid;
   c.blockDim = config.block;
   c.dynamicSmemBytes = config.smem_bytes;
   c.stream = config.stream;
-  c.attrs = cluster;
-  c.numAttrs = config.cluster > 1 ? 1 : 0;
+  c.attrs = attributes;
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& a = attributes[c.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = static_cast<unsigned>(config.cluster), a.val.clusterDim.y = a.val.clusterDim.z = 1;
+  }
+#if CUDART_VERSION >= 13000
+  // What blocks read again lies in their shared memory: as many of them as fit are worth more than a large L1.
+  constexpr size_t kStaged = 16 << 10;
+  if (config.smem_bytes >= kStaged) {
+    cudaLaunchAttribute& a = attributes[c.numAttrs++];
+    a.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    a.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  }
+#endif
+  if (begins_early()) {
+    cudaLaunchAttribute& a = attributes[c.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
   return cudaLaunchKernelEx(&c, kernel, std::forward<Args>(args)...);
 }
 

@@ -32,6 +32,15 @@ __device__ __forceinline__ int opaque(int i) {
   return i;
 }
 
+// ---- programmatic dependent launch (sm_90): a kernel may begin while the one before it in the stream ends. Behind
+// this wait, with which every kernel begins, all that the other wrote is there, and it reads nothing any more that this
+// one writes. No wait where launch() did not ask for an early beginning.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- loads of 2, 4 or 8 aligned bytes of global memory that nobody writes, zeros where `valid` is zero: nothing is
 // then read. Always one predicated instruction, where an `if` may become a branch with the address made behind it.
 __device__ __forceinline__ uint32_t load16_if(const void* from, uint32_t valid) {

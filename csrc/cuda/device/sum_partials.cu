@@ -5,6 +5,7 @@
 // weights, so that a warp reads whole sectors; the partial sums are few and still in L2, so the kernel costs little
 // more than its launch.
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace sepconv::cuda {
 namespace {
@@ -23,6 +24,7 @@ struct SumArgs {
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kWeights* kSlices)
     sum_partials_kernel(const SumArgs<Index> a, const acc_t<T>* __restrict__ partials, T* __restrict__ grad_w) {
+  wait_for_earlier_kernels();
   SMEM_ARRAY(acc_t<T>, slices, [kSlices][kWeights]);
   const int lane = threadIdx.x % kWeights, slice = threadIdx.x / kWeights;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWeights + lane;

@@ -19,6 +19,7 @@
 #include <numeric>
 
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 #include "cuda/grouped/cut.h"
 
 namespace sepconv::cuda {
@@ -72,6 +73,7 @@ template <typename T, typename Index, int kChannels, bool kGradInput>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks<T, Index>)
     gather_kernel(const GroupedGatherArgs<Index> a, const T* __restrict__ from, const acc_t<T>* __restrict__ packed,
                   const T* __restrict__ bias, const Activation activation, T* __restrict__ to) {
+  wait_for_earlier_kernels();
   using I = std::make_signed_t<Index>;
   using A = acc_t<T>;
   constexpr int kVec = kChannels * sizeof(A) <= 16 ? kChannels : 16 / static_cast<int>(sizeof(A));
@@ -176,6 +178,7 @@ struct GroupedPackArgs {
 template <typename T, typename Index, bool kGradInput>
 __global__ void __launch_bounds__(kThreads)
     pack_weight_kernel(const GroupedPackArgs<Index> a, const T* __restrict__ w, acc_t<T>* __restrict__ packed) {
+  wait_for_earlier_kernels();
   const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.elements) return;
   Index lane = i;

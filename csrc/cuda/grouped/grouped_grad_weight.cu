@@ -13,6 +13,7 @@
 //   owns one tile, and its 256 threads take turns at the pixels, which are neighbours in memory.
 // A thread walks its pixels by adding a fixed step to (n, p, q) with carries: the loop does not divide.
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 #include "cuda/grouped/cut.h"
 
 namespace sepconv::cuda {
@@ -39,6 +40,7 @@ template <typename T, typename Index, int kTile, bool kChannelLanes>
 __global__ void __launch_bounds__(kThreads)
     grad_weight_kernel(const GroupedGradWeightArgs<Index> a, const T* __restrict__ grad_y, const T* __restrict__ x,
                        acc_t<T>* __restrict__ partials) {
+  wait_for_earlier_kernels();
   using I = std::make_signed_t<Index>;
   using A = acc_t<T>;
   constexpr int kSums = kTile * kTile;

@@ -103,6 +103,7 @@ template <typename T, int kDeep, int kStride>
 __global__ void __launch_bounds__(kThreads, 2)
     product_kernel(const ProductArgs a, const T* __restrict__ in, const T* __restrict__ w, const T* __restrict__ bias,
                    T* __restrict__ out) {
+  wait_for_earlier_kernels();
   product<T, kDeep, Correlation<T, kDeep, kStride>>(a, in, w, bias, out);
 }
 

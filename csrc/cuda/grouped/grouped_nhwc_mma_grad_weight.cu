@@ -148,6 +148,7 @@ struct Sums<T, 0, kStride> {
 template <typename T, int kDeep, int kStride>
 __global__ void __launch_bounds__(kThreads, 2)
     sums_kernel(const SumArgs a, const T* __restrict__ y, const T* __restrict__ x, float* __restrict__ partials) {
+  wait_for_earlier_kernels();
   using S = Sums<T, kDeep, kStride>;
   DYN_SMEM(smem);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;

@@ -78,6 +78,7 @@ struct Spread {
 template <typename T, int kDeep>
 __global__ void __launch_bounds__(kThreads, 2)
     spread_kernel(const ProductArgs a, const T* __restrict__ in, const T* __restrict__ w, T* __restrict__ out) {
+  wait_for_earlier_kernels();
   product<T, kDeep, Spread<T, kDeep>>(a, in, w, nullptr, out);
 }
 

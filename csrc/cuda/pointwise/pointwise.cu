@@ -4,6 +4,7 @@
 // of threads, each thread 8 rows x 4 neighbouring columns in registers. The sum goes in steps of 16 along k: while a
 // step is multiplied out of shared memory, where both tiles lie as [k][64] in the accumulation type, the next step is
 // on its way from global memory into registers; two buffers in shared memory, so that one barrier a step is enough.
+#include "cuda/device/ptx.cuh"
 #include "cuda/pointwise/pointwise.cuh"
 
 namespace sepconv::cuda {
@@ -68,6 +69,7 @@ __device__ __forceinline__ void read(A (&out)[kN], const A* p) {
 template <typename T, bool kAAlongK, bool kBAlongK>
 __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 4 ? 4 : 2)
     product_kernel(const Product<T> p, const TileGrid grid) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   SMEM_ARRAY(A, a_tile, [2][kDepth][kPitch]);
   SMEM_ARRAY(A, b_tile, [2][kDepth][kPitch]);

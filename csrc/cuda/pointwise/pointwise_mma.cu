@@ -79,6 +79,7 @@ struct OperandTile : TileShare<T, kAlongK, kOuter, kDepth, kThreads> {
 
 template <typename T, bool kAAlongK, bool kBAlongK>
 __global__ void __launch_bounds__(kThreads, 2) product_mma_kernel(const Product<T> p, const TileGrid grid) {
+  wait_for_earlier_kernels();
   using ATile = OperandTile<T, kAAlongK, kRows>;
   using BTile = OperandTile<T, kBAlongK, kColumns>;
   DYN_SMEM(smem);

@@ -80,6 +80,7 @@ template <typename T, int kOutputs>
 __global__ void __launch_bounds__(kThreads, 2)
     product_nhwc_kernel(const ProductArgs a, const T* __restrict__ from, const T* __restrict__ w,
                         const T* __restrict__ bias, T* __restrict__ to) {
+  wait_for_earlier_kernels();
   using B = Block<kOutputs>;
   DYN_SMEM(smem);
   unsigned char* const weights = smem + kStages * kStageBytes;

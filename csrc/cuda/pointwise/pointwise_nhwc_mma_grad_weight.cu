@@ -71,6 +71,7 @@ __device__ __forceinline__ void copy_slabs(unsigned char* stage, const Image<T>&
 
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, 2) product_sum_nhwc_kernel(const SumArgs<T> args) {
+  wait_for_earlier_kernels();
   using B = Block<kColumns>;
   DYN_SMEM(smem);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;

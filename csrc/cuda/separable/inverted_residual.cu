@@ -26,6 +26,7 @@ constexpr int blocks_a_multiprocessor(int side, int groups) { return side == 5 &
 template <typename T, int kSide, int kStride, int kRows, int kDown, int kGroups>
 __global__ void __launch_bounds__(kThreads, blocks_a_multiprocessor(kSide, kRows* kGroups))
     inverted_residual_kernel(const BlockArgs<T> a) {
+  wait_for_earlier_kernels();
   constexpr int kAcross = kWarps / kDown;
   DYN_SMEM(smem);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;

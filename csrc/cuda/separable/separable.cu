@@ -3,6 +3,7 @@
 // Threads to data: a block of 256 threads computes 64 pixels x kColumns output channels; thread (i, j) of 16 x 16 sums
 // 4 neighbouring pixels x kColumns / 16 channels (in groups of 4, 64 apart) in registers. Chunk by chunk the threads
 // lay down h as [channel][pixel] and v as [channel][output], so that the product reads both in vectors of four.
+#include "cuda/device/ptx.cuh"
 #include "cuda/separable/separable.cuh"
 
 namespace sepconv::cuda {
@@ -12,6 +13,7 @@ using namespace separable;
 
 template <typename T, int kColumns, Deal kDeal>
 __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 1 : 2) separable_kernel(const SeparableArgs<T> a) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   constexpr int kPart = 16 / static_cast<int>(sizeof(A));  // sums in a vector of 16 bytes
   constexpr int kGroups = kColumns / 64;

@@ -49,6 +49,7 @@ constexpr int blocks_a_multiprocessor(int columns) { return columns == 256 && kA
 template <typename T, int kColumns, Deal kDeal>
 __global__ void __launch_bounds__(kThreads, blocks_a_multiprocessor(kColumns))
     separable_mma_kernel(const SeparableArgs<T> a) {
+  wait_for_earlier_kernels();
   constexpr int kWarpColumns = kColumns / 4, kFragments = kWarpColumns / 8;
   DYN_SMEM(smem);
   PixelTable& table = *reinterpret_cast<PixelTable*>(smem);

@@ -4,6 +4,7 @@
 // the denser ones in memory, else of one position in neighbouring channels. Neighbouring threads have neighbouring
 // channels, or positions; then the next outputs, the next sequence. Every tap is loaded from memory or the cache.
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 #include "cuda/sequences/cut.h"
 #include "cuda/sequences/numbers.cuh"
 
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(kThreads)
     causal_direct_kernel(const DirectArgs a, const T* __restrict__ x, const T* __restrict__ states,
                          const T* __restrict__ w, const T* __restrict__ bias, const Activation activation,
                          T* __restrict__ y) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   uint32_t fastest = blockIdx.x * kThreads + threadIdx.x;
   if (fastest >= static_cast<uint32_t>(a.threads)) return;

@@ -7,6 +7,7 @@
 // read once for all channels. kWhole: the 16 bytes are aligned, one load and one store; else elements move one by one,
 // and the last thread of a row has fewer.
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 #include "cuda/sequences/cut.h"
 #include "cuda/sequences/numbers.cuh"
 
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kThreads, kPacked && !kWhole   ? 3
                                                                  : 5)
     causal_ncl_kernel(const NclArgs a, const T* __restrict__ x, const T* __restrict__ states, const T* __restrict__ w,
                       const T* __restrict__ bias, const Activation activation, T* __restrict__ y) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   constexpr int kVec = kVec16<T>;
   uint32_t vector = blockIdx.x * kThreads + threadIdx.x;

@@ -54,6 +54,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     causal_nlc_kernel(const NlcArgs a, const T* __restrict__ x, const T* __restrict__ states, const T* __restrict__ w,
                       const T* __restrict__ bias, const Activation activation, T* __restrict__ y) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   constexpr int kVec = kVec16<T>;
   using Vector = Vec<T, kVec>;

@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 #include "cuda/sequences/cut.h"
 #include "cuda/sequences/numbers.cuh"
 
@@ -121,6 +122,7 @@ template <typename T, typename W, int kHeld>
 __global__ void __launch_bounds__(kThreads)
     causal_update_kernel(const UpdateArgs a, const T* __restrict__ x, const W* __restrict__ w,
                          const W* __restrict__ bias, const Activation activation, T* state, T* __restrict__ y) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   uint32_t chunk = blockIdx.x;
   const int64_t n = a.by_chunk.split(chunk);

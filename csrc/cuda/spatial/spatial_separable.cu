@@ -12,6 +12,7 @@
 // never reaches memory, and a half type is rounded once. Neighbouring threads read and write neighbouring addresses in
 // both passes. Strides of memory are any; offsets are 64 bits wide.
 #include "cuda/device/common.cuh"
+#include "cuda/device/ptx.cuh"
 #include "cuda/spatial/cut.h"
 
 namespace sepconv::cuda {
@@ -55,6 +56,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     spatial_kernel(const SpatialArgs a, const T* __restrict__ x, const T* __restrict__ column,
                    const T* __restrict__ row, T* __restrict__ y) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   DYN_SMEM(memory);
   A* lines = reinterpret_cast<A*>(memory);  // [kRows, pitch]

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kLargeThreads, sizeof(T) == 8 || kKeep == 7 ? 
     large_kernel(const LargeArgs a, const Weights weights, const Results results, const T* __restrict__ image,
                  const T* __restrict__ w, const T* __restrict__ bias, const Activation activation,
                  T* __restrict__ out) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   DYN_SMEM(smem);
   A* const zeros = reinterpret_cast<A*>(smem);

@@ -21,6 +21,7 @@ template <typename T, int kKeep>
 __global__ void __launch_bounds__(kLargeThreads, sizeof(T) == 8 ? 1 : 2)
     large_grad_weight_kernel(const LargeArgs a, const uint32_t splits, const FastDiv keep_one,
                              const T* __restrict__ grad_y, const T* __restrict__ x, acc_t<T>* __restrict__ partials) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   constexpr int kSums = kKeep * kLargeColumns;
   DYN_SMEM(smem);

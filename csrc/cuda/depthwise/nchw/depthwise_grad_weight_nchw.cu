@@ -100,6 +100,7 @@ __device__ __forceinline__ void copy_rows(const NchwGradWeightArgs<T>& a, const 
 template <typename T, int kKernel, int kStride>
 __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 3 : 4)
     grad_weight_nchw_kernel(const NchwGradWeightArgs<T> a) {
+  wait_for_earlier_kernels();
   using Path = Walk<kKernel, kStride>;
   DYN_SMEM(smem);
   const int y_at = a.channels * a.x.pitch, stage_bytes = y_at + a.channels * a.y.pitch;

@@ -43,6 +43,7 @@ template <typename T, int kKernel, int kStride, int kRun>
 __global__ void __launch_bounds__(kNchwThreads, 2)
     forward_kernel(const PlaneArgs a, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                    const Activation activation, T* __restrict__ y) {
+  wait_for_earlier_kernels();
   constexpr int kWindow = (kRun - 1) * kStride + kKernel, kRing = (kKernel - 1) / kStride + 1;
   constexpr int kTaps = kKernel * kKernel;
   DYN_SMEM(smem);

@@ -98,6 +98,7 @@ template <typename T, int kKernel>
 __global__ void __launch_bounds__(kThreads, forward_blocks(kKernel))
     forward_kernel(const NchwMmaArgs a, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                    const Activation activation, T* __restrict__ y) {
+  wait_for_earlier_kernels();
   DYN_SMEM(smem);
   T* const tiles = reinterpret_cast<T*>(smem);    // [2, kPhases, slots, pitch]
   T* const results = tiles + 2 * a.x.elements();  // [groups, group_pitch]

@@ -33,6 +33,7 @@ template <typename T, int kKernel>
 __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 4 : 5)
     grad_weight_kernel(const NchwMmaGradWeightArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                        float* __restrict__ partials, T* __restrict__ grad_w) {
+  wait_for_earlier_kernels();
   DYN_SMEM(smem);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   uint32_t channel = blockIdx.x;

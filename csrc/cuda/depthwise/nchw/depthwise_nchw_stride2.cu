@@ -29,6 +29,7 @@ template <typename T, int kKernel, int kPairs>
 __global__ void __launch_bounds__(kNchwThreads, 2)
     grad_input_stride2_kernel(const PlaneArgs a, const int pairs_of_rows, const T* __restrict__ grad_y,
                               const T* __restrict__ w, T* __restrict__ grad_x) {
+  wait_for_earlier_kernels();
   constexpr int kReach = (kKernel - 1) / 2, kWindow = kPairs + kReach, kRing = kReach + 1, kRun = 2 * kPairs;
   constexpr int kTaps = kKernel * kKernel;
   DYN_SMEM(smem);

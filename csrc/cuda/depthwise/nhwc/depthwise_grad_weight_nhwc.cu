@@ -128,6 +128,7 @@ struct Source {
 template <typename T, int kKernel, int kStride>
 __global__ void __launch_bounds__(kLanes* grad_weight_slots(kKernel), kKernel == 7 ? 3 : 2)
     grad_weight_nhwc_kernel(const NhwcGradWeightArgs<T> a) {
+  wait_for_earlier_kernels();
   constexpr int kAhead = kStages<T> - 1, kRows = kStageRows<kStride>;
   DYN_SMEM(smem);
   T* const first_stage = reinterpret_cast<T*>(smem);

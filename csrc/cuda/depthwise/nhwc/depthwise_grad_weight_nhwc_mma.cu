@@ -134,6 +134,7 @@ template <typename T, int kRows>
 __global__ void __launch_bounds__(kMostThreads, 2)
     grad_weight_nhwc_mma_kernel(const NhwcGradWeightMmaArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                                 float* __restrict__ partials, T* __restrict__ grad_w) {
+  wait_for_earlier_kernels();
   DYN_SMEM(smem);
   T* batch = reinterpret_cast<T*>(smem);  // [kRows, rows of x of all groups, rows of grad_y]
   T* next_batch = batch + kRows * a.row;

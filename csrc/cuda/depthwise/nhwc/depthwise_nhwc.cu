@@ -88,6 +88,7 @@ template <typename T, int kVec, typename W>
 __global__ void __launch_bounds__(kNhwcThreads, (blocks_of<kVec, W>()))
     walk_kernel(const NhwcArgs a, const T* __restrict__ in, const T* __restrict__ w, const T* __restrict__ bias,
                 const Activation activation, T* __restrict__ out) {
+  wait_for_earlier_kernels();
   constexpr int kKernel = W::kKernel, kDown = W::kDown, kUp = W::kUp;
   DYN_SMEM(smem);
   float* filter = reinterpret_cast<float*>(smem);

@@ -253,6 +253,7 @@ template <typename T, int kRows>
 __global__ void __launch_bounds__(kMostThreads, 3)
     nhwc_mma_kernel(const NhwcMmaArgs a, const T* __restrict__ in, const T* __restrict__ w, const T* __restrict__ bias,
                     const Activation activation, T* __restrict__ out) {
+  wait_for_earlier_kernels();
   DYN_SMEM(smem);
   float* const sums = reinterpret_cast<float*>(smem);  // [kRows, kSumRow]
   T* batch = reinterpret_cast<T*>(sums + kRows * kSumRow);

@@ -70,6 +70,7 @@ template <int kKernel, int kLanes>
 __global__ void __launch_bounds__(kNhwcThreads, nhwc_tma_blocks(kKernel))
     tma_kernel(const __grid_constant__ TensorMap in, const NhwcTmaArgs a, const float* __restrict__ w,
                const float* __restrict__ bias, const Activation activation, float* __restrict__ out) {
+  wait_for_earlier_kernels();
   if constexpr (kHasTma) {
     using P = Pipeline<kKernel, kLanes>;
     using W = typename P::W;

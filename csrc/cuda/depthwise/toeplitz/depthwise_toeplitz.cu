@@ -31,6 +31,7 @@ template <typename T, int kTiles, int kSteps>
 __global__ void __launch_bounds__(kToeplitzThreads, 4)
     toeplitz_kernel(const ToeplitzArgs a, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                     const Activation activation, T* __restrict__ y) {
+  wait_for_earlier_kernels();
   using Row = ToeplitzRow<kSteps>;
   constexpr int kHalves = kTiles - 1 + 2 * kSteps, kPitch = toeplitz_pitch(kHalves);
   DYN_SMEM(smem);

@@ -24,6 +24,7 @@ template <typename T, int kM, int kN, int kSteps>
 __global__ void __launch_bounds__(kToeplitzThreads, 4)
     toeplitz_grad_weight_kernel(const ToeplitzArgs a, const T* __restrict__ grad_y, const T* __restrict__ x,
                                 float* __restrict__ partials) {
+  wait_for_earlier_kernels();
   using Row = ToeplitzRow<kSteps>;
   constexpr int kColumns = 16 * kSteps - 8, kTapRows = 16 * kM, kTapColumns = 8 * kN;
   constexpr int kHalves = kN - 1 + 2 * kSteps, kPitch = toeplitz_pitch(kHalves);
