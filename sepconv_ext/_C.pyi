@@ -77,6 +77,24 @@ def explain_separable(
     dilation: Sequence[int],
     /,
 ) -> Explanation: ...
+def explain_inverted_residual(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    excite_weight: Tensor | None,
+    excite_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    residual: bool,
+    cuda_device: tuple[int, int] | None = None,
+) -> Explanation: ...
 def run_plan(kernel: str, cut: dict[str, int], call: Callable[[], Tensor]) -> Tensor: ...
 def check_storage(name: str, tensor: Tensor, /) -> None: ...
 def activations() -> list[str]: ...

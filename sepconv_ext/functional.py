@@ -604,7 +604,7 @@ def inverted_residual(
     they stay in shared memory where the plan takes one kernel: half types in channels_last, a depthwise 3x3 or 5x5 of
     stride 1 or 2, channels in whole eights, K of at most 160, no squeeze-and-excitation. What overflows the half type
     after the expansion is there its largest number. In all other cases it is calls of `conv2d`, and autograd keeps what
-    lies between them.
+    lies between them. `explain_inverted_residual` says which.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``; any strides.
@@ -738,4 +738,53 @@ def explain_separable(
     padding = _padding(padding, depthwise_weight.shape, stride, dilation)
     return _C.explain_separable(
         input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, dilation
+    )
+
+
+def explain_inverted_residual(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    residual: bool = False,
+    squeeze_weight: Tensor | None = None,
+    squeeze_bias: Tensor | None = None,
+    excite_weight: Tensor | None = None,
+    excite_bias: Tensor | None = None,
+) -> _C.Explanation:
+    """How `inverted_residual` makes a call without gradients, and why: by one kernel, or as calls; nothing is run.
+
+    Args:
+        input ... excite_bias: the call, as in `inverted_residual`; activations and gate have no influence.
+
+    Returns:
+        As `explain`; ``kernel`` is ``composite`` where calls of `conv2d` are made, each with its plan.
+
+    Raises:
+        RuntimeError: as `inverted_residual`.
+    """
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    padding = _padding(padding, depthwise_weight.shape, stride, dilation)
+    return _C.explain_inverted_residual(
+        input,
+        expand_weight,
+        expand_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+        squeeze_weight,
+        squeeze_bias,
+        excite_weight,
+        excite_bias,
+        stride,
+        padding,
+        dilation,
+        residual,
     )

@@ -801,7 +801,7 @@ def block(N: int, C: int, E: int, K: int, size: int, stride: int = 1, R: int = 3
         {"dtype": "float32"}, {"sm": 75}, {"layout": "contiguous"}, {"layout": "strided"}, {"offset": 1},
         {"inputs": 20}, {"outputs": 20}, {"outputs": 320},
         {"R": 7}, {"stride": "1,2"}, {"dilation": "2,2"}, {"archs": "9.0", "sm": 86},
-        {"inputs": 0, "residual": 1},
+        {"inputs": 0, "residual": 1}, {"gated": 1},
     ],
 )  # fmt: skip
 def test_blocks_that_stay_calls(call: dict[str, object]) -> None:

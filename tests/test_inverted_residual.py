@@ -287,6 +287,51 @@ def test_compile_export_and_transforms():
     torch.testing.assert_close(mapped, y, rtol=1e-4, atol=1e-4)
 
 
+def explained(block: Block, *given: Tensor | None):
+    return functional.explain_inverted_residual(
+        *given[:7], block.stride, block.padding, block.dilation, block.residual, *given[7:]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32], ids=str)
+@by_layout
+@pytest.mark.parametrize("name", ["plain", "gate", "separable", "one_pixel", "same"])
+def test_the_plan_explains_itself(name, layout, dtype):
+    block = next(b for b in BLOCKS if b.name == name)
+    given = [t if t is None else t.to(dtype) for t in tensors(block, layout=layout)]
+    said = explained(block, *given)
+    assert said.reason and said.aten == (dtype == torch.int32)
+    if dtype == torch.int32:
+        return
+    sepconv_ext.reset_kernel_counts()
+    ours(block, *given)
+    ran = "cpu_inverted_residual" in sepconv_ext.kernel_counts()
+    assert ran == (said.kernel == "cpu_inverted_residual") and (ran or said.kernel == "composite")
+    assert not (name == "plain" and layout == "channels_last" and dtype == torch.float32) or ran
+
+
+def test_explaining_other_ranks_devices_and_errors():
+    block = BLOCKS[0]
+    given = tensors(block)
+    assert explained(block, given[0][1], *given[1:]).kernel == "composite"  # unbatched: no image of its own
+    with pytest.raises(RuntimeError, match=r"a residual needs an output of input's size \[24, 14, 14\]"):
+        explained(block._replace(stride=(2, 2)), *given)
+    meta = [t if t is None else t.to("meta") for t in given]
+    said = explained(block, *meta)
+    assert said.kernel == "composite" and "no kernel for this device" in said.reason
+    import sepconv_ext._C as compiled
+
+    place = (block.stride, block.padding, block.dilation, block.residual)
+    if sepconv_ext.has_cuda():
+        # For a GPU that need not be there.
+        half = [t if t is None else t.bfloat16() for t in given]
+        for sm, kernels in ((75, {"composite"}), (86, {"composite", "cuda_inverted_residual"})):
+            assert compiled.explain_inverted_residual(*half, *place, cuda_device=(84, sm)).kernel in kernels
+    else:
+        with pytest.raises(RuntimeError, match="cuda_device was given, but this build has no CUDA part"):
+            compiled.explain_inverted_residual(*given, *place, cuda_device=(84, 86))
+
+
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,5 @@
-// An inverted residual block without a gate in plain numbers: what a fused kernel is told (ops/inverted_residual.h).
+// An inverted residual block in plain numbers: what a plan is asked about, and a fused kernel told
+// (ops/inverted_residual.h).
 //
 //   e = activation_e(bias_e + w_e x)                   [N, E, H, W], or x itself where nothing is expanded
 //   d = activation_d(bias_d + depthwise(e, w_d))       [N, E, P, Q]
@@ -13,9 +14,12 @@
 namespace sepconv {
 
 struct BlockShape {
-  ConvShape depthwise;  // of e and d, C = K = groups = E; its x and y are the strides of the block's input and output
+  // Of e and d, C = K = groups = E; its x and y are the strides of the block's input and output, and zero where the
+  // input is no image in channels_last.
+  ConvShape depthwise;
   int64_t C = 0, K = 0;
   bool expands = false, residual = false;
+  bool gated = false;  // d is multiplied by the gate of squeeze-and-excitation, which BlockMemory knows nothing of
 };
 
 // Weights are dense: [E, C], [E, R, S] and [K, E].

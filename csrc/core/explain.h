@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/block_shape.h"
 #include "core/conv_shape.h"
 #include "core/separable_shape.h"
 
@@ -20,12 +21,15 @@ struct Explanation {
 namespace cpu {
 Explanation explain(Map, const ConvShape&, DType);
 Explanation explain(const SeparableShape&, DType);
+Explanation explain(const BlockShape&, DType);
 }  // namespace cpu
 namespace cuda {
 Explanation explain(Map, const ConvShape&, DType, int device);
 Explanation explain(const SeparableShape&, DType, int device);
+Explanation explain(const BlockShape&, DType, int device);
 // The same for a device that need not be there: its number of multiprocessors, and 90 for compute capability 9.0.
 Explanation explain(Map, const ConvShape&, DType, int multiprocessors, int compute_capability);
+Explanation explain(const BlockShape&, DType, int multiprocessors, int compute_capability);
 }  // namespace cuda
 
 }  // namespace sepconv

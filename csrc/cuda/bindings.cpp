@@ -155,6 +155,15 @@ Explanation explain(const SeparableShape& shape, DType dtype, int device) {
   return explain(Map::forward, plan_separable(shape, dtype, device_facts(device), strict()));
 }
 
+Explanation explain(const BlockShape& shape, DType dtype, int device) {
+  return explain(Map::forward, plan_block(shape, dtype, device_facts(device), kBestAlignment, strict()));
+}
+
+Explanation explain(const BlockShape& shape, DType dtype, int multiprocessors, int compute_capability) {
+  const Device device{.multiprocessors = multiprocessors, .compute_capability = compute_capability};
+  return explain(Map::forward, plan_block(shape, dtype, device, kBestAlignment, strict()));
+}
+
 Explanation explain(Map map, const ConvShape& shape, DType dtype, int multiprocessors, int compute_capability) {
   // A build's machine code for 9.0 and newer has the copy engine's kernels, and drivers for those make its maps.
   const Device device{.multiprocessors = multiprocessors,

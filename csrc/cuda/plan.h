@@ -80,8 +80,8 @@ Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool s
 // kernel wherever it can run.
 Plan plan_separable(const SeparableShape&, DType, const Device&, bool strict);
 
-// An inverted residual block without a gate: one kernel, or the composite of calls that have plans of their own. With
-// `strict`, the kernel wherever it can run.
+// An inverted residual block: one kernel, or the composite of calls that have plans of their own. With `strict`, the
+// kernel wherever it can run.
 Plan plan_block(const BlockShape&, DType, const Device&, int64_t alignment, bool strict);
 
 // A causal call with states or packed: a kernel, or other ops in its place (composite).

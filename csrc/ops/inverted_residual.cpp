@@ -75,6 +75,19 @@ Tensor autograd(const Call& c) {
 
 }  // namespace
 
+BlockShape block_shape(const Call& c, const CheckedInvertedResidual& checked) {
+  BlockShape shape{checked.depthwise, checked.C,    checked.K, tensor_or_none(c.expand_weight).defined(),
+                   c.residual,        checked.M > 0};
+  ConvShape& d = shape.depthwise;
+  d.x = d.y = {};
+  const Tensor& x = c.input;
+  if (x.dim() == 4 && x.suggest_memory_format() == at::MemoryFormat::ChannelsLast) {
+    d.x = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+    d.y = {d.P * d.Q * shape.K, 1, d.Q * shape.K, shape.K};
+  }
+  return shape;
+}
+
 Tensor composite(const Call& c) { return block(c, ops::conv2d); }
 
 Tensor by_aten(const Call& c) { return block(c, aten::conv2d); }

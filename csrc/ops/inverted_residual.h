@@ -8,6 +8,7 @@
 #include <optional>
 #include <string_view>
 
+#include "core/block_shape.h"
 #include "core/epilogue.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
@@ -30,6 +31,9 @@ struct Call {
 // A function of a Call as a function with the op's own arguments.
 template <at::Tensor (*function)(const Call&)>
 inline constexpr auto as_op = Gathering<SignatureOf<ops::inverted_residual>>::call<Call, 20, function>;
+
+// The call in plain numbers, for the plan.
+BlockShape block_shape(const Call&, const CheckedInvertedResidual&);
 
 // By the ops of the table; differentiable when called above the autograd key.
 at::Tensor composite(const Call&);

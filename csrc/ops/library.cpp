@@ -24,6 +24,7 @@
 #include "ops/checks.h"
 #include "ops/expanded_batch.h"
 #include "ops/functional.h"
+#include "ops/inverted_residual.h"
 #include "ops/network.h"
 #include "ops/runtime.h"
 
@@ -189,6 +190,52 @@ Explanation explain_separable(const at::Tensor& input, const at::Tensor& depthwi
   return {"aten", "no kernel for this device", true, "", 0};
 }
 
+// The plan of a call of inverted_residual; nothing is run.
+Explanation explain_inverted_residual(const at::Tensor& input, const std::optional<at::Tensor>& expand_weight,
+                                      const std::optional<at::Tensor>& expand_bias, const at::Tensor& depthwise_weight,
+                                      const std::optional<at::Tensor>& depthwise_bias, const at::Tensor& project_weight,
+                                      const std::optional<at::Tensor>& project_bias,
+                                      const std::optional<at::Tensor>& squeeze_weight,
+                                      const std::optional<at::Tensor>& squeeze_bias,
+                                      const std::optional<at::Tensor>& excite_weight,
+                                      const std::optional<at::Tensor>& excite_bias, std::vector<int64_t> stride,
+                                      std::vector<int64_t> padding, std::vector<int64_t> dilation, bool residual,
+                                      const DeviceFacts& cuda_device) {
+  if (!has_kernel_dtype(input)) return {"aten", "no kernel for this dtype", true, "", 0};
+  const std::vector<c10::SymInt> strides(stride.begin(), stride.end()), sides(padding.begin(), padding.end()),
+      dilations(dilation.begin(), dilation.end());
+  const char* const any = name_of(Activation::identity);  // no plan asks for the activations
+  const inverted_residual::Call call{input,
+                                     expand_weight,
+                                     expand_bias,
+                                     depthwise_weight,
+                                     depthwise_bias,
+                                     project_weight,
+                                     project_bias,
+                                     squeeze_weight,
+                                     squeeze_bias,
+                                     excite_weight,
+                                     excite_bias,
+                                     strides,
+                                     sides,
+                                     dilations,
+                                     any,
+                                     any,
+                                     any,
+                                     "sigmoid",
+                                     any,
+                                     residual};
+  const BlockShape shape = inverted_residual::block_shape(call, check_inverted_residual(call));
+  const DType dtype = dtype_of(input);
+#ifdef SEPCONV_WITH_CUDA
+  if (cuda_device) return cuda::explain(shape, dtype, std::get<0>(*cuda_device), std::get<1>(*cuda_device));
+  if (input.is_cuda()) return cuda::explain(shape, dtype, input.get_device());
+#endif
+  TORCH_CHECK(!cuda_device, "cuda_device was given, but this build has no CUDA part");
+  if (input.is_cpu()) return cpu::explain(shape, dtype);
+  return {"composite", "calls of conv2d: no kernel for this device", false, "", 0};
+}
+
 // Runs `call`, with the kernel and the cut of PlanByHand in each of its CUDA calls on this thread.
 py::object run_plan(const std::string& kernel, const std::map<std::string, int64_t>& cut, const py::function& call) {
 #ifdef SEPCONV_WITH_CUDA
@@ -254,6 +301,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none(),
         py::arg("padding_mode") = "zeros", py::arg("grad_output") = py::none());
   m.def("explain_separable", explain_separable);
+  m.def("explain_inverted_residual", explain_inverted_residual, py::arg("input"), py::arg("expand_weight"),
+        py::arg("expand_bias"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("project_weight"),
+        py::arg("project_bias"), py::arg("squeeze_weight"), py::arg("squeeze_bias"), py::arg("excite_weight"),
+        py::arg("excite_bias"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("residual"),
+        py::arg("cuda_device") = py::none());
   m.def("run_plan", run_plan, py::arg("kernel"), py::arg("cut"), py::arg("call"),
         "Private, for sweeps: the result of call(), whose CUDA calls on this thread run this kernel with this cut.");
 }

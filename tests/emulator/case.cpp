@@ -102,6 +102,7 @@ sepconv::BlockShape read_block(const Arguments& a, const Case& depthwise) {
   s.depthwise = depthwise.shape;
   ConvShape& d = s.depthwise;
   s.expands = a.number("inputs", 0) > 0, s.residual = a.number("residual", 0);
+  s.gated = a.number("gated", 0);
   s.C = s.expands ? a.number("inputs", 0) : d.C, s.K = a.number("outputs", 1);
   const std::string layout = a.text("layout", "contiguous");
   d.x = make_strides({d.N, s.C, d.H, d.W}, layout);

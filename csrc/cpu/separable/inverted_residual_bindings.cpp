@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "core/explain.h"
 #include "cpu/pointwise/product.h"
 #include "cpu/separable/inverted_residual.h"
 #include "cpu/simd/huge_pages.h"
@@ -47,15 +48,22 @@ class Packed {
   float* next_;
 };
 
-bool can_run(const Tensor& input) {
-  return input.scalar_type() == at::kFloat && input.dim() == 4 &&
-         input.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
-         input.is_contiguous(at::MemoryFormat::ChannelsLast);
+// Null where the kernel runs the block.
+const char* why_not(const BlockShape& s, DType dtype) {
+  if (dtype != DType::float32) return "calls of conv2d: the fused kernel is for float32 alone";
+  const ConvShape& d = s.depthwise;
+  const auto dense = [](int64_t size, int64_t stride, int64_t expected) { return size <= 1 || stride == expected; };
+  if (d.x.c != 1 || !dense(d.W, d.x.w, s.C) || !dense(d.H, d.x.h, d.W * s.C) || !dense(d.N, d.x.n, d.H * d.W * s.C)) {
+    return "calls of conv2d: the fused kernel is for dense images in channels_last";
+  }
+  return nullptr;
 }
 
 Tensor fused(const inverted_residual::Call& c) {
   const CheckedInvertedResidual checked = check_inverted_residual(c);
-  if (!can_run(c.input)) return inverted_residual::composite(c);
+  if (!has_kernel_dtype(c.input) || why_not(inverted_residual::block_shape(c, checked), dtype_of(c.input))) {
+    return inverted_residual::composite(c);
+  }
   const ConvShape& d = checked.depthwise;
   const int64_t C = checked.C, E = d.C, K = checked.K, M = checked.M;
   const Tensor output = at::empty({d.N, K, d.P, d.Q}, c.input.options().memory_format(at::MemoryFormat::ChannelsLast));
@@ -92,6 +100,11 @@ Tensor fused(const inverted_residual::Call& c) {
 }
 
 }  // namespace
+
+Explanation explain(const BlockShape& shape, DType dtype) {
+  if (const char* reason = why_not(shape, dtype)) return {"composite", reason, false, "", 0};
+  return {"cpu_inverted_residual", "what lies between the convolutions stays in the cache", false, "", 0};
+}
 
 TORCH_LIBRARY_IMPL(sepconv_ext, CPU, m) { m.impl("inverted_residual", inverted_residual::as_op<fused>); }
 

@@ -16,24 +16,17 @@ namespace {
 
 using at::Tensor;
 
-Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
 Tensor fused(const inverted_residual::Call& c) {
-  const CheckedInvertedResidual checked = check_inverted_residual(c);
+  const BlockShape shape = inverted_residual::block_shape(c, check_inverted_residual(c));
+  const ConvShape& d = shape.depthwise;
   const Tensor& x = c.input;
-  if (checked.M > 0 || x.dim() != 4 || !has_kernel_dtype(x) ||
-      x.suggest_memory_format() != at::MemoryFormat::ChannelsLast) {
-    return inverted_residual::composite(c);
-  }
+  if (!has_kernel_dtype(x)) return inverted_residual::composite(c);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto dense = [](const std::optional<Tensor>& t) { return t && t->defined() ? t->contiguous() : Tensor(); };
   const Tensor expand = dense(c.expand_weight), depthwise = dense(c.depthwise_weight),
                project = dense(c.project_weight);
   const Tensor biases[] = {dense(c.expand_bias), dense(c.depthwise_bias), dense(c.project_bias)};
   const auto data = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-  BlockShape shape{checked.depthwise, checked.C, checked.K, expand.defined(), c.residual};
-  ConvShape& d = shape.depthwise;
-  d.x = strides_of(x), d.y = {d.P * d.Q * shape.K, 1, d.Q * shape.K, shape.K};
   const int64_t alignment = common_alignment(
       {data(x), data(expand), data(depthwise), data(project), data(biases[0]), data(biases[1]), data(biases[2])});
   const Plan plan = plan_block(shape, dtype_of(x), device_facts(x.get_device()), alignment, strict());

@@ -46,6 +46,7 @@ Plan plan_block(const BlockShape& s, DType dtype, const Device& device, int64_t 
   const auto composite = [](const char* reason) { return Plan{Kernel::composite, "composite", reason, {}, 0}; };
   const ConvShape& d = s.depthwise;
   if (!device.has_code) return composite("this build has no code for the GPU: calls of torch's");
+  if (s.gated) return composite("the fused kernel has no squeeze-and-excitation");
   if (!is_half(dtype)) return composite("the fused kernel has products of half types only");
   if (device.compute_capability < 80) return composite("no tensor cores of compute capability 8.0");
   if (d.R != d.S || (d.R != 3 && d.R != 5) || d.stride_h != d.stride_w || d.stride_h > 2 || d.dilation_h != 1 ||
