@@ -174,17 +174,54 @@ def from_our_separable_conv2d(r: Rewriter, node: fx.Node) -> fx.Node | None:
     if any(weight is not None and r.program.constant(weight) is None for weight in weights):
         return None
     groups, place = size_of(a["input"])[1], (a["stride"], a["padding"], a["dilation"])
-    depthwise = _convolution(r, node, a["input"], *weights[:2], *place, groups)
-    kernel = zip(size_of(weights[0])[2:], _pair(a["stride"]), _pair(a["dilation"]), (0, 1), strict=True)
-    padding = _sides(a["padding"])
-    size = [
-        (size_of(a["input"])[2 + i] + sum(padding[2 * i : 2 * i + 2]) - dilation * (taps - 1) - 1) // stride + 1
-        for taps, stride, dilation, i in kernel
-    ]
-    depthwise.meta["val"] = node.meta["val"].new_empty((size_of(a["input"])[0], size_of(weights[0])[0], *size))
+    depthwise = _stage(r, node, a["input"], *weights[:2], *place, groups)
     depthwise = _activated(r, node, depthwise, a["depthwise_activation"])
     pointwise = r.call(node, nodes.convolution, depthwise, *weights[2:])
     return _activated(r, node, pointwise, a["pointwise_activation"])
+
+
+def from_our_inverted_residual(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """The stages one by one: together again they are where a plan has one kernel for them."""
+    a = arguments(node)
+    names = ("expand", "depthwise", "squeeze", "excite", "project")
+    weights = (a[f"{name}_{part}"] for name in names for part in ("weight", "bias"))
+    if len(size_of(a["input"])) != 4 or any(w is not None and r.program.constant(w) is None for w in weights):
+        return None
+
+    def stage(image: fx.Node, name: str, activation: str, *place: object) -> fx.Node:
+        conv = _stage(r, node, image, a[f"{name}_weight"], a[f"{name}_bias"], *place)
+        return _activated(r, node, conv, activation)
+
+    image = a["input"]
+    if a["expand_weight"] is not None:
+        image = stage(image, "expand", a["expand_activation"])
+    place = (a["stride"], a["padding"], a["dilation"], size_of(a["depthwise_weight"])[0])
+    image = stage(image, "depthwise", a["depthwise_activation"], *place)
+    if a["squeeze_weight"] is not None:
+        mean = r.call(node, torch.ops.aten.mean.dim, image, [2, 3], True)
+        mean.meta["val"] = image.meta["val"].new_empty((*size_of(image)[:2], 1, 1))
+        excited = stage(stage(mean, "squeeze", a["squeeze_activation"]), "excite", "identity")
+        hard = a["gate"] == "hardsigmoid"
+        gate = r.call(node, torch.ops.aten.hardsigmoid.default, excited, like=excited) if hard else None
+        gate = gate or _activated(r, node, excited, "sigmoid")
+        image = r.call(node, torch.ops.aten.mul.Tensor, image, gate, like=image)
+    image = stage(image, "project", "identity")
+    if a["residual"]:
+        image = r.call(node, torch.ops.aten.add.Tensor, image, a["input"], like=image)
+    return _activated(r, node, image, a["project_activation"])
+
+
+def _stage(r: Rewriter, at: fx.Node, image: fx.Node, weight: fx.Node, bias: fx.Node | None, *place) -> fx.Node:
+    """A convolution whose value is none of the graph that is rewritten. `place`: stride to groups; default: a 1x1's."""
+    stride, padding, dilation, groups = place or ((1, 1), (0, 0), (1, 1), 1)
+    conv = _convolution(r, at, image, weight, bias, stride, padding, dilation, groups)
+    sides, (K, _, *taps), (N, _, *size) = _sides(padding), size_of(weight), size_of(image)
+    outputs = [
+        (n + sides[2 * i] + sides[2 * i + 1] - _pair(dilation)[i] * (taps[i] - 1) - 1) // _pair(stride)[i] + 1
+        for i, n in enumerate(size)
+    ]
+    conv.meta["val"] = image.meta["val"].new_empty((N, K, *outputs))
+    return conv
 
 
 def _sides(padding: list[int]) -> list[int]:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -155,7 +156,7 @@ def _frozen(model: nn.Module, example: tuple, dynamic_batch: bool) -> Frozen:
     report = _report(program, rewriter, lowered)
     macs = sum(_macs(program, node) for node in program.graph.nodes)
     kept = {node.target for node in program.graph.nodes if node.op == "get_attr"}
-    inside = sum(2 * _volume(program, depthwise) for depthwise, _ in lowered.pairs)  # neither written nor read
+    inside = sum(2 * _volume(program, node) for chain in lowered.chains for node in chain[:-1])  # not in memory
     report.costs = {
         "parameters": (sum(p.numel() for p in model.parameters()), sum(program.constants[n].numel() for n in kept)),
         "MACs": (macs, macs),
@@ -169,7 +170,7 @@ def _frozen(model: nn.Module, example: tuple, dynamic_batch: bool) -> Frozen:
 
 def _report(program: Program, rewriter: Rewriter, lowered: Lowered) -> Report:
     report = FreezeReport()
-    in_pairs = {node for pair in lowered.pairs for node in pair}
+    in_chains = {node for chain in lowered.chains for node in chain}
     for node in program.graph.nodes:
         if node.target in (nodes.convolution, nodes.linear):
             family = _family(program, node)
@@ -178,15 +179,15 @@ def _report(program: Program, rewriter: Rewriter, lowered: Lowered) -> Report:
                 report.replaced.append(entry)
             else:
                 report.skipped.append(Entry(*_fields(entry), "torch's own product"))
-            if node.meta.get("parts") and node not in in_pairs:
+            if node.meta.get("parts") and node not in in_chains:
                 report.fused.append(Entry(path_of(node), family, _chain(program, node)))
         elif node.op == "call_function" and "conv" in str(node.target):
             report.skipped.append(
                 Entry(path_of(node), "convolution", str(node.target), "no convolution of images by constants")
             )
-    for depthwise, pointwise in lowered.pairs:
-        name = " -> ".join(path_of(node) for node in (depthwise, pointwise))
-        report.fused.append(Entry(name, "separable", " -> ".join(_chain(program, n) for n in (depthwise, pointwise))))
+    for chain in lowered.chains:
+        name, summary = (" -> ".join(map(of, chain)) for of in (path_of, partial(_chain, program)))
+        report.fused.append(Entry(name, "separable" if len(chain) == 2 else "inverted residual", summary))
     report.folded += [Entry(name, what, "") for name, what in rewriter.folded]
     report.programs += [_program_entry(code, part) for code, part in lowered.programs]
     for node in program.graph.nodes:

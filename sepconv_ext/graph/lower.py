@@ -20,7 +20,7 @@ from . import nodes
 from .actions import NCHW, NHWC, size_of
 from .capture import Program, Uncapturable
 from .match import arguments, match
-from .patterns import PAIR
+from .patterns import BLOCK, PAIR
 from .program import Part, is_float32_on_cpu, packed, parts, write
 
 __all__ = ["Lowered", "lower"]
@@ -45,13 +45,13 @@ class Lowered:
     Attributes:
         module: an fx.GraphModule whose buffers are the packed constants.
         ops: by node of the rewritten program, the op that computes it.
-        pairs: (depthwise, pointwise) nodes that are one op.
+        chains: (depthwise, pointwise) and (expand, depthwise, project) nodes that are one op.
         programs: the text of each run of nodes that is one call of the op `program`, with its nodes.
     """
 
     module: fx.GraphModule
     ops: dict[fx.Node, str] = field(default_factory=dict)
-    pairs: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    chains: list[tuple[fx.Node, ...]] = field(default_factory=list)
     programs: list[tuple[str, Part]] = field(default_factory=list)
 
 
@@ -84,12 +84,8 @@ class _Lowering:
         found, order = parts(self.program)
         first = {part.nodes[0]: part for part in found}
         in_parts = {node for part in found for node in part.nodes}
-        pairs = {
-            pointwise: depthwise
-            for depthwise, pointwise in _pairs(self.program)
-            if not {depthwise, pointwise} & in_parts
-        }
-        inside = in_parts | set(pairs.values())
+        chains = {chain[-1]: chain for chain in _chains(self.program, in_parts)}
+        inside = in_parts | {node for chain in chains.values() for node in chain[:-1]}
         for node in order:
             if node in first:
                 self._part(first[node])
@@ -100,8 +96,8 @@ class _Lowering:
             elif node.op == "output":
                 self.graph.output(self._outputs(node))
                 continue
-            elif node in pairs:
-                self.new[node] = self._pair(pairs[node], node)
+            elif node in chains:
+                self.new[node] = (self._pair if len(chains[node]) == 2 else self._block)(*chains[node])
             elif node.target in self.lowerings:
                 self.new[node] = self.lowerings[node.target](node, arguments(node))
             else:
@@ -110,8 +106,7 @@ class _Lowering:
         _write_in_place(self.graph, self.values)
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, "Network")
-        in_pairs = [(depthwise, pointwise) for pointwise, depthwise in pairs.items()]
-        return Lowered(module, self.ops, in_pairs, self.programs)
+        return Lowered(module, self.ops, list(chains.values()), self.programs)
 
     # --- pieces ---
 
@@ -232,6 +227,21 @@ class _Lowering:
         self.channels_last.add(result)
         return self._finish(result, pointwise, residual, "identity" if residual is None else second["activation"])
 
+    def _block(self, expand: fx.Node, depthwise: fx.Node, project: fx.Node) -> fx.Node:
+        first, second, third = (arguments(node) for node in (expand, depthwise, project))
+        own = third["residual"] is first["input"]  # else what is added comes from elsewhere, by itself
+        residual = None if own or third["residual"] is None else self._image(third["residual"])
+        fused = "identity" if residual is not None else third["activation"]
+        weights = [self._of(a[part]) for a in (first, second, third) for part in ("weight", "bias")]
+        result = self._call(
+            *(ours.inverted_residual.default, self._image(first["input"]), *weights, None, None, None, None),
+            *(second["stride"], second["padding"], second["dilation"], first["activation"], second["activation"]),
+            *("identity", "sigmoid", fused, own),
+        )
+        self.ops |= dict.fromkeys((expand, depthwise, project), "inverted_residual")
+        self.channels_last.add(result)
+        return self._finish(result, project, residual, "identity" if residual is None else third["activation"])
+
     def _linear(self, node: fx.Node, a: dict) -> fx.Node:
         rows = self._linear_of_rows(node, a)
         if rows is not None:
@@ -325,31 +335,55 @@ def _is_image(node: fx.Node) -> bool:
     return size is not None and len(size) == 4
 
 
-def _pairs(program: Program) -> list[tuple[fx.Node, fx.Node]]:
-    """Depthwise convolutions and the 1x1 behind them for which the plan has one kernel, at the example's size."""
-    found = []
-    for node in program.graph.nodes:
-        match_ = match(program, PAIR, node)
-        if match_ is None or arguments(node)["residual"] is match_["depthwise"]:
-            continue
-        first, second = arguments(match_["depthwise"]), arguments(node)
-        if first["padding_mode"] == "zeros" and set(second["stride"]) == {1} and _is_fused(program, first, second):
-            found.append((match_["depthwise"], node))
+def _chains(program: Program, taken: set[fx.Node]) -> list[tuple[fx.Node, ...]]:
+    """Blocks, and of what they leave the pairs, for which the plan has one kernel, at the example's size.
+
+    A block is (expand, depthwise, project), a pair (depthwise, 1x1). None has a node of those `taken`."""
+    found: list[tuple[fx.Node, ...]] = []
+    taken = set(taken)
+    for pattern, names, plan in (
+        (BLOCK, ("expand", "depthwise"), _plan_of_block),
+        (PAIR, ("depthwise",), _plan_of_pair),
+    ):
+        for node in program.graph.nodes:
+            match_ = match(program, pattern, node)
+            if match_ is None:
+                continue
+            chain = (*(match_[name] for name in names), node)
+            products = [arguments(member) for member in chain]
+            *_, depthwise, last = products
+            strided = [a for a in products if a is not depthwise and set(a["stride"]) != {1}]
+            if taken & set(chain) or strided or depthwise["padding_mode"] != "zeros" or last["residual"] in chain:
+                continue
+            if plan(program, *products).kernel != "composite":
+                found.append(chain)
+                taken |= set(chain)
     return found
 
 
-def _is_fused(program: Program, first: dict, second: dict) -> bool:
-    def made(node: fx.Node | None) -> Tensor | None:
-        return None if node is None else program.constants[node.target].to(program.dtypes[node.target])
-
-    value = first["input"].meta["val"]
-    device = program.constants[first["weight"].target].device
-    example = torch.empty(program.sizes(value), dtype=value.dtype, device=device, memory_format=torch.channels_last)
-    explanation = functional.explain_separable(
-        *(example, made(first["weight"]), made(second["weight"]), made(first["bias"]), made(second["bias"])),
+def _plan_of_pair(program: Program, first: dict, second: dict):
+    return functional.explain_separable(
+        *(_example(program, first), _made(program, first["weight"]), _made(program, second["weight"])),
+        *(_made(program, first["bias"]), _made(program, second["bias"])),
         *(first["stride"], first["padding"], first["dilation"]),
     )
-    return explanation.kernel != "composite"
+
+
+def _plan_of_block(program: Program, first: dict, second: dict, third: dict):
+    weights = [_made(program, a[part]) for a in (first, second, third) for part in ("weight", "bias")]
+    place = (second["stride"], second["padding"], second["dilation"])
+    residual = third["residual"] is first["input"]
+    return functional.explain_inverted_residual(_example(program, first), *weights, *place, residual)
+
+
+def _example(program: Program, product: dict) -> Tensor:
+    """Memory as a product's input lies in it."""
+    value, device = product["input"].meta["val"], program.constants[product["weight"].target].device
+    return torch.empty(program.sizes(value), dtype=value.dtype, device=device, memory_format=torch.channels_last)
+
+
+def _made(program: Program, node: fx.Node | None) -> Tensor | None:
+    return None if node is None else program.constants[node.target].to(program.dtypes[node.target])
 
 
 def _write_in_place(graph: fx.Graph, values: dict[fx.Node, object]) -> None:

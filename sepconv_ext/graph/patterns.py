@@ -87,6 +87,7 @@ LAYERS: dict[Callable, Callable] = {
     aten.convolution.default: do.from_convolution,
     torch.ops.sepconv_ext.conv2d.default: do.from_our_conv2d,
     torch.ops.sepconv_ext.separable_conv2d.default: do.from_our_separable_conv2d,
+    torch.ops.sepconv_ext.inverted_residual.default: do.from_our_inverted_residual,
     aten.linear.default: do.from_linear,
     aten.batch_norm.default: do.from_batch_norm,
     aten.layer_norm.default: do.from_layer_norm,
@@ -146,10 +147,19 @@ RULES = (
     ),
 )
 
-# --- two products as one op, where the plan has a kernel for them ---
+# --- two or three products as one op, where the plan has a kernel for them ---
 
 PAIR = convolution(
     convolution(residual=None).where(do.is_depthwise).as_("depthwise"),
+).where(do.is_pointwise)
+
+BLOCK = convolution(
+    convolution(
+        convolution(residual=None).where(do.is_pointwise).as_("expand"),
+        residual=None,
+    )
+    .where(do.is_depthwise)
+    .as_("depthwise"),
 ).where(do.is_pointwise)
 
 # --- blocks, as they are reported ---
