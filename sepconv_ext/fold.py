@@ -1,4 +1,4 @@
-"""A separable layer's two stages as one op, with batch norms folded into their weights.
+"""The stages of a separable layer or of a block as one op, with batch norms folded into their weights.
 
 A stage is convolution -> [batch norm] -> [activation]. While its batch norm uses its running statistics it is linear,
 and is folded into the convolution's weight and bias (Jacob et al., "Quantization and Training of Neural Networks for
@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import functional
 
-__all__ = ["Chain", "Stage", "fold", "is_depthwise", "is_pointwise"]
+__all__ = ["Block", "Chain", "Stage", "fold", "is_depthwise", "is_pointwise"]
 
 Weights = tuple[Tensor, Tensor | None]
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")  # what modules compute besides tensors
@@ -155,17 +155,11 @@ def _layouts(weights: Sequence[Weights]) -> list[tuple]:
     return [(t.shape, t.stride(), t.dtype, t.device) for pair in weights for t in pair]
 
 
-class Chain:
-    """A depthwise and a pointwise stage, run as one op. It keeps nothing of a call but folded weights.
+class _Stages:
+    """Stages that one op runs. It keeps nothing of a call but folded weights."""
 
-    Args:
-        depthwise, pointwise: the stages.
-        save_intermediate: separable_conv2d's. Default: False.
-    """
-
-    def __init__(self, depthwise: Stage, pointwise: Stage, save_intermediate: bool = False) -> None:
-        self.stages = (depthwise, pointwise)
-        self.save_intermediate = save_intermediate
+    def __init__(self, *stages: Stage) -> None:
+        self.stages = stages
         self._normed = tuple(stage for stage in self.stages if stage.norm is not None)
         modules = (module for stage in self.stages for module in (stage.conv, stage.norm) if module is not None)
         self._known = tuple(map(_what_it_does, modules))
@@ -180,18 +174,6 @@ class Chain:
                 return False
         return not _hooks_on_all() and not any(
             _what_it_does(known[0]) != known or _own_hooks(known[0]) for known in self._known
-        )
-
-    def __call__(self, input: Tensor) -> Tensor:
-        first, second = self.stages
-        conv = first.conv
-        (weight, bias), (pointwise_weight, pointwise_bias) = self.weights(input)
-        padding = conv.padding
-        if conv.padding_mode != "zeros":
-            input, padding = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
-        return functional.separable_conv2d(
-            *(input, weight, pointwise_weight, bias, pointwise_bias, conv.stride, padding, conv.dilation),
-            *(first.activation, second.activation, self.save_intermediate),
         )
 
     def weights(self, input: Tensor | None = None) -> list[Weights]:
@@ -221,6 +203,70 @@ class Chain:
     def forget(self) -> None:
         """The next call folds anew."""
         self._kept.steps = -1
+
+
+class Chain(_Stages):
+    """A depthwise and a pointwise stage, run as one op.
+
+    Args:
+        depthwise, pointwise: the stages.
+        save_intermediate: separable_conv2d's. Default: False.
+    """
+
+    def __init__(self, depthwise: Stage, pointwise: Stage, save_intermediate: bool = False) -> None:
+        super().__init__(depthwise, pointwise)
+        self.save_intermediate = save_intermediate
+
+    def __call__(self, input: Tensor) -> Tensor:
+        first, second = self.stages
+        conv = first.conv
+        (weight, bias), (pointwise_weight, pointwise_bias) = self.weights(input)
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            input, padding = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+        return functional.separable_conv2d(
+            *(input, weight, pointwise_weight, bias, pointwise_bias, conv.stride, padding, conv.dilation),
+            *(first.activation, second.activation, self.save_intermediate),
+        )
+
+
+class Block(_Stages):
+    """The stages of an inverted residual block, run as one op.
+
+    Args:
+        expand: the first stage, or None.
+        depthwise, project: the others.
+        squeeze, excite: those between the two, or None.
+        gate, residual: inverted_residual's.
+    """
+
+    def __init__(
+        self,
+        expand: Stage | None,
+        depthwise: Stage,
+        project: Stage,
+        squeeze: Stage | None,
+        excite: Stage | None,
+        gate: str,
+        residual: bool,
+    ) -> None:
+        self._named = (expand, depthwise, project, squeeze, excite)
+        super().__init__(*(stage for stage in self._named if stage is not None))
+        self.gate, self.residual = gate, residual
+
+    def __call__(self, input: Tensor) -> Tensor:
+        made = iter(self.weights(input))
+        expand, depthwise, project, squeeze, excite = (
+            (None, None) if stage is None else next(made) for stage in self._named
+        )
+        names = ("identity" if stage is None else stage.activation for stage in self._named[:4])
+        expand_activation, depthwise_activation, project_activation, squeeze_activation = names
+        conv = self._named[1].conv
+        return functional.inverted_residual(
+            *(input, *expand, *depthwise, *project, conv.stride, conv.padding, conv.dilation),
+            *(expand_activation, depthwise_activation, project_activation, self.residual, *squeeze, *excite),
+            *(squeeze_activation, self.gate),
+        )
 
 
 def _is_traced(input: Tensor | torch.fx.Proxy | None) -> bool:

@@ -12,7 +12,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.utils import _pair
 
 from . import functional
-from .fold import Chain, Stage, is_depthwise, is_pointwise
+from .blocks import Parts, read_block
+from .fold import Block, Chain, Stage, is_depthwise, is_pointwise
 from .functional import PaddingMode
 from .reference import ACTIVATIONS
 
@@ -24,6 +25,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "DepthwiseConv2d",
+    "InvertedResidual",
     "PointwiseConv2d",
     "SeparableConv2d",
     "SpatialSeparableConv2d",
@@ -497,8 +499,7 @@ class SeparableConv2d(_Unscriptable, nn.Module):
 
     def _built(self) -> Chain | None:
         """The parts as one op; None where one was exchanged for something else, parametrized for example."""
-        norms = (type(None), nn.BatchNorm2d, nn.SyncBatchNorm)
-        if not all(type(conv) is Conv2d and type(norm) in norms for conv, norm, _ in self._stages()):
+        if not _are_plain(*(part for conv, norm, _ in self._stages() for part in (conv, norm))):
             return None
         if not (is_depthwise(self.depthwise) and is_pointwise(self.pointwise)):
             return None
@@ -509,6 +510,231 @@ class SeparableConv2d(_Unscriptable, nn.Module):
         named = dict(depthwise_activation=self.depthwise_activation, activation=self.activation)
         text = [f"{name}={value}" for name, value in named.items() if value != "identity"]
         return ", ".join(text + ["save_intermediate=True"] * self.save_intermediate)
+
+
+def _are_plain(*parts: nn.Module | None) -> bool:
+    return all(type(part) in (type(None), Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm) for part in parts)
+
+
+class InvertedResidual(_Unscriptable, nn.Module):
+    """A block of MobileNetV2 (arXiv 1801.04381), MobileNetV3, MnasNet or EfficientNet: expand, convolve, project.
+
+    expand -> [norm] -> activation -> depthwise -> [norm] -> activation -> [squeeze-and-excitation] -> project -> [norm]
+    [+ input]. Without norms, and with norms in eval(), all of it is one `functional.inverted_residual`, the norms
+    folded into the weights. With norms in train(), and while one of its parts has a hook, it runs stage by stage. The
+    parts are the modules `expand` (1x1), `depthwise`, `squeeze` and `excite` (1x1, with biases) and `project` (1x1),
+    each an nn.Conv2d, and `expand_norm`, `depthwise_norm` and `project_norm`, each an nn.BatchNorm2d; None where there
+    is no such part.
+
+    Args:
+        in_channels, out_channels: C and K.
+        hidden_channels: E, of the depthwise stage. Where it is C nothing is expanded, as in the first block of
+            MobileNetV2.
+        kernel_size, stride, dilation: of the depthwise stage, as for torch.nn.Conv2d. Default: 3, 1 and 1.
+        padding: of the depthwise stage: as for torch.nn.Conv2d, or "same" (default), as for SeparableConv2d.
+        squeeze_channels: M, of squeeze-and-excitation (arXiv 1709.01507); 0 leaves it out. Default: 0.
+        norm: None, or "batch" for an nn.BatchNorm2d behind each stage. Default: "batch".
+        activation: behind the first two stages, a name as for DepthwiseConv2d. Default: "relu6".
+        project_activation: behind the last stage, after the sum. Default: "identity".
+        squeeze_activation, gate: inside of squeeze-and-excitation; the gate is "sigmoid" or "hardsigmoid". Default:
+            "relu" and "sigmoid".
+        residual: whether the input is added. Default: where the stride is 1 and K is C.
+        drop_path: the share of images whose block, but for the added input, is dropped in train(): stochastic depth
+            (arXiv 1603.09382), "row" in torchvision. Default: 0.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown activation, gate or norm; a residual at a stride or with K other than C; a drop_path
+            outside of [0, 1) or without a residual; padding="same" for a kernel of an even extent at a stride.
+
+    Weights are initialised as in the networks of the papers: normal, of variance 2 / (R * S * K / groups), where K is
+    the stage's own; biases are zero. Input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        dilation: int | tuple[int, int] = 1,
+        squeeze_channels: int = 0,
+        norm: str | None = "batch",
+        activation: str = "relu6",
+        project_activation: str = "identity",
+        squeeze_activation: str = "relu",
+        gate: str = "sigmoid",
+        residual: bool | None = None,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        names = dict(
+            activation=activation, project_activation=project_activation, squeeze_activation=squeeze_activation
+        )
+        for name, value in names.items():
+            _check_activation(name, value)
+        if norm not in (None, "batch"):
+            raise ValueError(f"norm must be None or 'batch', but is {norm!r}")
+        if gate not in ("sigmoid", "hardsigmoid"):
+            raise ValueError(f"gate must be 'sigmoid' or 'hardsigmoid', but is {gate!r}")
+        may_add = _pair(stride) == (1, 1) and in_channels == out_channels
+        if residual and not may_add:
+            raise ValueError(
+                "a residual needs stride 1 and out_channels like in_channels, but stride is "
+                f"{stride}, in_channels is {in_channels} and out_channels is {out_channels}"
+            )
+        self.residual = may_add if residual is None else residual
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), but is {drop_path}")
+        if drop_path and not self.residual:
+            raise ValueError(f"drop_path needs a residual, which this block has not, but is {drop_path}")
+        place, E = dict(device=device, dtype=dtype), hidden_channels
+        bias = norm is None
+
+        def norm_of(channels: int) -> nn.BatchNorm2d | None:
+            return nn.BatchNorm2d(channels, **place) if norm else None
+
+        expands = in_channels != E
+        self.expand = Conv2d(in_channels, E, 1, bias=bias, **place) if expands else None
+        self.expand_norm = norm_of(E) if expands else None
+        sides = _same(kernel_size, stride, dilation) if padding == "same" else padding
+        self.depthwise = Conv2d(E, E, kernel_size, stride, sides, dilation, groups=E, bias=bias, **place)
+        self.depthwise_norm = norm_of(E)
+        self.squeeze = Conv2d(E, squeeze_channels, 1, **place) if squeeze_channels else None
+        self.excite = Conv2d(squeeze_channels, E, 1, **place) if squeeze_channels else None
+        self.project = Conv2d(E, out_channels, 1, bias=bias, **place)
+        self.project_norm = norm_of(out_channels)
+        self.activation, self.project_activation = activation, project_activation
+        self.squeeze_activation, self.gate, self.drop_path = squeeze_activation, gate, drop_path
+        self._built_of = self._parts()
+        self._block = self._built()
+        self.reset_parameters()
+
+    @classmethod
+    def from_block(cls, block: nn.Module) -> InvertedResidual:
+        """The same block of torchvision's or timm's layers, with the block's own Parameters and statistics.
+
+        `block`: an InvertedResidual or MBConv of torchvision.models, or an InvertedResidual or DepthwiseSeparableConv
+        of timm. It is not changed, but shares its tensors with the result, which takes its place in a model:
+        `model.features[2] = InvertedResidual.from_block(model.features[2])`. The names in the state_dict are then this
+        class's.
+
+        Raises:
+            ValueError: a block of another kind, or with a part that this class has not.
+        """
+        parts = read_block(block)
+        depthwise, last = parts.depthwise.conv, parts.project.conv
+        first = parts.expand.conv if parts.expand else depthwise
+        made = cls(
+            first.in_channels,
+            last.out_channels,
+            depthwise.in_channels,
+            cast(tuple[int, int], depthwise.kernel_size),
+            cast(tuple[int, int], depthwise.stride),
+            cast(tuple[int, int], depthwise.padding),
+            cast(tuple[int, int], depthwise.dilation),
+            parts.squeeze.out_channels if parts.squeeze else 0,
+            norm="batch" if parts.project.norm is not None else None,
+            activation=parts.depthwise.activation,
+            project_activation=parts.project.activation,
+            squeeze_activation=parts.squeeze_activation,
+            gate=parts.gate,
+            residual=parts.residual,
+            drop_path=parts.drop_path,
+            device="meta",
+            dtype=last.weight.dtype,
+        )
+        made.train(block.training)._take(parts)
+        return made
+
+    def _take(self, parts: Parts) -> None:
+        """The tensors and flags of these layers in the place of its own."""
+        theirs: dict[str, Any] = {"squeeze": parts.squeeze, "excite": parts.excite}
+        for name, stage in dict(expand=parts.expand, depthwise=parts.depthwise, project=parts.project).items():
+            if stage is not None:
+                theirs |= {name: stage.conv, f"{name}_norm": stage.norm}
+        for name, module in theirs.items():
+            if module is None:
+                continue
+            mine = getattr(self, name)
+            mine.training = module.training
+            mine._parameters.update({key: module._parameters[key] for key in mine._parameters})
+            mine._buffers.update({key: module._buffers[key] for key in mine._buffers})
+            if isinstance(mine, nn.BatchNorm2d):
+                mine.eps, mine.momentum = module.eps, module.momentum
+
+    def reset_parameters(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                outputs = layer.out_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+                nn.init.normal_(layer.weight, 0, math.sqrt(2 / outputs))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.BatchNorm2d):
+                layer.reset_parameters()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._built_of != self._parts():  # an exchanged module, another activation
+            self._built_of, self._block = self._parts(), self._built()
+        block = self._block
+        drops = self.drop_path > 0 and self.training
+        if block is not None and block.is_fused and not drops:
+            return block(input)
+        if block is not None:
+            block.forget()
+        made = input
+        for name, conv, norm, activation in self._stages():
+            if name == "project" and self.squeeze is not None:
+                squeezed = ACTIVATIONS[self.squeeze_activation](self.squeeze(made.mean((-2, -1), keepdim=True)))
+                made = made * getattr(F, self.gate)(cast(Conv2d, self.excite)(squeezed))
+            made = conv(made) if norm is None else norm(conv(made))
+            if name != "project":
+                made = ACTIVATIONS[activation](made)
+        if drops:
+            made = made * F.dropout(made.new_ones((*made.shape[:-3], 1, 1, 1)), self.drop_path)
+        return ACTIVATIONS[self.project_activation](input + made if self.residual else made)
+
+    def _stages(self) -> tuple[tuple[str, Conv2d, nn.Module | None, str], ...]:
+        """(name, convolution, norm, activation)."""
+        expand = () if self.expand is None else (("expand", self.expand, self.expand_norm, self.activation),)
+        return (
+            *expand,
+            ("depthwise", self.depthwise, self.depthwise_norm, self.activation),
+            ("project", self.project, self.project_norm, self.project_activation),
+        )
+
+    def _parts(self) -> tuple:
+        return (*self._stages(), self.squeeze, self.excite, self.squeeze_activation, self.gate, self.residual)
+
+    def _built(self) -> Block | None:
+        """The parts as one op; None where one was exchanged for something else, parametrized for example."""
+        stages = self._stages()
+        if not _are_plain(self.squeeze, self.excite, *(part for _, conv, norm, _ in stages for part in (conv, norm))):
+            return None
+        products = [conv for name, conv, _, _ in stages if name != "depthwise"]
+        products += [conv for conv in (self.squeeze, self.excite) if conv is not None]
+        if not is_depthwise(self.depthwise) or not all(map(is_pointwise, products)):
+            return None
+        if (self.squeeze is None) != (self.excite is None) or self.depthwise.padding_mode != "zeros":
+            return None
+        named = {name: Stage(conv, norm, activation) for name, conv, norm, activation in stages}
+        squeeze = None if self.squeeze is None else Stage(self.squeeze, None, self.squeeze_activation)
+        excite = None if self.excite is None else Stage(self.excite)
+        ends = named["depthwise"], named["project"]
+        return Block(named.get("expand"), *ends, squeeze, excite, self.gate, self.residual)
+
+    def extra_repr(self) -> str:
+        text = [f"activation={self.activation}"]
+        if self.project_activation != "identity":
+            text.append(f"project_activation={self.project_activation}")
+        if self.squeeze is not None:
+            text.append(f"squeeze_activation={self.squeeze_activation}, gate={self.gate}")
+        text.append(f"residual={self.residual}")
+        return ", ".join(text + ([f"drop_path={self.drop_path}"] if self.drop_path else []))
 
 
 def _same(kernel_size: Any, stride: Any, dilation: Any) -> str | tuple[int, int]:
