@@ -100,6 +100,7 @@ GROUPS = (
     Case("groups_of_8_one_pixel", 5, 40, 1, 1, 40, 3, 3, padding=(1, 1), groups=5, bias=True),
     Case("groups_of_4_stride2", 2, 64, 15, 41, 64, 3, 3, stride=(2, 2), padding=(1, 1), groups=16, bias=True),
     Case("groups_of_4_stride2_small", 3, 8, 5, 5, 8, 3, 3, stride=(2, 2), padding=(1, 1), groups=2),  # few spoil all
+    Case("groups_of_4_stride2_one_column", 4, 8, 7, 1, 8, 3, 3, stride=(2, 2), padding=(1, 1), groups=2),
     Case("groups_of_8_stride2_even", 3, 24, 14, 20, 24, 3, 3, stride=(2, 2), padding=(2, 0), groups=3, bias=True),
     Case("groups_of_16_stride2_c144", 1, 144, 9, 74, 144, 3, 3, stride=(2, 2), padding=(1, 1), groups=9),
 )
