@@ -72,7 +72,8 @@ class Counted:
     blocks: int = 1
     threads: int = 32
     shared_bytes: int = 0  # of a block
-    least_blocks: int = 0  # that its registers are cut for; 0: not said
+    least_blocks: int = 0  # of most_threads threads, that its registers are cut for; 0: not said
+    most_threads: int = 32
     executed: dict[str, int] = field(default_factory=dict)  # warp instructions, by opcode
     wavefronts: int = 0
     ideal_wavefronts: int = 0
@@ -94,6 +95,7 @@ def read_counts(output: str) -> list[Counted]:
             last = found[-1]
             last.blocks, last.threads = numbers["blocks"], numbers["threads"]
             last.shared_bytes, last.least_blocks = numbers["shared"], numbers["least_blocks"]
+            last.most_threads = numbers["most_threads"]
         elif word == "executed":
             opcode, times = rest.rsplit(" ", 1)
             found[-1].executed[opcode] = int(times)
@@ -161,8 +163,8 @@ def predict_launch(gpu: Gpu, counted: Counted, blocks: int, memory_scale: float)
     few = gpu.capability in (86, 89, 120)  # multiprocessors of 48 warps and 24 blocks, else of 64 and 32
     limits = [(48 if few else 64) // warps, 24 if few else 32]
     limits.append(int(gpu.shared_kb * 1024 // (counted.shared_bytes + 1024)))  # a kilobyte of each is the runtime's
-    if counted.least_blocks:
-        limits.append(counted.least_blocks)
+    if counted.least_blocks:  # smaller blocks take fewer registers
+        limits.append(counted.least_blocks * math.ceil(counted.most_threads / 32) // warps)
     resident = max(min(limits), 1)
     # The busiest multiprocessor has whole blocks; as long as one has few, their number is what counts.
     busiest = math.ceil(blocks / gpu.multiprocessors) * gpu.multiprocessors / blocks

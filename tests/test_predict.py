@@ -9,7 +9,7 @@ from benchmarks import predict
 
 OUTPUT = """plan: cuda_depthwise_nhwc
 entry: _Z1kv
-launch: blocks=4 threads=128 shared=20480 least_blocks=3
+launch: blocks=4 threads=128 shared=20480 least_blocks=3 most_threads=128
 counts: kernel=_Z1kv instructions=1000
 traffic: reads=640 writes=320 block_reads=1280 block_writes=320 in_flight=4096
 executed: fma.rn.f32 600
@@ -57,6 +57,12 @@ def test_multiprocessors_of_48_warps_and_100_kb() -> None:
     assert predict.predict_launch(predict.gpus()["RTX 4090"], counted, 10, 1).resident == 3  # 48 warps of 16
     counted.shared_bytes = 40 << 10
     assert predict.predict_launch(predict.gpus()["RTX 4090"], counted, 10, 1).resident == 2
+
+
+def test_smaller_blocks_than_registers_are_cut_for() -> None:
+    (counted,) = predict.read_counts(OUTPUT)
+    counted.threads = 64
+    assert predict.predict_launch(predict.gpus()["H100"], counted, 1000, 1).resident == 6
 
 
 def test_blocks_that_have_no_room_begin_later() -> None:

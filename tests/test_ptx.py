@@ -512,6 +512,19 @@ def test_counts_of_the_others(arch: str, name: str, arguments: list[str]) -> Non
     check_counts(arch, name, arguments, all_kernels=True)
 
 
+def test_conflicts_are_explained() -> None:
+    """Where shared memory is as busy as the schedulers, requests are near their ideal, or banks.md has the kernel."""
+    notes = (ptx.HERE.parents[1] / "benchmarks/notes/banks.md").read_text()
+    named = set(re.findall(r"\*\*(\w+)\*\*", notes.partition("## What is left")[2]))
+    found = set()
+    for layers in json.loads(ptx_layers.RECORD.read_text()).values():
+        for name, recorded in layers.items():
+            worst = max((seen / ideal for seen, ideal in recorded["wavefronts"].values()), default=1)
+            if recorded["busy"] >= 0.8 and worst > 1.15:
+                found.add(recorded["plan"] if recorded["plan"] in named else name.split()[0])
+    assert found and found <= named
+
+
 def test_more_than_recorded_is_seen() -> None:
     recorded = {"instructions": 10, "wavefronts": {"ld.shared.f32": [2.0, 1.0]}, "sectors": {"ld.global.f32": 4.0}}
     worse = [

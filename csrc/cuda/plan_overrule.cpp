@@ -209,11 +209,12 @@ class Cuts {
     const bool forward = map_ == Map::forward;
     const int64_t depth = forward ? s_.C : s_.K, outputs = forward ? s_.K : s_.C;
     const int64_t tiles = ceil_div<int64_t>(s_.N * s_.P * s_.Q, kProductPixels);
-    const int64_t own = cut.blocks * ceil_div<int64_t>(outputs, cut.outputs);
     for (const int64_t wide : {32, 64, 96, 128}) {
       if (product_bytes(depth, wide) > kMostShared || wide - 32 >= outputs) continue;
-      for (const int64_t blocks : {own / 2, own, 2 * own, outputs * tiles}) {
-        add({{"outputs", wide}, {"blocks", std::clamp<int64_t>(blocks / ceil_div(outputs, wide), 1, tiles)}});
+      const int64_t own =
+          ceil_div<int64_t>(tiles * ceil_div(outputs, wide), cut.blocks * ceil_div<int64_t>(outputs, cut.outputs));
+      for (const int64_t each : {int64_t{1}, int64_t{2}, own - 1, own, own + 1, 2 * own}) {  // tiles of a block
+        add({{"outputs", wide}, {"blocks", ceil_div(tiles, std::clamp<int64_t>(each, 1, tiles))}});
       }
     }
   }

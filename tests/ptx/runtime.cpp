@@ -144,10 +144,10 @@ void run(const void* function, const cudaLaunchConfig_t& config, void** argument
   printf("entry: %s\n", program.name.c_str());
   const bool counting = getenv("PTX_COUNTS") != nullptr, dry = getenv("PTX_DRY") != nullptr;
   if (counting || dry) {
-    printf("launch: blocks=%llu threads=%u shared=%u least_blocks=%d\n",
+    printf("launch: blocks=%llu threads=%u shared=%u least_blocks=%d most_threads=%d\n",
            (unsigned long long)launch.grid[0] * launch.grid[1] * launch.grid[2],
            launch.block[0] * launch.block[1] * launch.block[2], program.static_shared + launch.dynamic_shared,
-           program.least_blocks);
+           program.least_blocks, program.most_threads);
   }
   if (dry) return;  // the runner says that nothing was launched, and compares nothing
   ptx::Machine machine(program, launch, memory(), seed);

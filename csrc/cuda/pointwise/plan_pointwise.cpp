@@ -40,6 +40,7 @@ constexpr double kMostTraffic = 1.3;
 // Channels that one block may sum where there are fewer blocks than multiprocessors.
 constexpr int64_t kAloneSum = 256;
 constexpr int64_t kBlocksByRegisters = 2;
+constexpr double kBlockBegins = 0.5;  // in tiles: its weights, and the first wait
 
 struct Channels {
   int64_t depth, outputs;     // summed; written
@@ -68,7 +69,8 @@ int64_t chunks(const Channels& c, int64_t outputs) { return ceil_div(c.outputs, 
 int64_t pixel_tiles(const ConvShape& s) { return ceil_div<int64_t>(s.N * s.P * s.Q, kProductPixels); }
 
 // As few chunks of outputs as shared memory allows, and in them as few outputs that do not exist; more where that
-// leaves multiprocessors without a block. Blocks then share the tiles evenly.
+// leaves multiprocessors without a block. Blocks share the tiles evenly, as many of them as reside, or fewer where that
+// leaves the busiest multiprocessor less to do.
 ProductCut nhwc_mma_cut(Map map, const ConvShape& s, const Device& device) {
   const Channels c = channels(map, s);
   const int64_t tiles = pixel_tiles(s);
@@ -81,8 +83,15 @@ ProductCut nhwc_mma_cut(Map map, const ConvShape& s, const Device& device) {
   }
   const int64_t resident =
       std::clamp<int64_t>(device.tuning().blocks(product_bytes(c.depth, cut.outputs)), 1, kBlocksByRegisters);
-  const int64_t most = std::max<int64_t>(resident * device.multiprocessors / chunks(c, cut.outputs), 1);
-  cut.blocks = static_cast<int>(ceil_div(tiles, ceil_div(tiles, std::min(most, tiles))));
+  double least = 0;
+  for (int64_t each = resident; each >= 1; --each) {
+    const int64_t most = std::max<int64_t>(each * device.multiprocessors / chunks(c, cut.outputs), 1);
+    const int64_t of_a_block = ceil_div(tiles, std::min(most, tiles)), blocks = ceil_div(tiles, of_a_block);
+    const auto busiest =
+        static_cast<double>(ceil_div<int64_t>(blocks * chunks(c, cut.outputs), device.multiprocessors));
+    const double time = busiest * (static_cast<double>(of_a_block) + kBlockBegins);
+    if (least == 0 || time < least) least = time, cut.blocks = static_cast<int>(blocks);
+  }
   return cut;
 }
 

@@ -117,6 +117,7 @@ inline GradWeightNchw grad_weight_nchw_block(const ConvShape& s, DType dtype) {
 // ---- depthwise_nchw_mma*.cu: a warp takes 16 groups of kNchwMmaPhases rows and 16 columns at a time, in windows of 16
 // columns of x for 8 columns of y (grad_input: the other way round).
 inline constexpr int kNchwMmaThreads = 128, kNchwMmaPhases = 4;
+inline constexpr int kNchwMmaSums = 16 * 8 + 2;  // grad_weight: of a warp and a row of taps, in shared memory
 
 // How the rows of an image that is read come in. A piece is what one copy moves: 8 bytes where rows, and the way from
 // one to the next, are made of such, else 4.
@@ -180,7 +181,7 @@ inline NchwMmaBlock nchw_mma_block(Map map, const ConvShape& s, const NchwMmaCut
     block.possible = block.possible && block.other.piece > 0;
     block.smem_bytes =
         std::max<int64_t>(tile + both_tiles(block.other, int64_t{block.groups * cut.images + 1} * block.pitch),
-                          s.R * kNchwMmaThreads / 32 * 128 * 4);
+                          s.R * kNchwMmaThreads / 32 * kNchwMmaSums * 4);
   } else {
     block.group_pitch = static_cast<int>(kNchwMmaPhases * Q + (Q % 4 == 0 ? 8 : 0));  // an odd number, too
     block.smem_bytes = tile + int64_t{2} * cut.images * block.groups * block.group_pitch;

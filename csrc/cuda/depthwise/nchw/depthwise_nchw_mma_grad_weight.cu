@@ -85,12 +85,13 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 4 : 5)
   }
 
   __syncthreads();                                      // the images have no readers left
-  float* const total = reinterpret_cast<float*>(smem);  // [kWarps, kKernel, 16, 8]
+  float* const total = reinterpret_cast<float*>(smem);  // [kWarps, kKernel, 16, 8], rows of taps on other banks
 #pragma unroll
   for (int r = 0; r < kKernel; ++r) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      total[((warp * kKernel + r) * 16 + lane / 4 + v / 2 * 8) * 8 + lane % 4 * 2 + v % 2] = sums[r][v];
+      const int m = lane / 4 + v / 2 * 8, n = lane % 4 * 2 + v % 2;
+      total[(warp * kKernel + r) * kNchwMmaSums + m * 8 + n] = sums[r][v];
     }
   }
   __syncthreads();
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kKernel == 7 ? 4 : 5)
     float sum = 0;
     for (int from = 0; from < kWarps; ++from) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum += total[((from * kKernel + r) * 16 + j + s + a.lead) * 8 + j];
+      for (int j = 0; j < 8; ++j) sum += total[(from * kKernel + r) * kNchwMmaSums + (j + s + a.lead) * 8 + j];
     }
     if (a.parts > 1) {
       partials[(static_cast<int64_t>(part) * a.K + k) * kKernel * kKernel + tap] = sum;
