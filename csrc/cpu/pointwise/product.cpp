@@ -125,10 +125,20 @@ struct PixelRows {
 
   // Pixels [begin, end), one row each.
   Factors rows(int64_t begin, int64_t end, ThreadScratch& scratch) const {
-    if (p.x_grid.even(begin, end)) return {p.x + p.x_grid.offset(begin), p.x_grid.step(), p.x_channel};
-    float* to = scratch.take((end - begin) * p.C);
-    gather(p.x, p.x_grid, begin, end, p.C, p.x_channel, to, p.C, 1);
-    return {to, p.C, 1};
+    if (p.x_grid.even(begin, end) && !share_sets(end - begin)) {
+      return {p.x + p.x_grid.offset(begin), p.x_grid.step(), p.x_channel};
+    }
+    const int64_t pitch = (ceil_div(p.C, kPanelColumns) | 1) * kPanelColumns;
+    float* to = scratch.take((end - begin) * pitch);
+    gather(p.x, p.x_grid, begin, end, p.C, p.x_channel, to, pitch, 1);
+    return {to, pitch, 1};
+  }
+
+  // Whether so many pixels are better read from a copy: at a distance of whole pages their lines fall into one set of
+  // the first-level cache, which has room for fewer of them than a block has.
+  bool share_sets(int64_t pixels) const {
+    constexpr int64_t kPage = 4096 / sizeof(float), kWorthACopy = 256;
+    return SEPCONV_ISA_LEVEL == 2 && pixels > 8 && p.x_grid.step() % kPage == 0 && p.K >= kWorthACopy;
   }
 
   Outputs outputs(int64_t begin) const {

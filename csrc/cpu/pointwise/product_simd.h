@@ -332,6 +332,10 @@ inline MultiplyBlock block_of(int64_t rows, int64_t vectors, bool one_run) {
   }
 }
 
+#if SEPCONV_ISA_LEVEL == 2
+#include "cpu/pointwise/product_half_simd.h"
+#endif
+
 // `rows` (1 to kRows) x `columns` (1 to columns_of(rows)) outputs.
 inline void multiply(const Factors& factors, const Panels& panels, const Outputs& out, int64_t rows, int64_t columns) {
   constexpr int64_t L = kLanes<float>;
@@ -342,5 +346,11 @@ inline void multiply(const Factors& factors, const Panels& panels, const Outputs
   }
   const int64_t vectors = ceil_div(columns, L);
   const bool one_run = factors.jumps == nullptr && panels.terms <= kChain;
+#if SEPCONV_ISA_LEVEL == 2
+  const int64_t last = columns - (vectors - 1) * L;
+  if (one_run && rows > kFewRows && last <= kHalfLanes) {
+    return half_block_of(rows, vectors - 1)(factors, panels, out, static_cast<int>(last));
+  }
+#endif
   block_of(rows, vectors, one_run)(factors, panels, out, static_cast<int>(columns - (vectors - 1) * L));
 }
