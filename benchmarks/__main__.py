@@ -24,6 +24,7 @@ from . import (
     pairs,
     peers,
     predict,
+    products,
     report,
     sequences,
     sweep,
@@ -37,7 +38,7 @@ LATEST = Path(__file__).parent / "results" / "latest"
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    what = parser.add_argument_group("what (default: all but --views and --sequences)")
+    what = parser.add_argument_group("what (default: all but --views, --sequences and --products)")
     what.add_argument(
         "--layers",
         nargs="?",
@@ -58,6 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="training steps of the twelve large ones (all), or of NAMEs; compiled, with --peers compile",
     )
     what.add_argument("--separable", action="store_true", help="pairs of depthwise and 1x1 layers, and their memory")
+    what.add_argument("--products", action="store_true", help="1x1 layers with packed weights, against other runtimes")
     what.add_argument("--sequences", action="store_true", help="state-space models of transformers, on a CPU")
     what.add_argument("--overhead", action="store_true", help="host time a call")
     what.add_argument("--views", action="store_true", help="tensors that are not dense: op x map x view")
@@ -143,7 +145,8 @@ def _list_of(known):
 def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     cuda = options.device.type == "cuda" or options.predict is not None or options.sweep is not None
     whole = (options.models is not None, options.training is not None)
-    parts = (bool(options.layers), options.separable, options.sequences, options.overhead, options.views, *whole)
+    single = (options.separable, options.products, options.sequences, options.overhead, options.views)
+    parts = (bool(options.layers), *single, *whole)
     everything = not any(parts)
     bar_check = options.layers == "bars" and options.quick and not cuda
     options.sweep_batches = [options.batch] if options.batch else [1, 64]
@@ -235,6 +238,13 @@ def measure(options: argparse.Namespace, record: dict) -> None:
         with console.progress("models", len(plan)) as advance:
             for row in networks.run(plan, advance, record["skipped"]):
                 record["networks"].append(row)
+    if options.products and device.type == "cpu":
+        found = layers.select(layers.load(half=options.layers or "bars"), ["pointwise"], everything=True)
+        chosen = layers.drawn(found, options.sample) if options.sample else found
+        plan = products.plan_of(chosen, options.model_batches, options.threads, turns=3 if options.quick else 5)
+        with console.progress("1x1 layers", len(plan)) as advance:
+            for row in products.run(plan, advance, record["skipped"]):
+                record["products"].append(row)
     modes = {"inference": options.models if device.type == "cuda" else [], "training": options.training}
     for mode, names in modes.items():
         if not names:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from . import models
-from .runtimes import OURS, PACKAGES, PEERS, RUNTIMES
+from .runtimes import LAYER_PEERS, OURS, PACKAGES, PEERS, RUNTIMES
 
 SMALL_WORK = ("mobilenet_v3_small", "mobilenet_v2@32")  # one image at a time
 NETWORKS = (*models.MODELS, *SMALL_WORK)
@@ -44,6 +44,7 @@ class Plan:
     seconds: float = 0.06  # of one turn
     turns: int = 7
     folder: Path = field(default_factory=lambda: CACHE)
+    prepare: Callable[[str, Path, int, bool], Path] = field(default_factory=lambda: prepare)
 
     def batches_of(self, name: str) -> tuple[int, ...]:
         return (1,) if name in SMALL_WORK else self.batches
@@ -103,7 +104,8 @@ def run(plan: Plan, advance: Callable[[str], None], skipped: list[str]) -> Itera
     try:
         for network in plan.names:
             try:
-                folder = prepare(network, plan.folder, max(plan.batches_of(network)), bool(set(PACKAGES) & set(names)))
+                largest, onnx = max(plan.batches_of(network)), bool(set(PACKAGES) & set(names))
+                folder = plan.prepare(network, plan.folder, largest, onnx)
             except ImportError as error:
                 skipped.append(f"{network}: {error}")
                 continue
@@ -174,14 +176,14 @@ def _contest(
             kept[name].add(layout)
         ours, peer = (
             min((who for name, who in best.items() if name in group), key=seconds.get, default=None)
-            for group in (OURS, PEERS)
+            for group in (OURS, PEERS | LAYER_PEERS)
         )
         differences = {" ".join(who): answer["difference"] for who, answer in answers.items() if "difference" in answer}
         yield {
             "model": network,
             "mode": "inference",
             "batch": batch,
-            "image_size": models.image_size(network),
+            "image_size": np.load(folder / "images.npy", mmap_mode="r").shape[-1],
             "dtype": "float32",
             "threads": threads,
             "layout": ours[1] if ours else "-",

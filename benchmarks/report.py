@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import console, plots, sequences
+from . import console, plots, products, sequences
 from .record import LISTS, LOSING, VIEW_BAR, bars, disagreements, dumps, geometric_mean, losses, timed
 
 
@@ -90,6 +90,9 @@ def tables(record: dict) -> list[Table]:
         found.append(_pairs(record["pairs"]))
     if record.get("networks"):  # likewise
         found += [_networks(record["networks"]), _networks_means(record["networks"])]
+    if record.get("products"):  # likewise
+        found.append(Table("1x1 layers, packed weights", *products.means(record["products"])))
+        found.append(Table("Losing 1x1 layers", *products.losing(record["products"])))
     if record["models"]:
         found += [_models(record["models"]), _models_means(record["models"])]
     if record.get("sequences"):  # likewise

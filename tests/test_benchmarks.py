@@ -290,7 +290,7 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(views, "VIEWS", views.VIEWS[::4])
     arguments = ["--layers", "--separable", "--all", "--views"]
     arguments += ["--models", "mobilenet_v2", "--training", "mobilenet_v2", "--peers", "torch"]
-    arguments += ["--overhead", "--quick", "--device", "cpu"]
+    arguments += ["--overhead", "--products", "--quick", "--device", "cpu"]
     arguments += ["--kinds", "depthwise,pointwise", "--threads", "1", "--batch", "2", "--out", str(tmp_path / "record")]
     code = benchmark.main(arguments)
     assert code == 0, capsys.readouterr().out
@@ -298,6 +298,8 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     asked = [(layer, map) for layer in tiny for map in layers.MAPS]
     asked = [call for call in asked if not peers.torch_crashes(*call, torch.device("cpu"))]
     assert len(written["layers"]) == 2 * len(asked) and len(written["models"]) == 2
+    (product,) = written["products"]
+    assert product["model"] == tiny[1].label and set(product["seconds_of"]) >= {"torch", "onednn", "sepconv freeze"}
     (network,) = written["networks"]
     assert set(network["seconds_of"]) == {"torch", "sepconv freeze"}
     assert set(network["differences"]) == {
@@ -317,7 +319,7 @@ def test_a_very_small_run(tmp_path, monkeypatch, capsys):
     for part in record.LISTS:
         assert {field for line in written[part] for field in line} <= fixed
     assert set(written) | set(written["machine"]) <= fixed
-    timed = (*written["layers"], *written["pairs"], *written["networks"], *written["models"])
+    timed = [line for part in ("layers", "pairs", "products", "networks", "models") for line in written[part]]
     assert all(line["agrees"] and line["speedup"] > 0 for line in timed)
     assert all(line["agrees"] and line["over_copy"] > 0 and line["over_torch"] > 0 for line in written["views"])
     for line in written["pairs"]:  # the output is [2, 12, 5, 5], what lies between the stages [2, 8, 5, 5]
