@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FORMAT = "sepconv_ext benchmark record, version 1"
-LISTS = ("layers", "pairs", "networks", "products", "models", "sequences", "overhead", "views")  # written one row a line
+LISTS = ("layers", "pairs", "networks", "products", "models", "sequences", "overhead", "views")  # one row a line
 
 LOSING = 0.97  # a speed-up below this is a loss; what looks like one is measured again, longer, before it is called one
 

@@ -78,9 +78,12 @@ inline void multiply_pixels(const Factors& x, const Panels& w, const Outputs& y,
   }
 }
 
-// The pixels from `next` on, where they are worth fetching.
+// The pixels from `next` on, where they are worth fetching: with those between them that a stride of two leaves out only
+// where pixels are so narrow that the processor itself sees no stream in them.
 inline Fetched next_pixels(const Factors& x, const Panels& w, const float* next, int64_t pixels) {
-  return next != nullptr && x.term == 1 && x.row < 2 * w.terms ? Fetched{next, pixels * x.row} : Fetched{};
+  constexpr int64_t kNarrow = 96;
+  const bool dense = x.row < 2 * w.terms || (x.row == 2 * w.terms && w.terms <= kNarrow);
+  return next != nullptr && x.term == 1 && dense ? Fetched{next, pixels * x.row} : Fetched{};
 }
 
 // Pixels [0, pixels) in blocks, outputs [0, K). `far`: what is fetched instead of the next block's pixels, in small
