@@ -47,12 +47,13 @@ class Block(NamedTuple):
 # One channel, one row, one pixel; vectors, panels and blocks of pixels not full; strides and paddings of every kind, of
 # half a kernel at one end of a row of vectors or at both; taps and steps without a kernel of their own; bands, rings
 # that wrap, more than one part of the channels, and of the vectors that go together; images beyond the second-level
-# cache; nothing.
+# cache; pixels a page apart; nothing.
 BLOCKS = (
     Block("plain", 2, 24, 14, 14, 96, 24, residual=True),
     Block("awkward", 3, 3, 19, 7, 58, 5, activations=("silu", "gelu", "hardswish")),
     Block("one_channel", 1, 1, 7, 9, 1, 1, residual=True, bias=False),
     Block("one_row", 2, 8, 1, 19, 24, 8, residual=True),
+    Block("page", 1, 1024, 5, 9, 544, 16),
     Block("one_pixel", 5, 24, 1, 1, 40, 16),
     Block("stride", 1, 16, 19, 19, 33, 24, stride=(2, 2)),
     Block("stride_5", 1, 16, 20, 17, 48, 24, (5, 5), (2, 2), (2, 2), activations=("silu", "silu", "identity")),

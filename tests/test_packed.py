@@ -15,7 +15,7 @@ ops = torch.ops.sepconv_ext
 
 # (N, C, H, W, K): one channel, one row, one pixel; vectors and panels not full; more pixels and more weight than a
 # block of either holds; unrolled terms with some left over, in one chain and in the last of three; half a vector of
-# outputs left over, behind a whole one and alone, full or not; pixels a page apart; nothing.
+# outputs left over, behind a whole one and alone, full or not; pixels a page apart; few outputs; nothing.
 SIZES = (
     (2, 24, 7, 7, 58),
     (1, 1, 19, 5, 3),
@@ -29,6 +29,8 @@ SIZES = (
     (2, 40, 5, 6, 20),
     (1, 16, 4, 5, 104),
     (1, 1024, 3, 5, 264),
+    (2, 40, 5, 7, 1),
+    (1, 256, 3, 5, 4),
     (0, 8, 4, 4, 8),
 )
 by_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
@@ -74,7 +76,7 @@ def test_against_float64(size, layout, stride, isa):
 
 
 @by_layout
-@pytest.mark.parametrize("outputs", [58, 24])
+@pytest.mark.parametrize("outputs", [58, 24, 1])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, outputs, layout, isa):
     x, w, b, r = operands((2, 24, 7, 7, outputs), layout)

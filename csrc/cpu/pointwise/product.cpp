@@ -10,6 +10,7 @@
 // some of the output channels. Whether pixels or channels come first within it decides what is read again and again:
 //   small weight     a block of pixels meets all of the weight, which stays in the second-level cache
 //   large weight     a panel of the weight meets as many pixels as stay there
+// Of up to four outputs, in channels_last, the lanes are terms (product_few_simd.h).
 // grad_input is the same product with the weight's two dimensions exchanged.
 //
 // Floor: C multiply-adds an output at the rate of the registers; for few pixels the bytes of the weight.
@@ -83,6 +84,8 @@ void product_pack(int64_t K, int64_t C, const float* w, int64_t w_output, int64_
 
 #include "cpu/pointwise/product_rows_simd.h"
 
+#include "cpu/pointwise/product_few_simd.h"
+
 inline constexpr int64_t kMostPacked = 1024 << 10;  // bytes of a weight that is packed at a time
 inline constexpr int64_t kOutputStep = 32;          // tasks have whole panels, two of them with the widest vectors
 
@@ -125,20 +128,12 @@ struct PixelRows {
 
   // Pixels [begin, end), one row each.
   Factors rows(int64_t begin, int64_t end, ThreadScratch& scratch) const {
-    if (p.x_grid.even(begin, end) && !share_sets(end - begin)) {
-      return {p.x + p.x_grid.offset(begin), p.x_grid.step(), p.x_channel};
-    }
-    const int64_t pitch = (ceil_div(p.C, kPanelColumns) | 1) * kPanelColumns;
+    const Factors x{p.x + p.x_grid.offset(begin), p.x_grid.step(), p.x_channel};
+    if (p.x_grid.even(begin, end) && !share_sets(x, end - begin, p.K)) return x;
+    const int64_t pitch = spread_pitch(p.C);
     float* to = scratch.take((end - begin) * pitch);
     gather(p.x, p.x_grid, begin, end, p.C, p.x_channel, to, pitch, 1);
     return {to, pitch, 1};
-  }
-
-  // Whether so many pixels are better read from a copy: at a distance of whole pages their lines fall into one set of
-  // the first-level cache, which has room for fewer of them than a block has.
-  bool share_sets(int64_t pixels) const {
-    constexpr int64_t kPage = 4096 / sizeof(float), kWorthACopy = 256;
-    return SEPCONV_ISA_LEVEL == 2 && pixels > 8 && p.x_grid.step() % kPage == 0 && p.K >= kWorthACopy;
   }
 
   Outputs outputs(int64_t begin) const {
@@ -150,6 +145,8 @@ struct PixelRows {
     return y;
   }
 
+  bool lanes_are_terms() const { return p.x_channel == 1 && has_few_outputs(p.K, p.C); }
+
   // `last`: the end of the task's pixels.
   void block(int64_t begin, int64_t end, int64_t last, const Part& part) const {
     ThreadScratch scratch(ScratchUse::pixels);
@@ -157,6 +154,7 @@ struct PixelRows {
     const float* next = end < last && p.x_grid.even(begin, end) ? p.x + p.x_grid.offset(end) : nullptr;
     const Outputs y = outputs(begin);
     const Panels w{p.packed, p.C};
+    if (lanes_are_terms()) return multiply_few(x, w, y, end - begin, p.K);
     multiply_pixels(x, w, y, end - begin, part.begin, part.end, next_pixels(x, w, next, end - begin));
   }
 
@@ -164,12 +162,13 @@ struct PixelRows {
     const Part pixels(p.y_grid.count(), cut.pixel_parts, task / cut.output_parts);
     const Part part(p.K, cut.output_parts, task % cut.output_parts, kOutputStep);
     const int64_t count = pixels.end - pixels.begin;
-    if (SEPCONV_ISA_LEVEL == 1 && count > 0 && p.x_grid.even(pixels.begin, pixels.end)) {
+    if (SEPCONV_ISA_LEVEL == 1 && count > 0 && !lanes_are_terms() && p.x_grid.even(pixels.begin, pixels.end)) {
       const Factors x{p.x + p.x_grid.offset(pixels.begin), p.x_grid.step(), p.x_channel};
       const Outputs y = outputs(pixels.begin).from(0, part.begin);
       return multiply_all(x, Panels{p.packed, p.C}.from(part.begin), y, count, part.end - part.begin);
     }
-    const Pieces blocks(count, block_pixels(p.C, p.K, p.y_grid.count()));
+    const int64_t near = std::max<int64_t>(4 * kRows, kNearPixels / (p.C * int64_t{sizeof(float)}));
+    const Pieces blocks(count, lanes_are_terms() ? near : block_pixels(p.C, p.K, p.y_grid.count()));
     for (int64_t i = 0; i < blocks.count; ++i) {
       block(pixels.begin + blocks.begin(i), pixels.begin + blocks.begin(i + 1), pixels.end, part);
     }

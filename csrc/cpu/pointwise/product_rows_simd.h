@@ -78,12 +78,27 @@ inline void multiply_pixels(const Factors& x, const Panels& w, const Outputs& y,
   }
 }
 
-// The pixels from `next` on, where they are worth fetching: with those between them that a stride of two leaves out only
+// The pixels from `next` on, where they are worth fetching: those between them too, which a stride of two leaves out,
 // where pixels are so narrow that the processor itself sees no stream in them.
 inline Fetched next_pixels(const Factors& x, const Panels& w, const float* next, int64_t pixels) {
   constexpr int64_t kNarrow = 96;
   const bool dense = x.row < 2 * w.terms || (x.row == 2 * w.terms && w.terms <= kNarrow);
   return next != nullptr && x.term == 1 && dense ? Fetched{next, pixels * x.row} : Fetched{};
+}
+
+// Whether so many pixels are better read from a copy: at a distance of whole pages their lines fall into one set of the
+// first-level cache, which has room for fewer of them than a block has.
+inline bool share_sets(const Factors& x, int64_t pixels, int64_t columns) {
+  constexpr int64_t kPage = 4096 / sizeof(float), kWays = 8, kWorthACopy = 256;
+  return SEPCONV_ISA_LEVEL == 2 && pixels > kWays && x.row % kPage == 0 && x.row > 0 && columns >= kWorthACopy;
+}
+// From pixel to pixel of a copy: an odd number of cache lines.
+inline int64_t spread_pitch(int64_t terms) { return (ceil_div(terms, kPanelColumns) | 1) * kPanelColumns; }
+inline Factors spread(const Factors& x, int64_t terms, int64_t pixels, ThreadScratch& scratch) {
+  const int64_t pitch = spread_pitch(terms);
+  float* const to = scratch.take(pixels * pitch);
+  for (int64_t i = 0; i < pixels; ++i) std::memcpy(to + i * pitch, x.data + i * x.row, terms * sizeof(float));
+  return {to, pitch, 1};
 }
 
 // Pixels [0, pixels) in blocks, outputs [0, K). `far`: what is fetched instead of the next block's pixels, in small
@@ -98,10 +113,13 @@ inline void multiply_all(const Factors& x, const Panels& w, const Outputs& y, in
     }
   }
   const Pieces blocks(pixels, most);
+  ThreadScratch scratch(ScratchUse::pixels);
   for (int64_t i = 0; i < blocks.count; ++i) {
     const int64_t first = blocks.begin(i), after = blocks.begin(i + 1);
     const float* next = after < pixels ? x.from(after).data : nullptr;
     const Fetched fetched = far.from != nullptr ? far.share(i, blocks.count) : next_pixels(x, w, next, after - first);
-    multiply_pixels(x.from(first), w, y.from(first, 0), after - first, 0, K, fetched);
+    Factors rows = x.from(first);
+    if (x.term == 1 && share_sets(x, after - first, K)) rows = spread(rows, w.terms, after - first, scratch);
+    multiply_pixels(rows, w, y.from(first, 0), after - first, 0, K, fetched);
   }
 }
