@@ -156,9 +156,10 @@ class Launch:
         return self.overhead + self.bounds[self.bound]
 
 
-def predict_launch(gpu: Gpu, counted: Counted, blocks: int, memory_scale: float) -> Launch:
-    """`counted`: a launch of blocks that do the same work as those of the one with `blocks`; `memory_scale`: how much
-    more memory that one touches."""
+def predict_launch(gpu: Gpu, counted: Counted, blocks: int, more: float, moved: float | None = None) -> Launch:
+    """`counted`: a launch that was executed; `blocks`: of the whole one, which does `more` times its work, and touches
+    `moved` times the memory (default: as much more). Blocks that each take all images of a channel do more work in the
+    whole, and are not more of them."""
     warps = math.ceil(counted.threads / 32)
     few = gpu.capability in (86, 89, 120)  # multiprocessors of 48 warps and 24 blocks, else of 64 and 32
     limits = [(48 if few else 64) // warps, 24 if few else 32]
@@ -168,7 +169,7 @@ def predict_launch(gpu: Gpu, counted: Counted, blocks: int, memory_scale: float)
     resident = max(min(limits), 1)
     # The busiest multiprocessor has whole blocks; as long as one has few, their number is what counts.
     busiest = math.ceil(blocks / gpu.multiprocessors) * gpu.multiprocessors / blocks
-    scale = blocks / counted.blocks / gpu.multiprocessors * busiest  # of the counts, to the busiest multiprocessor's
+    scale = more / gpu.multiprocessors * busiest  # of the counts, to the busiest multiprocessor's
     units = by_unit(counted.executed)
     clocks = {
         "issue": sum(units.values()) / 4,
@@ -182,11 +183,11 @@ def predict_launch(gpu: Gpu, counted: Counted, blocks: int, memory_scale: float)
         "L2 to a multiprocessor": counted.l2_sectors * SECTOR / 64,
     }
     bounds = {name: value * scale / (gpu.clock_ghz * 1e3) for name, value in clocks.items() if value}
-    of_a_warp = sum(units.values()) / (counted.blocks * warps) * gpu.warp_clocks / (gpu.clock_ghz * 1e3)
+    of_a_warp = sum(units.values()) * more / (blocks * warps) * gpu.warp_clocks / (gpu.clock_ghz * 1e3)
     rounds = math.ceil(math.ceil(blocks / gpu.multiprocessors) / resident)
     bounds["latency"] = rounds * (of_a_warp + gpu.latency_us) - gpu.latency_us  # the first is part of the overhead
-    moved = counted.memory_sectors * SECTOR * memory_scale
-    bounds["memory"] = moved / (gpu.memory_gbs * 1e3 * gpu.copied_share)
+    touched = counted.memory_sectors * SECTOR * (more if moved is None else moved)
+    bounds["memory"] = touched / (gpu.memory_gbs * 1e3 * gpu.copied_share)
     return Launch(
         kernel=counted.kernel,
         blocks=blocks,
@@ -324,9 +325,12 @@ def predict(
     share = int(arguments["N"]) * int(arguments["C"]) / (
         int(less.get("N", arguments["N"])) * int(less.get("C", arguments["C"]))
     )  # fmt: skip
+    # What packs weights or adds partial sums beside the main launch has its threads, whatever the images.
+    main = max(counted, key=lambda launch: sum(launch.executed.values()))
     launches = [
-        predict_launch(gpu, small, large.blocks, share) for small, large in zip(counted, whole, strict=False)
-    ]  # fmt: skip
+        predict_launch(gpu, small, large.blocks, share if small is main else large.blocks / small.blocks, share)
+        for small, large in zip(counted, whole, strict=False)
+    ]
     itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
     return Prediction(
         layer=layer.label, map=map, dtype=dtype, layout=layout, batch=batch, kernel=kernel,

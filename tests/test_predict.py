@@ -36,7 +36,7 @@ def test_bounds_of_a_launch() -> None:
     """One block and a half for each multiprocessor: the busiest has two."""
     gpu = predict.gpus()["H100"]
     (counted,) = predict.read_counts(OUTPUT)
-    made = predict.predict_launch(gpu, counted, blocks=198, memory_scale=49.5)
+    made = predict.predict_launch(gpu, counted, blocks=198, more=49.5)
     assert made.resident == 3  # of shared memory there is enough for ten
     assert made.waves == pytest.approx(198 / (3 * 132)) and made.busiest == pytest.approx(2 / 1.5)
     of_two_blocks = {
@@ -59,6 +59,15 @@ def test_multiprocessors_of_48_warps_and_100_kb() -> None:
     assert predict.predict_launch(predict.gpus()["RTX 4090"], counted, 10, 1).resident == 2
 
 
+def test_blocks_that_take_more_images_take_longer() -> None:
+    """Executed with an eighth of the images, by as many blocks as the whole has."""
+    gpu = predict.gpus()["H100"]
+    (counted,) = predict.read_counts(OUTPUT)
+    few, all_of_them = (predict.predict_launch(gpu, counted, counted.blocks, more) for more in (1, 8))
+    for bound in ("issue", "tensor cores", "shared memory", "memory", "latency"):
+        assert all_of_them.bounds[bound] == pytest.approx(8 * few.bounds[bound])
+
+
 def test_smaller_blocks_than_registers_are_cut_for() -> None:
     (counted,) = predict.read_counts(OUTPUT)
     counted.threads = 64
@@ -68,7 +77,9 @@ def test_smaller_blocks_than_registers_are_cut_for() -> None:
 def test_blocks_that_have_no_room_begin_later() -> None:
     gpu = predict.gpus()["H100"]
     (counted,) = predict.read_counts(OUTPUT)
-    once, thrice = (predict.predict_launch(gpu, counted, blocks, 1).bounds["latency"] for blocks in (3 * 132, 7 * 132))
+    once, thrice = (
+        predict.predict_launch(gpu, counted, blocks, blocks / 4).bounds["latency"] for blocks in (3 * 132, 7 * 132)
+    )
     assert thrice == pytest.approx(3 * once + 2 * gpu.latency_us)
 
 
