@@ -168,11 +168,32 @@ def test_what_the_plan_gives_to_the_products(call: tuple, taken: bool) -> None:
 def test_other_dtypes_and_asymmetric_padding_are_not_the_products() -> None:
     x, w = torch.randn(1, 24, 9, 9), torch.randn(40, 24, 1, 1)
     assert sepconv_ext.explain(x.double(), w.double()).kernel != "cpu_pointwise_product"
-    with half_kernels(True, True):  # else in float32
-        assert sepconv_ext.explain(x.bfloat16(), w.bfloat16()).kernel != "cpu_pointwise_product"
+    with half_kernels(True, True):  # else in float32, as where it is small
+        large = torch.empty(4, 64, 28, 28).bfloat16()
+        assert sepconv_ext.explain(large, torch.empty(64, 64, 1, 1).bfloat16()).kernel != "cpu_pointwise_product"
     geometry = ((2, 2), (0, 1, 0, 2), (1, 1), 1)  # zeros below and to the right: outputs that read no pixel
     actual = ops.conv2d(x, w, None, *geometry, "identity")
     torch.testing.assert_close(actual, F.conv2d(F.pad(x, (0, 2, 0, 1)), w, None, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_small_products_of_half_types_are_made_in_float32(dtype: torch.dtype, layout: str) -> None:
+    """oneDNN's call costs more than the product, whether it has kernels of the type or not."""
+    x, g = (random((4, c, 7, 7), dtype, "cpu", layout, seed=c) for c in (32, 40))
+    w, b = random((40, 32, 1, 1), dtype, "cpu"), random((40,), dtype, "cpu")
+    exact = torchs(*(t.double() for t in (x, w, b, g)), (1, 1), torch.float64)
+    peer = torchs(x, w, b, g, (1, 1), torch.float32)
+    with half_kernels(True, True), strictness(False):
+        for map in MAPS:
+            said = sepconv_ext.explain(x, w, b, map=map)
+            assert said.kernel == "cpu_pointwise_product" and "rounded once" in said.reason, said
+        sepconv_ext.reset_kernel_counts()
+        actual = maps_of(x, w, b, g, (1, 1))
+        assert sepconv_ext.kernel_counts() == {"cpu_pointwise_product": 3}
+    for map in MAPS:
+        assert actual[map].dtype == dtype
+        assert_as_accurate(actual[map], peer[map].to(dtype), exact[map], map)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))

@@ -265,6 +265,31 @@ def test_narrow_rows_of_half_types_are_copied(view: Callable[[Tensor, str], Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_few_channels_of_groups_are_copied_to_planes(dtype: torch.dtype) -> None:
+    """The gradient by the weight in half types, where torch's float32 call is slower than that."""
+    for channels, taken in ((4, True), (8, False)):
+        x = torch.empty(2, 8 * channels, 14, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        w = torch.empty(8 * channels, channels, 3, 3, dtype=dtype)
+        with half_kernels(True, True):
+            said = sepconv_ext.explain(x, w, None, 1, 1, 1, 8, map="grad_weight")
+        assert (said.kernel == "cpu_grouped_planes") == taken, said
+        assert ("input is copied to NCHW" in said.reason) == taken, said
+
+
+def test_gaps_leave_a_bfloat16_gradient_to_the_kernel() -> None:
+    """torch's own call, faster on dense pixels, would copy the others first."""
+    torch.set_num_threads(1)
+    x = torch.empty(4, 640, 1, 512, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    w = torch.empty(640, 1, 1, 3, dtype=torch.bfloat16)
+    wide = torch.empty(4, 1280, 1, 512, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    gradients = {x: True, wide[:, 640:]: False, x[..., :1].expand_as(x): False, x.contiguous(): True}
+    with half_kernels(True, False):
+        for g, torchs in gradients.items():
+            said = sepconv_ext.explain(x, w, None, 1, (0, 1), 1, 640, map="grad_input", grad_output=g)
+            assert (said.kernel == "aten") == torchs, (g.stride(), said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_1x1_of_half_types_sums_no_gradient_of_the_other_layout(dtype: torch.dtype) -> None:
     """Such a gradient was copied number by number, or multiplied as it lay: twice as slow as copying it first."""
     x, w = torch.empty(4, 8, 14, 14, dtype=dtype), torch.empty(128, 8, 1, 1, dtype=dtype)

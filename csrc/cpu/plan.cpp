@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "core/arithmetic.h"
+#include "cpu/plan_copies.h"
 #include "cpu/plan_pointwise.h"
 #include "cpu/torch_faults.h"
 
@@ -40,8 +41,6 @@ constexpr int64_t kBlockedUnstrided = 16 * 16, kBlockedUnstridedWide = 28 * 28; 
 constexpr int64_t kBlockedStrided = 64 * 64, kBlockedStridedForward = 28 * 28;   // forward: of up to 3x3 taps
 constexpr int64_t kBlockedGradWeight = 28 * 28, kBlockedGradWeightMuch = 80 * 80;
 constexpr int64_t kMuchChannels = 64;
-// views.md, "narrow rows of half types". Half-type rows of fewer columns are copied where they lie apart.
-constexpr int64_t kNarrowRow = 8;
 
 // depthwise-nchw.md, "vectors along rows". Up to this size a plane, with its padding, is copied whole into the
 // first-level cache.
@@ -65,8 +64,9 @@ constexpr int64_t kBfloat16TapsStrided = 7 * 7;
 // grouped.md. Channels of a group up to which vectors along rows beat oneDNN's products on large planes.
 constexpr int64_t kGroupPixels = 28 * 28, kGroupChannels = 8, kGroupChannelsStridedGradInput = 16;
 constexpr int64_t kGroupChannelsStridedGradWeight = 4, kGroupChannelsOfOneTap = 4;
-// torch's float32 call for half types is not measured: there half types cost the kernels here nothing.
-constexpr int64_t kHalfGroupPixels = 14 * 14, kHalfGroupChannels = 8;
+// Of half types, which cost the kernels here nothing, against torch's float32 call; and those that are worth copying
+// from channels_last for it.
+constexpr int64_t kHalfGroupPixels = 14 * 14, kHalfGroupChannels = 8, kHalfGroupChannelsCopied = 4;
 // grouped.md, "half types without kernels". Channels of a group from which float32's product pays for two copies.
 constexpr int64_t kWidenedChannels = 32, kWidenedChannelsOfOneTap = 16;
 // In float64 torch calls a matrix library for each group.
@@ -80,6 +80,7 @@ struct Question {
   DType dtype;
   bool strict;
   const Torch& torch;
+  bool gaps = false;  // grad_output has gaps or repeats itself: torch's own call would copy it first
   bool torch_may = !strict && torch_fault(map, s, dtype) == nullptr;  // torch's own call is allowed, and sound
 };
 
@@ -99,6 +100,14 @@ bool pointwise_can_run(const Question& q) {
 const char* pointwise_is_best(const Question& q) {
   const bool few = is_pixel(q.s) ? q.s.N <= kFewPixels : q.s.input_elements() * q.s.K <= kFewProducts;
   return few ? "1x1 on few pixels: sums in registers" : nullptr;
+}
+
+// A product of half types that float32 takes in less time than oneDNN takes before it computes anything.
+bool small_can_run(const Question& q) {
+  return !q.strict && is_half(q.dtype) && is_matrix_product(q.s) && product_can(q.map, q.s, DType::float32);
+}
+const char* small_is_best(const Question& q) {
+  return is_small_for_half(q.map, q.s) ? "1x1 of half types, small: in float32, rounded once" : nullptr;
 }
 
 bool product_can_run(const Question& q) { return product_can(q.map, q.s, q.dtype); }
@@ -191,7 +200,8 @@ bool much_is_multiplied(const Question& q) {
   switch (q.map) {
     case Map::forward:
       return q.s.output_elements() > q.torch.threads * (is_strided(q.s) ? kBfloat16OutputsStrided : kBfloat16Outputs);
-    case Map::grad_input: return !is_strided(q.s) && q.s.input_elements() > q.torch.threads * kBfloat16Gradients;
+    case Map::grad_input:
+      return !is_strided(q.s) && !q.gaps && q.s.input_elements() > q.torch.threads * kBfloat16Gradients;
     case Map::grad_weight: return false;
   }
   return false;
@@ -280,11 +290,14 @@ bool float32_can_run(const Question& q) {
          torch_fault(q.map, q.s, DType::float32) == nullptr;
 }
 
+// Groups of few channels, whose weight gradient in a half type the kernel for planes makes faster.
+bool are_few_in_groups(const ConvShape& s, int64_t most) {
+  return s.groups > 1 && s.channels_per_group() <= most && s.P * s.Q >= kHalfGroupPixels;
+}
+
 const char* float32_is_best(const Question& q) {
-  const ConvShape& s = q.s;
-  const bool few = s.groups > 1 && s.channels_per_group() <= kHalfGroupChannels && s.P * s.Q >= kHalfGroupPixels;
-  if (few && q.layout != Layout::nhwc) return nullptr;
-  if (torch_is_faster({q.map, s, q.layout, DType::float32, q.strict, q.torch}) == nullptr) return nullptr;
+  if (q.layout != Layout::nhwc && are_few_in_groups(q.s, kHalfGroupChannels)) return nullptr;
+  if (torch_is_faster({q.map, q.s, q.layout, DType::float32, q.strict, q.torch}) == nullptr) return nullptr;
   return "torch 2.14.1 returns NaN at random in half types: its float32 call, rounded";
 }
 
@@ -323,6 +336,7 @@ struct Rule {
 constexpr Rule kRules[] = {
     {Kernel::pointwise, "cpu_pointwise", pointwise_can_run, pointwise_is_best},
     {Kernel::in_float32, "aten", widening_can_run, widening_is_best},
+    {Kernel::in_float32, "aten", small_can_run, small_is_best},
     {Kernel::pointwise_product, "cpu_pointwise_product", product_can_run, product_is_best},
     {Kernel::pointwise_product, "cpu_pointwise_product", product_can_run, torch_may_not},
     {Kernel::aten, "aten", is_product_torch_may, torchs_product_is_best},
@@ -343,42 +357,22 @@ Plan plan_dense(const Question& q) {
   return {};  // not reached: the last rule takes every call
 }
 
-// Rows of a half type that do not fill a vector and lie apart: the blocks convert and transpose them one by one, and
-// dense planes a vector at a time.
-bool has_narrow_rows(DType dtype, const ImageShape& image) {
-  return is_half(dtype) && image.columns < kNarrowRow && !has_dense_rows(image);
-}
-
-// The kernel reads or writes this image where it is.
-bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape& image) {
-  switch (kernel) {
-    case Kernel::grouped_planes:
-    case Kernel::depthwise_nchw_3x3:
-    case Kernel::depthwise_nhwc: return is_dense_along(layout, image);
-    case Kernel::depthwise_nchw_blocked: return is_dense_along(layout, image) && !has_narrow_rows(dtype, image);
-    case Kernel::pointwise_product:
-      return is_dense_along(layout, image) || (map != Map::grad_weight && is_one_pixel(image));
-    case Kernel::pointwise:
-      return image.rows * image.columns == 1 ? is_dense_along(Layout::nhwc, image) : is_dense(layout, image);
-    // In half types one product over all pixels, for which bindings.cpp copies pixels or rows where it has to. From the
-    // other layout its copy would go number by number.
-    case Kernel::pointwise_matmul:
-      return is_dense(layout, image) ||
-             (map == Map::grad_weight && is_half(dtype) && (is_dense_along(layout, image) || is_one_pixel(image)));
-    case Kernel::aten:
-    case Kernel::in_float32:  // torch copies, slowly from another layout, as which it takes an expanded batch, too
-      return own_layout(image) == Layout::strided ||
-             (own_layout(image) == layout && (layout != Layout::nhwc || !is_expanded_batch(image)));
-    default: return is_dense(layout, image);
-  }
+// In which layout the call is made.
+Layout layout_of(Map map, const ConvShape& s, DType dtype) {
+  const bool from_planes =
+      map == Map::grad_weight && is_half(dtype) && !s.is_depthwise() && are_few_in_groups(s, kHalfGroupChannelsCopied);
+  return from_planes ? Layout::nchw : call_layout(map, s);
 }
 
 }  // namespace
 
 Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, const Torch& torch) {
-  const Layout layout = call_layout(map, s);
+  const Layout layout = layout_of(map, s, dtype);
   const ConvShape dense = with_copies(s, {layout, true, true, false, true});
-  Plan chosen = plan_dense({map, dense, layout, dtype, strict, torch});
+  const ImageShape y = output_image(s);
+  const bool copied = own_layout(y) != Layout::strided && own_layout(y) != layout;  // for any kernel
+  const bool gaps = map == Map::grad_input && !copied && !is_dense(layout, y);
+  Plan chosen = plan_dense({map, dense, layout, dtype, strict, torch, gaps});
   if (chosen.kernel == Kernel::in_float32) {
     chosen.name = plan_dense({map, dense, layout, DType::float32, strict, torch}).name;
   }

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kSmallForward = 1'500'000, kSmallGradient = 600'000;
 // The same where MKL has blocks of pixels enough: few channels cost it less a block (pointwise.md, "small calls").
 constexpr int64_t kSmallForwardMkl = 300'000, kPixelsOfMkl = 28 * 28;
+// The same in half types, where oneDNN's call costs more, and two copies stand before float32's product.
+constexpr int64_t kSmallForwardHalf = 600'000, kSmallGradientHalf = 500'000;
 // Fewer outputs take the product as long as so many: NCHW pixels are packed all the same, and lanes of channels_last
 // are idle. MKL has code of its own for them (pointwise.md, "few outputs").
 constexpr int64_t kLeastOutputs = 16;
@@ -80,6 +82,11 @@ bool product_can(Map map, const ConvShape& s, DType dtype) {
   if (!s.is_pointwise() || dtype != DType::float32) return false;
   const bool reads_pixels = (s.P - 1) * s.stride_h < s.H && (s.Q - 1) * s.stride_w < s.W;
   return map == Map::grad_input ? is_matrix_product(s) : reads_pixels;
+}
+
+bool is_small_for_half(Map map, const ConvShape& s) {
+  const int64_t products = s.N * s.P * s.Q * s.C * s.K;
+  return products <= (map == Map::forward ? kSmallForwardHalf : kSmallGradientHalf);
 }
 
 const char* product_is_best(Map map, const ConvShape& s, Layout layout, int threads) {

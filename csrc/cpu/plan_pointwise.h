@@ -17,4 +17,7 @@ bool product_can(Map, const ConvShape&, DType);
 // torch's.
 const char* product_is_best(Map, const ConvShape&, Layout layout, int threads);
 
+// Whether the product is so small that half types are best multiplied in float32, copies and all.
+bool is_small_for_half(Map, const ConvShape&);
+
 }  // namespace sepconv::cpu
