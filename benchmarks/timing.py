@@ -36,6 +36,11 @@ class Timing:
     def seconds(self, name: str) -> float:
         return statistics.median(self.samples[name])
 
+    def joined(self, more: Timing) -> Timing:
+        """The samples of both, of those that ran in both."""
+        both = {name: [*taken, *more.samples[name]] for name, taken in self.samples.items() if name in more.samples}
+        return Timing(both, self.errors | more.errors)
+
 
 class CpuClock:
     """Times on the processor, with torch's thread count as it is."""

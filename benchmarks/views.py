@@ -18,7 +18,7 @@ import sepconv_ext
 from . import peers
 from .layers import MAPS, Layer
 from .peers import LAYOUTS, OURS, Operands, difference, tolerance
-from .record import VIEW_BAR
+from .record import LOSING
 from .timing import MAX_ROUNDS, Clock, Contender, Timing, threads
 
 Size = tuple[int, int, int, int]
@@ -259,9 +259,10 @@ def _contest(plan: Plan, case: Case, view: View, layout: str, map: str, thread_c
     dtype = sets[0].x.dtype
     apart = difference(entrants[OURS](0).float(), _exact(case, map, sets[0]))
     timing = plan.clock.measure(entrants, len(sets), plan.budget, plan.rounds)
-    again = min(up for up in (*_speedups(timing), 1e9) if up is not None) < VIEW_BAR
-    if again:  # longer, before it is called a loss
-        timing = plan.clock.measure(entrants, len(sets), 8 * plan.budget, 3 * plan.rounds, most=5 * MAX_ROUNDS)
+    again = min(up for up in (*_speedups(timing), 1e9) if up is not None) < LOSING
+    if again:  # longer, before it is called a loss; the median is of all rounds, whatever the first ones said
+        longer = plan.clock.measure(entrants, len(sets), 20 * plan.budget, 9 * plan.rounds, most=10 * MAX_ROUNDS)
+        timing = timing.joined(longer)
     over_copy, over_torch = _speedups(timing)
     return {
         "layer": case.label,

@@ -164,6 +164,13 @@ def test_clock_rotates_interleaves_and_survives_a_failing_peer():
     assert all((b - a) % 3 != 0 for a, b in pairwise(numbers))
 
 
+def test_a_second_measurement_does_not_replace_the_first():
+    first, more = timing.Timing({"a": [5.0, 5.0, 1.0], "b": [1.0]}), timing.Timing({"a": [1.0, 5.0]}, {"b": "gone"})
+    both = first.joined(more)
+    assert both.samples == {"a": [5.0, 5.0, 1.0, 1.0, 5.0]} and both.errors == {"b": "gone"}
+    assert both.seconds("a") == 5.0
+
+
 def row(**changes):
     base = dict(
         layer="dw3x3 4 @6x5", kind="depthwise", dtype="float32", layout="nchw", map="forward", threads=1, seconds=1e-3,
