@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _C, functional
+from .argument_types import naming_wrong_types
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 
@@ -22,6 +23,7 @@ def _activation(name: str | None) -> str | None:
     return "silu"
 
 
+@naming_wrong_types
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -65,6 +67,7 @@ def causal_conv1d_fn(
     return output, final_states
 
 
+@naming_wrong_types
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Literal, SupportsIndex, cast
+from typing import Literal, SupportsIndex, cast, get_args
 
 import torch
 from torch import Tensor
 
 from . import _C
+from .argument_types import naming_wrong_types
 from .transposed import conv_transpose as _conv_transpose
 from .volumes import conv3d as _conv3d
 
@@ -30,6 +31,7 @@ IntOrPair = int | Sequence[int]
 IntOrSingle = int | Sequence[int]
 IntOrThree = int | Sequence[int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+PADDING_MODES = get_args(PaddingMode)
 
 
 def _whole(name: str, n: object) -> int:
@@ -244,6 +246,7 @@ def conv3d(
     return _conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
+@naming_wrong_types
 def causal_conv1d(
     input: Tensor,
     weight: Tensor,
@@ -321,6 +324,7 @@ def _final_states(input: Tensor, initial_states: Tensor | None, seq_idx: Tensor 
     return torch.cat((initial_states.narrow(2, from_input, reach - from_input), last), 2)
 
 
+@naming_wrong_types
 def causal_conv1d_update(
     input: Tensor,
     state: Tensor,
@@ -466,6 +470,7 @@ def conv_transpose2d(
     return _conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
+@naming_wrong_types
 def depthwise_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -497,6 +502,7 @@ def depthwise_conv2d(
     return _conv2d(input, weight, bias, stride, padding, dilation, input.shape[-3], activation, padding_mode)
 
 
+@naming_wrong_types
 def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
     """A 1x1 convolution: a matrix product over the channels of every pixel, with bias and activation.
 
@@ -518,6 +524,7 @@ def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, 
     return _conv2d(input, weight, bias, 1, 0, 1, 1, activation)
 
 
+@naming_wrong_types
 def separable_conv2d(
     input: Tensor,
     depthwise_weight: Tensor,
@@ -572,6 +579,7 @@ def separable_conv2d(
     )
 
 
+@naming_wrong_types
 def inverted_residual(
     input: Tensor,
     expand_weight: Tensor | None,
@@ -657,6 +665,7 @@ def inverted_residual(
     )
 
 
+@naming_wrong_types
 def spatial_separable_conv2d(input: Tensor, column: Tensor, row: Tensor, padding: IntOrPair | str = 0) -> Tensor:
     """Filters every channel down its columns, then along its rows: a depthwise convolution whose filter is a product.
 
@@ -682,6 +691,7 @@ def spatial_separable_conv2d(input: Tensor, column: Tensor, row: Tensor, padding
     return torch.ops.sepconv_ext.spatial_separable_conv2d(input, column, row, padding)
 
 
+@naming_wrong_types
 def explain(
     input: Tensor,
     weight: Tensor,
