@@ -35,10 +35,14 @@ _ROLES = {
     "causal_conv1d": ("b", "brrbb"),
     "causal_conv1d_grad_input": ("bb", "brb"),
     "causal_conv1d_grad_weight": ("s", "bbbb"),
+    "causal_conv1d_update": ("b", "bbrrbb"),
 }
 # Where an op's stride stands, which has an entry for each spatial dimension; the ops without one are for images.
 _STRIDE = {"conv2d": 3, "conv2d_grad_input": 4, "conv2d_grad_weight": 4, "conv2d_both_grads": 3}
-_FOR_SEQUENCES = {"causal_conv1d", "causal_conv1d_grad_input", "causal_conv1d_grad_weight"}
+_FOR_SEQUENCES = {name for name in _ROLES if name.startswith("causal_conv1d")}
+# Which argument an op changes: a copy in another placement would be changed in its stead. And which one names rows of
+# it, that may lie in any shard.
+_CHANGED, _ROWS = {"causal_conv1d_update": 1}, {"causal_conv1d_update": 5}
 # Sizes that an op is told of its result, and the strides: a shard's own are smaller.
 _SIZES = {"conv2d_grad_input": (2, 3)}
 
@@ -52,6 +56,14 @@ def register_strategies() -> None:
     sharded = {"b": Shard(0), "r": Replicate(), "s": Partial()}
     propagator = DTensor._op_dispatcher.sharding_propagator
 
+    def keeping(changed: int, placements: Sequence, replicated: tuple, batched: tuple, by_rows: bool) -> tuple:
+        """The one of both that leaves the argument where it is, on every dimension of the mesh."""
+        for choice in (replicated,) if by_rows else (replicated, batched):
+            if all(p == choice[1][changed] for p in placements):
+                return choice
+        wanted = "replicated" if by_rows else "replicated or sharded by its batch"
+        raise RuntimeError(f"state is changed in place: it must be {wanted}, but is placed as {tuple(placements)}")
+
     def register(name: str, results: str, tensors: str, stride: int | None) -> None:
         op = getattr(torch.ops.sepconv_ext, name).default
 
@@ -64,6 +76,9 @@ def register_strategies() -> None:
 
             replicated = placed(dict.fromkeys("brs", Replicate()))
             has_batch = len(arguments[0].shape) == dims + 2
+            if name in _CHANGED:
+                changed, by_rows = _CHANGED[name], arguments[_ROWS[name]] is not None
+                return [keeping(changed, arguments[changed].placements, replicated, placed(sharded), by_rows)]
             return [replicated, placed(sharded)] if has_batch else [replicated]
 
         register_sharding(op)(strategies)

@@ -122,6 +122,33 @@ def check_filters_that_are_sharded(mesh: object) -> None:
     torch.testing.assert_close(y.full_tensor(), F.conv2d(x, w, groups=4))
 
 
+def check_states_changed_in_place(mesh: object) -> None:
+    """A step of decoding: each shard moves its own states on, and no copy of them is changed in their stead."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    token, states, w, b = (random(size, torch.float32, "cpu") for size in ((N, 4), (N, 4, 3), (4, 3), (4,)))
+    rows = torch.arange(N).flip(0)
+    whole, whole_by_rows = states.clone(), states.clone()
+    y = functional.causal_conv1d_update(token, whole, w, b, "silu")
+    y_by_rows = functional.causal_conv1d_update(token, whole_by_rows, w, b, "silu", None, rows)
+    filters = [distribute_tensor(t, mesh, [Replicate()]) for t in (w, b)]
+    for of_token in (Replicate(), Shard(0), Shard(1)):
+        x = distribute_tensor(token, mesh, [of_token])
+        for placement in (Replicate(), Shard(0)):
+            state = distribute_tensor(states.clone(), mesh, [placement])
+            got = functional.causal_conv1d_update(x, state, *filters, "silu")
+            torch.testing.assert_close((got.full_tensor(), state.full_tensor()), (y, whole))
+            assert got.placements == state.placements == (placement,)
+        by_rows = distribute_tensor(rows, mesh, [Replicate()])
+        state = distribute_tensor(states.clone(), mesh, [Replicate()])
+        got = functional.causal_conv1d_update(x, state, *filters, "silu", None, by_rows)
+        torch.testing.assert_close((got.full_tensor(), state.full_tensor()), (y_by_rows, whole_by_rows))
+        for refused, indices in ((Shard(1), None), (Shard(0), by_rows)):
+            state = distribute_tensor(states.clone(), mesh, [refused])
+            with pytest.raises(RuntimeError, match="state is changed in place"):
+                functional.causal_conv1d_update(x, state, *filters, "silu", None, indices)
+
+
 def check_distributed_modules(mesh: object) -> None:
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
@@ -186,6 +213,7 @@ def worker(rank: int, folder: Path) -> None:
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
     check_placements(mesh)
     check_filters_that_are_sharded(mesh)
+    check_states_changed_in_place(mesh)
     check_distributed_modules(mesh)
     check_fully_sharded_layers(mesh)
     torch.distributed.destroy_process_group()
