@@ -14,7 +14,7 @@ from torch.nn.modules.utils import _pair
 from . import functional
 from .blocks import Parts, read_block
 from .fold import Block, Chain, Stage, is_depthwise, is_pointwise
-from .functional import PaddingMode
+from .functional import PADDING_MODES, PaddingMode
 from .reference import ACTIVATIONS
 
 __all__ = [
@@ -125,8 +125,11 @@ class Conv1d(_Unscriptable, nn.Conv1d):
 
 
 def _pads_as_built(layer: nn.Conv1d | nn.Conv2d) -> bool:
-    """Whether padding, stride and dilation still say what torch does, which pads by what they were at construction."""
+    """Whether padding, stride, dilation and padding_mode still say what torch does, which pads by what they were at
+    construction, and by every mode of F.pad."""
     padding = layer.padding
+    if layer.padding_mode not in PADDING_MODES:
+        return False
     if padding == "causal":
         return True
     if isinstance(padding, str):

@@ -89,6 +89,14 @@ def _check_rank(name: str, tensor: Tensor, *ranks: int) -> None:
     torch._check(tensor.dim() in ranks, lambda: f"{name} must have {expected} dimensions, but has {tensor.dim()}")
 
 
+def _check_bias_dtypes(input: Tensor, **biases: Tensor | None) -> None:
+    """As torch does without data, where it takes a weight of any dtype."""
+    for name, t in biases.items():
+        if t is not None:
+            message = f"{name} has dtype {t.dtype}, but input has dtype {input.dtype}"
+            torch._check(t.dtype == input.dtype, lambda: message)  # noqa: B023
+
+
 def _forward(input, weight, stride, padding, dilation) -> Tensor:
     """An output of the right size and strides, by torch's rule for its layout."""
     size, dims = _output_size(input.shape, weight.shape, stride, padding, dilation), len(stride)
@@ -101,6 +109,7 @@ def _(input, weight, bias, stride, padding, dilation, groups, activation, paddin
     dims = len(stride)
     _check_rank("input", input, dims + 2, dims + 1)
     _check_rank("weight", weight, dims + 2)
+    _check_bias_dtypes(input, bias=bias)
     channels = input.shape[-dims - 1]
     torch._check(
         channels == weight.shape[1] * groups,
@@ -140,6 +149,7 @@ def _separable(input, depthwise_weight, pointwise_weight, stride, padding, dilat
 
 @torch.library.register_fake("sepconv_ext::separable_conv2d")
 def _(input, depthwise, bias_d, pointwise, bias_p, stride, padding, dilation, act_d, act_p, save_intermediate=False):
+    _check_bias_dtypes(input, depthwise_bias=bias_d, pointwise_bias=bias_p)
     return _separable(input, depthwise, pointwise, stride, padding, dilation)[0]
 
 
@@ -168,6 +178,8 @@ def _(input, column, row, padding):
 def _(input, expand, bias_e, depthwise, bias_d, project, bias_p, squeeze, bias_s, excite, bias_x, *arguments):
     stride, padding, dilation = arguments[:3]
     _check_rank("input", input, 4, 3)
+    _check_bias_dtypes(input, expand_bias=bias_e, depthwise_bias=bias_d, project_bias=bias_p)
+    _check_bias_dtypes(input, squeeze_bias=bias_s, excite_bias=bias_x)
     between = input if expand is None else _forward(input, expand, (1, 1), (0, 0), (1, 1))
     channels = between.shape[-3]
     torch._check(
@@ -191,6 +203,7 @@ def _check_states(states: Tensor | None, input: Tensor, reach: int) -> None:
 def _(input, weight, bias, initial_states, seq_idx, dilation, activation):
     _check_rank("input", input, 3)
     _check_rank("weight", weight, 2)
+    _check_bias_dtypes(input, bias=bias)
     torch._check(
         weight.shape[0] == input.shape[1],
         lambda: f"weight must be [C, S] of input's {input.shape[1]} channels, but has size {list(weight.shape)}",

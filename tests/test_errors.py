@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -278,6 +280,42 @@ def test_wrong_types_are_type_errors_everywhere(argument: str, wrong: object) ->
             call(**{argument: wrong})
 
 
+IMAGE, ROW, FILTER, TAPS, PRODUCT = ((1, 4, 7, 7), (1, 4, 9), (4, 1, 3, 3), (4, 3), (4, 4, 1, 1))
+# The functions that torch has no counterpart of, and the sizes of the tensors that they need.
+OWN = {
+    "depthwise_conv2d": (IMAGE, FILTER),
+    "pointwise_conv2d": (IMAGE, PRODUCT),
+    "padded_conv2d": (IMAGE, FILTER, None, 1, 0, 1, 4),
+    "padded_conv1d": (ROW, (4, 1, 3), None, 1, 0, 1, 4),
+    "separable_conv2d": (IMAGE, FILTER, PRODUCT),
+    "spatial_separable_conv2d": (IMAGE, TAPS, TAPS),
+    "inverted_residual": (IMAGE, PRODUCT, None, FILTER, None, PRODUCT, None),
+    "causal_conv1d": (ROW, TAPS),
+    "causal_conv1d_update": ((1, 4), (1, 4, 2), TAPS),
+    "explain": (IMAGE, FILTER, None, 1, 0, 1, 4),
+}
+WRONG_KINDS = {"Tensor": (None, 1.5, "x", [1.0]), "Tensor | None": (1.5, "x", np.ones(4)), "bool": ("x",),
+               "int": (1.5, None, "1"), "str": (5, None, ["relu"]), "str | None": (5, ["relu"])}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_functions_raise_torchs_type_errors(name: str) -> None:
+    """Every argument of a wrong type is named, as torch's functions name theirs."""
+    function = getattr(functional, name)
+    good = [torch.ones(a) if isinstance(a, tuple) else a for a in OWN[name]]
+    function(*good)
+    bound = inspect.signature(function).bind(*good).arguments
+    tried = 0
+    for argument, parameter in inspect.signature(function).parameters.items():
+        if (name, argument) in (("causal_conv1d", "return_final_states"), ("explain", "activation")):
+            continue  # any object is true or false; a name that is only passed on
+        for wrong in WRONG_KINDS.get(parameter.annotation, ()):
+            with pytest.raises(TypeError, match=argument):
+                function(**{**bound, argument: wrong})
+            tried += 1
+    assert tried >= 7
+
+
 @pytest.mark.parametrize("right", [np.int64(1), torch.tensor(1), (np.int32(1),), [torch.tensor(1), 1]], ids=repr)
 def test_whole_numbers_of_other_kinds_are_taken(right: object) -> None:
     x, w, p = torch.randn(1, 4, 7, 7), torch.randn(4, 1, 3, 3), torch.randn(4, 4, 1, 1)
@@ -287,6 +325,43 @@ def test_whole_numbers_of_other_kinds_are_taken(right: object) -> None:
             lambda n, argument=argument: functional.conv_transpose2d(x, w, groups=4, **{argument: n}),
         ):
             torch.testing.assert_close(call(right), call(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("places", list(itertools.product(("cpu", "meta"), repeat=3)), ids="-".join)
+def test_tensors_without_data_have_the_dtypes_that_torch_wants(places: tuple[str, ...], reduced: bool) -> None:
+    """A bias of another dtype, which autocast leaves alone on the meta device."""
+
+    def outcome(function: Callable, dtype: torch.dtype) -> type | torch.dtype:
+        x, w = (torch.ones(size, device=place) for size, place in zip((IMAGE, FILTER), places, strict=False))
+        try:
+            with torch.autocast("cpu", enabled=reduced):
+                return function(x, w, torch.ones(4, dtype=dtype, device=places[2]), groups=4).dtype
+        except RuntimeError as error:
+            return type(error)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert outcome(functional.conv2d, dtype) == outcome(F.conv2d, dtype), dtype
+
+
+@pytest.mark.parametrize("mode", ["bogus", "constant", None, 5, "circular"])
+@pytest.mark.parametrize("kind, size", [(nn.Conv2d, IMAGE), (nn.Conv1d, ROW), (nn.Conv3d, (1, 4, 5, 5, 5))])
+def test_a_padding_mode_set_later_is_what_torch_makes_of_it(kind: type, size: tuple[int, ...], mode: object) -> None:
+    def outcome(converted: bool) -> type | Tensor:
+        torch.manual_seed(0)
+        layer = kind(4, 4, 3, padding=1, groups=4)
+        assert len(sepconv_ext.convert_(layer)) == 1 if converted else True
+        layer.padding_mode = mode
+        try:
+            return layer(torch.ones(size))
+        except Exception as error:
+            return type(error)
+
+    ours, theirs = outcome(True), outcome(False)
+    if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
+        torch.testing.assert_close(ours, theirs)
+    else:
+        assert ours is theirs
 
 
 def test_an_inference_tensor_goes_where_torch_pads_by_a_copy(device: str) -> None:
