@@ -34,7 +34,7 @@ def naming_wrong_types(function: _Function) -> _Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (AttributeError, IndexError, RuntimeError):
+        except (AttributeError, IndexError, RuntimeError, TypeError):
             for name, value in signature.bind(*args, **kwargs).arguments.items():
                 wanted = signature.parameters[name].annotation
                 if wanted in _KINDS and not isinstance(value, _KINDS[wanted]):

@@ -726,6 +726,7 @@ def explain(
     )
 
 
+@naming_wrong_types
 def explain_separable(
     input: Tensor,
     depthwise_weight: Tensor,
@@ -751,6 +752,7 @@ def explain_separable(
     )
 
 
+@naming_wrong_types
 def explain_inverted_residual(
     input: Tensor,
     expand_weight: Tensor | None,

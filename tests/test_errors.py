@@ -293,6 +293,8 @@ OWN = {
     "causal_conv1d": (ROW, TAPS),
     "causal_conv1d_update": ((1, 4), (1, 4, 2), TAPS),
     "explain": (IMAGE, FILTER, None, 1, 0, 1, 4),
+    "explain_separable": (IMAGE, FILTER, PRODUCT),
+    "explain_inverted_residual": (IMAGE, PRODUCT, None, FILTER, None, PRODUCT, None),
 }
 WRONG_KINDS = {"Tensor": (None, 1.5, "x", [1.0]), "Tensor | None": (1.5, "x", np.ones(4)), "bool": ("x",),
                "int": (1.5, None, "1"), "str": (5, None, ["relu"]), "str | None": (5, ["relu"])}  # fmt: skip
