@@ -51,6 +51,12 @@ Values named_padding(std::string_view name, const at::Tensor& weight, const Valu
   return sides;
 }
 
+// Python's own integers are taken at once: torch's parser asks several classes of symbols first.
+SymInt integer(torch::PythonArgs& r, int index) {
+  const auto given = r.args[index];
+  return given != nullptr && PyLong_CheckExact(given) ? SymInt(THPUtils_unpackLong(given)) : r.toSymInt(index);
+}
+
 PyObject* module_object = nullptr;  // borrowed: the module outlives its functions
 
 // The call `name` of torch.nn.functional, for `dims` spatial dimensions. What this package adds comes by keyword.
@@ -68,7 +74,7 @@ PyObject* convolution(const char* name, size_t dims, torch::PythonArgParser& par
   const bool has_name = r.idx == 1;
   const Values padding =
       has_name ? named_padding(r.stringView(4), weight, stride, dilation) : values("padding", r.symintlist(4), dims);
-  const SymInt groups = r.toSymInt(6);
+  const SymInt groups = integer(r, 6);
   const std::string_view activation = r.stringView(7), padding_mode = r.stringView(8);
   at::Tensor output;
   {

@@ -167,20 +167,16 @@ struct SmallPlanes {
   int64_t out_rows, out_columns;
   const T* bias;
   Activation activation;
-  std::vector<float> weights = {};  // [channel, 3, 3]
+  const float* weights = nullptr;  // [channel, 3, 3]
+  std::vector<float> gathered = {};
   int64_t tasks = 1, batch = 1;
   int64_t calls = 0;  // of correlate() for a plane
   bool far = false;   // input and output come from memory
 
   // `turned`: the filter's taps in reverse.
   void prepare(const T* w, bool turned) {
-    weights.reserve(s.C * kTaps * kTaps);
-    for (int64_t c = 0; c < s.C; ++c) {
-      for (int64_t i = 0; i < kTaps * kTaps; ++i) {
-        const int64_t tap = turned ? kTaps * kTaps - 1 - i : i;
-        weights.push_back(load_one(w + c * s.w.n + tap / kTaps * s.w.h + tap % kTaps * s.w.w));
-      }
-    }
+    if (!turned && s.w.n == kTaps * kTaps && s.w.h == kTaps && s.w.w == 1) weights = as_they_lie(w);
+    if (weights == nullptr) gather(w, turned);
     calls = ceil_div(out_rows, kRows) * ceil_div(out_columns, kLane);
     batch = std::clamp<int64_t>(kScratch / (frame.size * static_cast<int64_t>(sizeof(float))), 1, kMaxBatch);
     // Tasks of about 50 microseconds.
@@ -222,11 +218,25 @@ struct SmallPlanes {
   }
 
  private:
+  static const float* as_they_lie(const float* w) { return w; }
+  static const float* as_they_lie(const void*) { return nullptr; }  // of half types: they are converted
+
+  void gather(const T* w, bool turned) {
+    gathered.reserve(s.C * kTaps * kTaps);
+    for (int64_t c = 0; c < s.C; ++c) {
+      for (int64_t i = 0; i < kTaps * kTaps; ++i) {
+        const int64_t tap = turned ? kTaps * kTaps - 1 - i : i;
+        gathered.push_back(load_one(w + c * s.w.n + tap / kTaps * s.w.h + tap % kTaps * s.w.w));
+      }
+    }
+    weights = gathered.data();
+  }
+
   void compute(const float* scratch, float* tile, int64_t tile_pitch, T* image, int64_t c, Ahead& next_in,
                Ahead& next_out) const {
     CorrelateArgs a;
     a.pitch = frame.pitch, a.row_step = frame.row_step, a.row_phase = frame.row_phase;
-    a.w = weights.data() + c * kTaps * kTaps;
+    a.w = weights + c * kTaps * kTaps;
     a.bias = bias == nullptr ? 0.0f : load_one(bias + c);
     const int64_t block = std::min<int64_t>(out_rows, kRows);
     a.rows = static_cast<int>(block);
