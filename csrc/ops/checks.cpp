@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/empty_strided_cpu_dispatch.h>
 
 #include <algorithm>
 #include <array>
@@ -485,7 +486,11 @@ Result Result::laid_out(const Strides& s, bool sequence) const {
   return {size, result_of({}, s, batched, sequence).stride};
 }
 
-Tensor Result::empty(const Tensor& like) const { return at::empty_strided(size, stride, like.options()); }
+Tensor Result::empty(const Tensor& like) const {
+  // On a CPU without a way through the dispatcher: below a kernel's own dispatch nobody looks for it.
+  return like.is_cpu() ? at::cpu::empty_strided(size, stride, like.options())
+                       : at::empty_strided(size, stride, like.options());
+}
 
 Tensor Result::with_strides(const Tensor& computed) const {
   if (computed.strides() == IntArrayRef(stride)) return computed;
@@ -533,7 +538,7 @@ bool has_kernel_dtype(const Tensor& t) {
 const char* no_kernel_for(const Tensor& input, size_t dims) {
   if (!has_kernel_dtype(input)) return "no kernel for this dtype";
   const int64_t channel = input.dim() - 1 - static_cast<int64_t>(dims);
-  return (channel == 0 || channel == 1) && input.sym_size(channel) == 0 ? "an image without channels" : nullptr;
+  return (channel == 0 || channel == 1) && input.sym_sizes()[channel] == 0 ? "an image without channels" : nullptr;
 }
 
 DType dtype_of(const Tensor& t) {
