@@ -300,6 +300,15 @@ def check(index: int, arch: str, all_kernels: bool) -> set[tuple[str, str]]:
     return ptx.launched(done.stdout)
 
 
+@pytest.mark.parametrize("arch", ["100", "120"])
+def test_newer_architectures(arch: str) -> None:
+    """Compiled alone, as --predict does for a B200 or an RTX 5090; one small kernel, for the time that nvcc takes."""
+    used = ptx.runner([p for p in emulate.kernel_sources() if p.stem == "causal_direct"], (arch,))
+    for index in [i for i, name in enumerate(planned(arch)) if name == "causal_direct"][:4]:
+        done = used.run(RUNS[index].arguments(), arch)
+        assert done.returncode == 0 and ptx.launched(done.stdout), done.stdout
+
+
 @functools.cache
 def doors_by_file() -> dict[str, list[str]]:
     """The doors of launch.h, by the .cu file that defines them, without its ending."""

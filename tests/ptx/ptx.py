@@ -92,8 +92,9 @@ def compile_kernels(source: Path, architectures: Sequence[str] = ARCHITECTURES) 
         done = subprocess.run([*command, str(source)], text=True, capture_output=True, cwd=scratch)
         if done.returncode:
             raise emulate.CompileError(f"{source.name}:\n{done.stderr}")
-        for arch in architectures:
-            shutil.copy(kept / f"{source.stem}.compute_{arch}.ptx", target / made.ptx[arch].name)
+        for arch in architectures:  # one alone has no name of its own
+            name = f"{source.stem}.compute_{arch}.ptx" if len(architectures) > 1 else f"{source.stem}.ptx"
+            shutil.copy(kept / name, target / made.ptx[arch].name)
         try:
             target.rename(folder)
         except OSError:  # another process was faster
