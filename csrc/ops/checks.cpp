@@ -2,7 +2,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/empty_strided_cpu_dispatch.h>
 
 #include <algorithm>
 #include <array>
@@ -486,11 +485,7 @@ Result Result::laid_out(const Strides& s, bool sequence) const {
   return {size, result_of({}, s, batched, sequence).stride};
 }
 
-Tensor Result::empty(const Tensor& like) const {
-  // On a CPU without a way through the dispatcher: below a kernel's own dispatch nobody looks for it.
-  return like.is_cpu() ? at::cpu::empty_strided(size, stride, like.options())
-                       : at::empty_strided(size, stride, like.options());
-}
+Tensor Result::empty(const Tensor& like) const { return at::empty_strided(size, stride, like.options()); }
 
 Tensor Result::with_strides(const Tensor& computed) const {
   if (computed.strides() == IntArrayRef(stride)) return computed;

@@ -19,7 +19,7 @@
 //   kKeepsIntermediate           whether the fused separable kernel can write what lies between its stages
 //   plan(Call)                   the plan of one of the three maps: name, reason, is_aten(), is_torchs()
 //   aten(plan, Call)             the call of torch's that the plan names
-//   prepared(out)                the result's memory, just before it is written as a whole
+//   fresh(Result, like)          the result's memory, which is about to be written as a whole
 //   run(plan, Call, out)         the kernel that the plan names
 //   run_borders(Call, out)       the border kernel
 //   plan_separable, run_separable, spatial_kernel, run_spatial: the same for the fused ops
@@ -51,7 +51,7 @@ at::Tensor convolve(const Call& call);
 // The kernels' part of a call.
 template <typename Device, typename Plan>
 at::Tensor run_kernels(const Call& call, const Plan& plan, BorderExtent border) {
-  const at::Tensor out = Device::prepared(call.result.empty(*call.first));
+  const at::Tensor out = Device::fresh(call.result, *call.first);
   if (border != BorderExtent::all) {
     count_kernel(plan.name);
     Device::run(plan, call, out);
@@ -189,8 +189,8 @@ std::tuple<at::Tensor, at::Tensor> separable_fused(const Plan& plan, const Check
   };
   const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
   const at::Tensor none = at::empty({0}, call.input.options());
-  const at::Tensor y = output ? Device::prepared(checked.output.empty(call.input)) : none;
-  const at::Tensor h = intermediate ? Device::prepared(checked.intermediate.empty(call.input)) : none;
+  const at::Tensor y = output ? Device::fresh(checked.output, call.input) : none;
+  const at::Tensor h = intermediate ? Device::fresh(checked.intermediate, call.input) : none;
   const at::Tensor depthwise_bias = dense(call.depthwise_bias), pointwise_bias = dense(call.pointwise_bias);
   if (shape.depthwise.N == 0) return {y, h};
   count_kernel(plan.name);
@@ -261,7 +261,7 @@ at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& c
   const DType dtype = dtype_of(input);
   const char* kernel = Device::spatial_kernel(shape, dtype);
   if (kernel == nullptr) return SpatialPasses(shape.C, column, row, aten::sym(padding)).run(input, ops::conv2d);
-  const at::Tensor output = Device::prepared(result.empty(input));
+  const at::Tensor output = Device::fresh(result, input);
   if (output.numel() == 0) return output;
   count_kernel(kernel);
   const SpatialTensors filters(column, row);
