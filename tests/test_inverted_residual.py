@@ -407,8 +407,10 @@ def test_strided_biases_and_weights():
 
 
 def in_one_kernel(block: Block) -> bool:
-    """Whether the CUDA kernel can compute it: whole vectors of channels, 3x3 and 5x5 of stride 1 and 2."""
-    whole = block.C % 8 == block.E % 8 == block.K % 8 == 0 and block.N > 0 and not block.M
+    """Whether the CUDA kernel can compute it: whole vectors of channels, 3x3 and 5x5 of stride 1 and 2.
+
+    A tile's pixels are in shared memory with all of their input's channels: 1024 are too many."""
+    whole = block.C % 8 == block.E % 8 == block.K % 8 == 0 and block.N > 0 and not block.M and block.C < 1024
     plain = block.dilation == (1, 1) and block.padding != "same" and (block.expands or not block.residual)
     return whole and plain and block.kernel in ((3, 3), (5, 5)) and block.stride in ((1, 1), (2, 2))
 
