@@ -1,4 +1,5 @@
 // Numbers: whole ones wrap, floating ones round to nearest even unless the opcode says otherwise.
+#include <algorithm>
 #include <bit>
 #include <cfenv>
 #include <cmath>
@@ -294,6 +295,25 @@ void bfi(Step& s) {
   });
 }
 
+// bfe d, a, b, c: c bits of a from bit b on; above them, and above a, zeros or the sign (the last bit that is there).
+void bfe(Step& s) {
+  const std::vector<Operand>& o = s.in.operands;
+  const Values a(s, o.at(1)), position(s, o.at(2)), length(s, o.at(3));
+  uint64_t* d = result(s, o[0]);
+  const int bits = s.in.type.bits;
+  for_lanes(s, [&](int lane) {
+    const int begin = static_cast<int>(position[lane] & 0xFF), count = static_cast<int>(length[lane] & 0xFF);
+    const auto bit = [&](int i) { return i < bits ? a[lane] >> i & 1 : 0; };
+    const bool negative = s.in.type.kind == Kind::signed_ && count > 0 && bit(std::min(begin + count, bits) - 1) != 0;
+    uint64_t value = 0;
+    for (int i = 0; i < bits; ++i) {
+      const bool inside = i < count && begin + i < bits;
+      if (inside ? bit(begin + i) != 0 : negative) value |= uint64_t{1} << i;
+    }
+    d[lane] = value;
+  });
+}
+
 // ---- comparisons and choices
 
 enum class Compare { eq, ne, lt, le, gt, ge, num, nan };
@@ -414,12 +434,32 @@ void cvt(Step& s) {
 }  // namespace
 
 Meaning arithmetic(const Instruction& in) {
-  static const std::map<std::string, Meaning> kMeanings = {
-      {"add", add},           {"sub", sub},           {"mul", mul},   {"mad", mad},   {"fma", fma},
-      {"div", div},           {"rem", rem},           {"neg", neg},   {"abs", abs},   {"min", extreme<false>},
-      {"max", extreme<true>}, {"copysign", copysign}, {"rcp", rcp},   {"and", and_},  {"or", or_},
-      {"xor", xor_},          {"not", not_},          {"shl", shift}, {"shr", shift}, {"bfi", bfi},
-      {"popc", popc},         {"setp", setp},         {"selp", selp}, {"mov", mov},   {"cvt", cvt}};
+  static const std::map<std::string, Meaning> kMeanings = {{"add", add},
+                                                           {"sub", sub},
+                                                           {"mul", mul},
+                                                           {"mad", mad},
+                                                           {"fma", fma},
+                                                           {"div", div},
+                                                           {"rem", rem},
+                                                           {"neg", neg},
+                                                           {"abs", abs},
+                                                           {"min", extreme<false>},
+                                                           {"max", extreme<true>},
+                                                           {"copysign", copysign},
+                                                           {"rcp", rcp},
+                                                           {"and", and_},
+                                                           {"or", or_},
+                                                           {"xor", xor_},
+                                                           {"not", not_},
+                                                           {"shl", shift},
+                                                           {"shr", shift},
+                                                           {"bfi", bfi},
+                                                           {"bfe", bfe},
+                                                           {"popc", popc},
+                                                           {"setp", setp},
+                                                           {"selp", selp},
+                                                           {"mov", mov},
+                                                           {"cvt", cvt}};
   if (in.opcode == "ex2.approx.ftz.f32" || in.opcode == "ex2.approx.f32") return ex2;
   const bool half = in.type.bits == 16 && (in.type.kind == Kind::floating || in.type.kind == Kind::bfloat);
   if (half && in.words[0] != "cvt" && !(in.words[0] == "fma" && in.type.packed)) return nullptr;
