@@ -284,6 +284,9 @@ __device__ __forceinline__ void activate_unrolled(acc_t<T> (&v)[kN]) {
 // string.
 template <typename T, int kN>
 __device__ __forceinline__ void activate_all(Activation a, acc_t<T> (&v)[kN]) {
+  if constexpr (sizeof(T) == 2 && kN >= 64) {  // passing 64 sums under GELU takes more instructions than GELU
+    if (a == Activation::gelu) return activate_unrolled<T, Activation::gelu>(v);
+  }
   switch (a) {
     case Activation::identity: return;
     case Activation::relu: return activate_unrolled<T, Activation::relu>(v);
@@ -292,9 +295,6 @@ __device__ __forceinline__ void activate_all(Activation a, acc_t<T> (&v)[kN]) {
     case Activation::hardswish: return activate_unrolled<T, Activation::hardswish>(v);
     case Activation::silu:
       if constexpr (sizeof(T) == 2) return activate_unrolled<T, Activation::silu>(v);
-      break;
-    case Activation::gelu:  // passing 64 sums under its code takes more instructions than the code
-      if constexpr (sizeof(T) == 2 && kN >= 64) return activate_unrolled<T, Activation::gelu>(v);
       break;
     default: break;
   }
