@@ -159,7 +159,7 @@ logged = set -o pipefail; mkdir -p $(RECORD); timeout -k 10 $(1) $(2) 2>&1 | tee
 
 .PHONY: gpu gpu-peers gpu-build gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench
 # In nine minutes, step by step with limits; then who else is there, and compute-sanitizer (tests/gpu_record.py). The
-# record is one file, OUT/gpu.tar.gz: a borrowed machine may give back few.
+# record is one file, OUT/gpu.tar.gz: the easier to bring back.
 gpu:
 	$(GPU_PYTHON) tests/gpu_record.py --out build/gpu --packed $(OUT)/gpu.tar.gz
 gpu-peers:

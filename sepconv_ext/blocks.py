@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .fold import Stage
+from .fold import Stage, own_hooks
 
 __all__ = ["Parts", "read_block"]
 
@@ -28,6 +28,10 @@ _ACTIVATIONS: dict[str, str] = {
     "HardSigmoid": "hardsigmoid",
     "Tanh": "tanh",
 }
+
+
+# (module, class): of torchvision, which has other blocks of these names.
+_TORCHVISION = (("mobilenetv2", "InvertedResidual"), ("mobilenetv3", "InvertedResidual"), ("efficientnet", "MBConv"))
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Parts:
 def read_block(block: nn.Module) -> Parts:
     """The parts of a block of torchvision.models or timm; ValueError where it is none, or not of these parts."""
     module, name = type(block).__module__, type(block).__name__
-    if module.startswith("torchvision.models.") and name in ("InvertedResidual", "MBConv"):
+    if module.startswith("torchvision.models.") and (module.rpartition(".")[2], name) in _TORCHVISION:
         return _checked(block, _of_torchvision(block))
     if module.endswith("efficientnet_blocks") and name in ("InvertedResidual", "DepthwiseSeparableConv"):
         return _checked(block, _of_timm(block, name == "InvertedResidual"))
@@ -131,6 +135,11 @@ def _checked(block: nn.Module, parts: Parts) -> Parts:
             raise ValueError(f"block must have a BatchNorm2d behind each convolution, but has {stage.norm}")
         if stage.conv.bias is not None:
             raise ValueError(f"block must have no bias before a norm, but has {stage.conv}")
+    for layer in block.modules():
+        if own_hooks(layer):
+            raise ValueError(f"block must have no hooks, which nobody would call any more, but has some on {layer}")
+    if parts.expand is not None and parts.expand.conv.in_channels == parts.expand.conv.out_channels:
+        raise ValueError(f"block must have no 1x1 convolution first or one that expands, but has {parts.expand.conv}")
     conv = parts.depthwise.conv
     if conv.groups != conv.in_channels or conv.out_channels != conv.in_channels:
         raise ValueError(f"block must have a depthwise convolution, but has {conv}")

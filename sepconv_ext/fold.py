@@ -173,7 +173,7 @@ class _Stages:
             if stage.norm.training or stage.norm.running_mean is None:
                 return False
         return not _hooks_on_all() and not any(
-            _what_it_does(known[0]) != known or _own_hooks(known[0]) for known in self._known
+            _what_it_does(known[0]) != known or own_hooks(known[0]) for known in self._known
         )
 
     def weights(self, input: Tensor | None = None) -> list[Weights]:
@@ -283,7 +283,7 @@ def _what_it_does(module: nn.Module) -> tuple:
     return module, type(module), own.get("forward"), len(module._modules), settings
 
 
-def _own_hooks(module: nn.Module) -> bool:
+def own_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

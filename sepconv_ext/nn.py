@@ -685,7 +685,9 @@ class InvertedResidual(_Unscriptable, nn.Module):
             self._built_of, self._block = self._parts(), self._built()
         block = self._block
         drops = self.drop_path > 0 and self.training
-        if block is not None and block.is_fused and not drops:
+        # One op casts all that it gets: an input that autocast leaves wide is added outside of it.
+        adds_wide = self.residual and torch.is_autocast_enabled(input.device.type)
+        if block is not None and block.is_fused and not drops and not adds_wide:
             return block(input)
         if block is not None:
             block.forget()

@@ -6,8 +6,8 @@
 A plan is a list of steps in the order of their worth, each in a process group of its own and with a limit. What a step
 prints goes to a file as it comes, and its end to steps.jsonl at once: wherever a run is cut off, what was done stands
 there. A step that hangs is asked to stop, then killed with its children; the next one begins. A plan has a limit
-too: late steps get what is left of it. After each step the whole record is packed into one file, as a borrowed machine
-may give back few. No GPU is needed to rehearse that (test_gpu_record.py).
+too: late steps get what is left of it. After each step the whole record is packed into one file, the easier to bring
+back. No GPU is needed to rehearse that (test_gpu_record.py).
 """
 
 from __future__ import annotations

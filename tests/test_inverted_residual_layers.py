@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import sepconv_ext
 from harness import random
@@ -181,6 +182,7 @@ def test_compile_export_and_freeze(arguments: dict) -> None:
     x = random((2, arguments["in_channels"], 9, 12), torch.float32, "cpu")
     with torch.no_grad():
         y = ours(x)
+        torch.compiler.reset()  # what other tests compiled of the class counts for its limit
         torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), y)
         exported = torch.export.export(ours, (x,))
         torch.testing.assert_close(exported.module()(x), y)
@@ -280,7 +282,37 @@ def test_blocks_that_are_refused() -> None:
         change(changed.conv)
         with pytest.raises(ValueError, match=message):
             InvertedResidual.from_block(changed)
-    if pytest.importorskip("timm"):
-        blocks = blocks_of("tf_efficientnet_b0")  # TensorFlow's padding is a convolution of another class
-        with pytest.raises(ValueError, match=r"must have convolutions that are nn\.Conv2d"):
-            [InvertedResidual.from_block(block) for block in blocks]
+    hooked, pruned = copy.deepcopy(block), copy.deepcopy(block)
+    hooked.conv[1].register_forward_hook(lambda module, inputs, output: output * 0)
+    prune.l1_unstructured(pruned.conv[2], "weight", 0.5)
+    for changed in (hooked, pruned):
+        with pytest.raises(ValueError, match="block must have no hooks"):
+            InvertedResidual.from_block(changed)
+    shuffle = pytest.importorskip("torchvision").models.shufflenet_v2_x0_5()
+    with pytest.raises(ValueError, match=r"but is torchvision\.models\.shufflenetv2\.InvertedResidual"):
+        InvertedResidual.from_block(shuffle.stage2[0])
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("tf_efficientnet_b0", r"must have convolutions that are nn\.Conv2d"),  # padding as TensorFlow has it
+        ("fbnetc_100", "must have no 1x1 convolution first or one that expands"),
+    ],
+)
+def test_blocks_of_timm_that_are_refused(network: str, message: str) -> None:
+    pytest.importorskip("timm")
+    blocks = blocks_of(network)
+    with pytest.raises(ValueError, match=message):
+        [InvertedResidual.from_block(block) for block in blocks]
+
+
+def test_autocast_leaves_the_sum_wide() -> None:
+    """As in torch's blocks, where the input of a sum keeps its dtype; one op would cast it."""
+    block = InvertedResidual(8, 8, 16)
+    x = torch.randn(2, 8, 5, 5)
+    for training in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert block.train(training)(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert InvertedResidual(8, 12, 16).eval()(x).dtype == torch.bfloat16
