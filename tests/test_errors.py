@@ -318,6 +318,16 @@ def test_own_functions_raise_torchs_type_errors(name: str) -> None:
     assert tried >= 7
 
 
+def test_types_that_are_right_are_not_blamed() -> None:
+    """A call that fails for another reason says that one, whatever kinds of numbers it was given."""
+    x, two = torch.ones(1, 4, 8), np.int64(2)
+    with pytest.raises(RuntimeError, match="weight must have") as wrong_size:
+        functional.causal_conv1d(x, torch.ones(4, 1, 1, 3), dilation=two)
+    assert "dilation must be" not in str(wrong_size.value)
+    with pytest.raises(TypeError, match=r"causal_conv1d\(\) missing 1 required positional argument: 'weight'"):
+        functional.causal_conv1d(x)
+
+
 @pytest.mark.parametrize("right", [np.int64(1), torch.tensor(1), (np.int32(1),), [torch.tensor(1), 1]], ids=repr)
 def test_whole_numbers_of_other_kinds_are_taken(right: object) -> None:
     x, w, p = torch.randn(1, 4, 7, 7), torch.randn(4, 1, 3, 3), torch.randn(4, 4, 1, 1)
