@@ -222,9 +222,7 @@ TIMM = ("mobilenetv3_small_100", "mnasnet_small", "efficientnet_lite0", "tf_effi
 def blocks_of(name: str) -> list[nn.Module]:
     torch.manual_seed(2)
     if name in TORCHVISION:
-        from torchvision import models
-
-        model = getattr(models, name)()
+        model = getattr(pytest.importorskip("torchvision").models, name)()
     else:
         timm = pytest.importorskip("timm")
         model = timm.create_model(name, drop_path_rate=0.1)
