@@ -236,6 +236,55 @@ def test_kernels_on_contiguous_planes(case: Case, dtype: torch.dtype, dense: boo
         assert_as_accurate(getattr(actual, which), getattr(theirs, which), getattr(truth, which), what)
 
 
+# Taps that lie apart are neighbours among the columns, and rows, of a phase: more phases than columns, phases that
+# meet no input, strides that share a factor with the dilation or have none, padding wider than it, channels for whole
+# and for partial vectors, a row cut into parts.
+DILATED = (
+    _depthwise("k3_d12", 1, 40, 25, 26, 3, padding=(12, 12), dilation=(12, 12), bias=True),
+    _depthwise("k3_d5_few_columns", 2, 16, 4, 3, 3, padding=(5, 5), dilation=(5, 5)),
+    _depthwise("k3_d4_stride2", 2, 24, 15, 18, 3, stride=(2, 2), padding=(4, 4), dilation=(4, 4), bias=True),
+    _depthwise("k3_d2_stride3", 1, 33, 14, 17, 3, stride=(3, 3), padding=(2, 1), dilation=(2, 2)),
+    _depthwise("k5_d6x4_stride4x6", 1, 64, 31, 29, 5, stride=(4, 6), padding=(9, 11), dilation=(6, 4)),
+    _depthwise("k7_d3", 1, 58, 20, 22, 7, padding=(9, 9), dilation=(3, 3), bias=True),
+    _depthwise("k9_d2_no_padding", 1, 16, 19, 24, 9, dilation=(2, 2)),
+    _depthwise("k4_d3_same", 2, 32, 7, 19, 4, padding="same", dilation=(3, 3)),
+    _depthwise("k3_d7_partial_vectors", 2, 3, 17, 16, 3, padding=(7, 7), dilation=(7, 7), bias=True),
+    _depthwise("row_k3_d16", 1, 512, 1, 300, (1, 3), padding=(0, 16), dilation=(1, 16), bias=True),
+    _depthwise("row_k4", 1, 400, 1, 301, (1, 4), padding=(0, 3), bias=True),
+    _depthwise("row_k5_stride2", 1, 320, 1, 299, (1, 5), stride=(1, 2), padding=(0, 2)),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("case", DILATED, ids=str)
+def test_dilated_channels_last(case: Case, dtype: torch.dtype, isa: str) -> None:
+    """Of any number of threads, which share a row, the same bits."""
+    theirs, truth = peer(case, dtype, "cpu", "channels_last"), expected(case, dtype)
+    for which in ("forward", "grad_input"):
+        results = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            with only_our_kernels():
+                results.append(run_map(which, case, dtype, "cpu", "channels_last"))
+                assert sepconv_ext.kernel_counts() == {"cpu_depthwise_nhwc": 1}
+        assert torch.equal(*results)
+        what = f"{which} of {case} with {isa}"
+        assert_as_accurate(results[0], getattr(theirs, which), getattr(truth, which), what)
+
+
+@pytest.mark.parametrize(
+    ("padding", "dilation", "taken"),
+    [((1, 1, 1, 1), 1, True), ((1, 1, 2, 0), 1, False), ((4, 4, 4, 4), 4, True), ((7, 7, 7, 7), 7, False)],
+)
+def test_what_onednn_pads_by_a_copy_or_by_its_reference(padding, dilation, taken) -> None:
+    """bfloat16 in channels_last, which goes to oneDNN where that multiplies without widening."""
+    x = torch.empty(32, 256, 28, 28, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    w = torch.empty(256, 1, 3, 3, dtype=torch.bfloat16)
+    with half_kernels(True, True), strictness(False):
+        said = sepconv_ext._C.explain("forward", x, w, None, (1, 1), padding, (dilation, dilation), 256)
+    assert (said.kernel == "aten") == taken, said.reason
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @by_dtype

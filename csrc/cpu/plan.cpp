@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "core/arithmetic.h"
+#include "cpu/plan_channels_last.h"
 #include "cpu/plan_copies.h"
 #include "cpu/plan_pointwise.h"
 #include "cpu/torch_faults.h"
@@ -48,18 +49,11 @@ constexpr int64_t kSmallPlane = 40;
 
 // depthwise-nchw.md and the last paragraph of grouped.md. oneDNN multiplies faster where there is much to multiply.
 constexpr int64_t kManyTaps = 7 * 7, kManyTapsOfBlocks = 8 * 8, kMostTaps = 13 * 13;
-constexpr int64_t kTapsOnAnyPlane = 9 * 9, kMediumPlane = 28 * 28;
+constexpr int64_t kTapsOnAnyPlane = 9 * 9, kMediumPlane = 28 * 28, kLanes = 16;
 // Where no blocks are taken, its reordering is cheap on tiny planes: vectors along rows are mostly padding.
 constexpr int64_t kTinyPlane = 10 * 10;
 // sequences.md.
 constexpr int64_t kShortSequence = 128, kShortFilter = 3, kLongFilter = 31;
-
-// depthwise-nhwc.md and the last paragraph of grouped.md.
-constexpr int64_t kFewChannels = 16, kPartialChannels = 96, kLanes = 16;
-constexpr int64_t kStridedChannels = 480, kStridedPixels = 19 * 19, kMultiplierPixels = 16 * 16;
-// oneDNN multiplies bfloat16 without widening, but so many numbers of a 3x3 take each thread here as long as a call.
-constexpr int64_t kBfloat16Outputs = 280'000, kBfloat16OutputsStrided = 190'000, kBfloat16Gradients = 400'000;
-constexpr int64_t kBfloat16TapsStrided = 7 * 7;
 
 // grouped.md. Channels of a group up to which vectors along rows beat oneDNN's products on large planes.
 constexpr int64_t kGroupPixels = 28 * 28, kGroupChannels = 8, kGroupChannelsStridedGradInput = 16;
@@ -83,9 +77,6 @@ struct Question {
   bool gaps = false;  // grad_output has gaps or repeats itself: torch's own call would copy it first
   bool torch_may = !strict && torch_fault(map, s, dtype) == nullptr;  // torch's own call is allowed, and sound
 };
-
-bool is_strided(const ConvShape& s) { return s.stride_h > 1 || s.stride_w > 1; }
-bool is_dilated(const ConvShape& s) { return s.dilation_h > 1 || s.dilation_w > 1; }
 
 // 1x1.
 
@@ -195,43 +186,6 @@ const char* onednn_is_faster_nchw(const Question& q) {
   return nullptr;
 }
 
-// Of bfloat16, whose gradients by the input with a stride take oneDNN 30 to 120 times as long as they do here.
-bool much_is_multiplied(const Question& q) {
-  switch (q.map) {
-    case Map::forward:
-      return q.s.output_elements() > q.torch.threads * (is_strided(q.s) ? kBfloat16OutputsStrided : kBfloat16Outputs);
-    case Map::grad_input:
-      return !is_strided(q.s) && !q.gaps && q.s.input_elements() > q.torch.threads * kBfloat16Gradients;
-    case Map::grad_weight: return false;
-  }
-  return false;
-}
-
-const char* onednn_is_faster_channels_last(const Question& q) {
-  const ConvShape& s = q.s;
-  const int64_t taps = s.R * s.S, pixels = s.P * s.Q;
-  const bool forward = q.map == Map::forward;
-  const bool short_sums = q.dtype == DType::float32 && is_strided(s) && taps <= 3 * 3 && pixels >= kMultiplierPixels;
-  if (s.K != s.C && q.map == Map::grad_input && !short_sums) return nullptr;
-  if (s.K != s.C) return "a multiplier on channels_last: oneDNN is faster";
-  if (s.C < kFewChannels || (s.C == kFewChannels && forward)) return "16 channels last or fewer: oneDNN is faster";
-  if (q.dtype == DType::bfloat16 && taps <= 3 * 3 && much_is_multiplied(q)) {
-    return "bfloat16 3x3 on many channels_last pixels: oneDNN multiplies without widening";
-  }
-  if (q.dtype == DType::bfloat16 && forward && is_strided(s) && taps > kBfloat16TapsStrided && taps <= kMostTaps) {
-    return "bfloat16 8x8 to 13x13 on channels_last with a stride: oneDNN multiplies without widening";
-  }
-  if (!forward) return nullptr;
-  if (is_dilated(s)) return "dilated channels_last: oneDNN is faster";
-  if (s.stride_h > 1 && s.C >= kStridedChannels && pixels >= kStridedPixels) {
-    return "many channels last, strided: oneDNN is faster";
-  }
-  if (s.C < kPartialChannels && s.C % kLanes != 0 && pixels > kMediumPlane) {
-    return "few channels last, no whole vectors: oneDNN is faster";
-  }
-  return nullptr;
-}
-
 // A 1x1 leaves little to compute for what it loads, and a strided one loads pixels that it does not use.
 int64_t most_channels_of_groups(Map map, const ConvShape& s) {
   const bool one_tap = s.R == 1 && s.S == 1;
@@ -268,7 +222,8 @@ const char* torch_is_faster(const Question& q) {
   if (q.dtype == DType::float64 && !q.s.is_depthwise()) return products_are_faster_float64(q);
   if (q.dtype != DType::float32 && q.dtype != DType::bfloat16) return nullptr;
   if (!q.s.is_depthwise()) return onednn_is_faster_grouped(q);
-  return q.layout == Layout::nhwc ? onednn_is_faster_channels_last(q) : onednn_is_faster_nchw(q);
+  if (q.layout != Layout::nhwc) return onednn_is_faster_nchw(q);
+  return onednn_is_faster_channels_last(q.map, q.s, q.dtype, q.gaps, q.torch);
 }
 
 bool torch_may(const Question& q) { return q.torch_may; }

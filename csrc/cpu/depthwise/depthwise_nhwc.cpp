@@ -1,13 +1,17 @@
 // Depthwise convolution (multiplier 1) of images whose channels are dense: forward and gradient by the input. Images,
 // rows and pixels may lie apart in any way: slices of channels, crops, expanded gradients.
 //
-// Loop-to-data map. A vector holds neighbouring channels of one pixel. A task is a strip of output rows of one image;
-// inside it the loops go: a group of kRowGroup output rows, block of neighbouring output columns, chunk of channels
-// that fits the first-level cache, output row, channel group (one or two vectors). The sums of a block stay in
-// registers while the R x S taps pass; an input vector is loaded once for each kernel row and feeds every sum that
-// sees it. Going down the rows of a group, a block finds all but the newest input row in the first-level cache, and
-// it prefetches what the next block needs. Columns outside the image are skipped by comparing with a range, uniformly
-// for the block; rows outside are not visited: nothing is padded or copied.
+// Loop-to-data map. A vector holds neighbouring channels of one pixel. A task is a strip of output rows of one image,
+// or part of a row where there are few; inside it the loops go: phase of a dilation, a group of kRowGroup output rows,
+// block of neighbouring output columns, chunk of channels that fits the first-level cache, output row, channel group
+// (one or two vectors). The sums of a block stay in registers while the R x S taps pass; an input vector is loaded once
+// for each kernel row and feeds every sum that sees it. Going down the rows of a group, a block finds all but the
+// newest input row in the first-level cache, and it prefetches what the next block needs. Columns outside the image are
+// skipped by comparing with a range, uniformly for the block; rows outside are not visited: nothing is padded or
+// copied.
+//
+// Taps that lie apart are neighbours among the rows and columns that one phase of the outputs sees: a dilated
+// correlation is several that are not, over images whose pixels and rows lie further apart.
 //
 // The gradient by the input is the same correlation with the filter turned round. With a stride, the pixels of grad_x
 // split into stride_h x stride_w phases; each is a correlation of stride 1 over grad_y with every stride-th tap of
@@ -19,6 +23,7 @@
 #include <numeric>
 
 #include "core/activation.h"
+#include "core/arithmetic.h"
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -68,11 +73,26 @@ void depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* 
 
 #include "cpu/depthwise/depthwise_nhwc_correlate.h"
 
-// How many strips of rows to cut each image into, so that there is work for every thread.
-inline int64_t strips_per_image(int64_t images, int64_t rows) {
-  const int64_t threads = num_threads();
-  const int64_t wanted = threads == 1 ? 1 : (4 * threads + images - 1) / images;
-  return std::min(wanted, rows);
+// Outputs of a part of a row: less is done in the time of handing it to a thread.
+inline constexpr int64_t kLeastPart = 16 * 1024;
+
+// How each image is cut, so that there is work for every thread: into strips of rows, and where there are few rows, as
+// in a sequence, those into parts.
+struct Cut {
+  int64_t strips, parts = 1;
+
+  Cut(int64_t images, int64_t rows, int64_t columns, int64_t channels) {
+    const int64_t threads = num_threads();
+    const int64_t wanted = threads == 1 ? 1 : ceil_div(4 * threads, images);
+    strips = std::min(wanted, rows);
+    if (rows < wanted) parts = std::clamp<int64_t>(columns * channels / kLeastPart, 1, ceil_div(wanted, rows));
+  }
+  int64_t tasks() const { return strips * parts; }
+};
+
+template <typename T>
+Correlation<T> part_of(const Correlation<T>& k, int64_t part, int64_t parts) {
+  return parts == 1 ? k : columns_of(k, k.Q * part / parts, k.Q * (part + 1) / parts);
 }
 
 template <typename T>
@@ -80,13 +100,13 @@ struct ForwardTask {
   Correlation<T> image0;
   const NhwcKernel<T>& kernel;
   const ConvShape& shape;
-  int64_t strips;
+  Cut cut;
   void operator()(int64_t task) const {
-    const int64_t n = task / strips, strip = task % strips;
-    Correlation<T> k = image0;
+    const int64_t part = task % cut.parts, strip = task / cut.parts % cut.strips, n = task / cut.tasks();
+    Correlation<T> k = part_of(image0, part, cut.parts);
     k.x += n * shape.x.n;
     k.y += n * shape.y.n;
-    correlate_rows(k, kernel, k.P * strip / strips, k.P * (strip + 1) / strips);
+    correlate_rows(k, kernel, k.P * strip / cut.strips, k.P * (strip + 1) / cut.strips);
   }
 };
 
@@ -96,8 +116,8 @@ void forward_typed(const ConvShape& shape, const T* x, const T* w, const Epilogu
   const NhwcKernel<T> kernel(shape.C, shape.S, shape.stride_w, shape.dilation_w);
   std::vector<A> packed;
   const Correlation<T> k = forward_of(shape, x, w, epilogue, kernel.groups, packed, y);
-  const int64_t strips = strips_per_image(shape.N, shape.P);
-  parallel(shape.N * strips, ForwardTask<T>{k, kernel, shape, strips});
+  const Cut cut(shape.N, shape.P, shape.Q, shape.C);
+  parallel(shape.N * cut.tasks(), ForwardTask<T>{k, kernel, shape, cut});
 }
 
 // Phase f of one dimension of grad_x: pixels f, f + stride, ... They see the taps `last`, `last` - step, ... (`count`
@@ -124,14 +144,15 @@ struct GradInputTask {
   const std::vector<Correlation<T>>& phases;  // [rows][columns], of image 0
   const std::vector<NhwcKernel<T>>& kernels;
   const ConvShape& shape;
-  int64_t columns, strips;
+  int64_t columns;
+  Cut cut;
   void operator()(int64_t task) const {
-    const int64_t n = task / strips, strip = task % strips;
-    const int64_t h0 = shape.H * strip / strips, h1 = shape.H * (strip + 1) / strips,
+    const int64_t part = task % cut.parts, strip = task / cut.parts % cut.strips, n = task / cut.tasks();
+    const int64_t h0 = shape.H * strip / cut.strips, h1 = shape.H * (strip + 1) / cut.strips,
                   group = kRowGroup * shape.stride_h;
     for (int64_t h = h0; h < h1; h += group) {
       for (size_t phase = 0; phase < phases.size(); ++phase) {
-        Correlation<T> k = phases[phase];
+        Correlation<T> k = part_of(phases[phase], part, cut.parts);
         k.x += n * shape.y.n;
         k.y += n * shape.x.n;
         // Rows i of the phase: those with h <= i * stride_h + f < the group's end.
@@ -171,8 +192,8 @@ void grad_input_typed(const ConvShape& shape, const T* grad_y, const T* w, T* gr
       next += k.R * k.S * kernel.groups.padded();
     }
   }
-  const int64_t strips = strips_per_image(shape.N, shape.H);
-  parallel(shape.N * strips, GradInputTask<T>{phases, kernels, shape, phase_columns, strips});
+  const Cut cut(shape.N, shape.H, shape.W, shape.C);
+  parallel(shape.N * cut.tasks(), GradInputTask<T>{phases, kernels, shape, phase_columns, cut});
 }
 
 void forward(const ConvShape& shape, DType dtype, const void* x, const void* w, const Epilogue& epilogue, void* y) {
