@@ -8,12 +8,14 @@ import operator
 import pickle
 import threading
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 import sepconv_ext
 from harness import random
@@ -595,6 +597,40 @@ def test_threads(frozen: nn.Module) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_one_program_is_called_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python's way to an op; but whoever looks on sees the op all the same."""
+    layer, x = nn.Conv2d(5, 7, 1).eval(), torch.randn(2, 5, 3, 4)
+    frozen, counter = freeze(layer, x), FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        expected = layer(x)
+        counted = counter.get_total_flops()
+        y = frozen(x)
+    assert counter.get_total_flops() == 2 * counted > 0
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous() and y.stride() == expected.stride()
+
+    class Seen(Tensor):
+        names: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.names.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    frozen(x.as_subclass(Seen))
+    assert any("program" in name for name in Seen.names)
+    assert torch.equal(torch.jit.trace(frozen, x)(2 * x), frozen(2 * x))
+    moved = copy.deepcopy(frozen)
+    next(moved.buffers()).zero_()
+    assert not moved(x).any() and torch.equal(frozen(x), y)
+
+    def in_python(*_: object) -> None:
+        raise AssertionError("called by Python's way")
+
+    monkeypatch.setattr(frozen.network, "forward", in_python)
+    assert torch.equal(frozen(x), y)
 
 
 def test_half_types(model: nn.Module, x: Tensor) -> None:

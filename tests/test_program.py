@@ -536,6 +536,33 @@ def test_a_team_of_more_threads_than_cores(frozen: nn.Module) -> None:
     assert not wrong
 
 
+def test_a_team_takes_strips_in_turns(isa: str) -> None:
+    """Blocks and products of so many multiply-adds that each thread gets some shares; few pixels with a far weight."""
+    for C, K, H, W in ((64, 128, 33, 29), (512, 600, 7, 7), (40, 24, 61, 50)):
+        x = random((1, C, H, W), torch.float32, "cpu", "channels_last")
+        taps, (w, b), (square, _) = weights(C, 1, 3, 3)[0], weights(K, C, 1, 1), weights(K, K, 1, 1)
+        w, square = w * C**-0.5, square * K**-0.5
+        constants, at = constants_of(packed_taps(taps), packed(w), b, packed(square))
+        lines = f"""
+            %1 = depthwise %0 weight={at[0]} kernel=3x3 padding=1x1x1x1 act=relu
+            %2 = product %1 weight={at[1]} bias={at[2]} K={K} act=relu
+            %3 = product %2 residual=%2 weight={at[3]} K={K}
+            return %3 image"""
+
+        def network(x: Tensor, taps: Tensor, w: Tensor, b: Tensor, square: Tensor) -> Tensor:
+            y = F.conv2d(F.conv2d(x, taps, padding=1, groups=x.shape[1]).relu(), w, b).relu()
+            return F.conv2d(y, square) + y
+
+        given = (x, taps, w, b, square)
+        expected, torchs = network(*(t.double() for t in given)), network(*given)
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results += program_of(lines, [x], constants)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+        assert_as_accurate(results[0], torchs, expected, summed=expected.abs().amax())
+
+
 def test_each_image_by_itself(frozen: nn.Module) -> None:
     """What stands beside an image in its batch does not change a bit of its result."""
     x = random((7, 3, 40, 24), torch.float32, "cpu")

@@ -17,6 +17,7 @@ from ..report import Entry, Report
 from . import nodes
 from .actions import Rewriter, is_depthwise, is_pointwise, path_of
 from .capture import Program, Uncapturable, capture
+from .direct import DirectCall
 from .lower import Lowered, lower
 from .match import arguments, match
 from .patterns import BLOCKS
@@ -51,6 +52,7 @@ class Frozen(nn.Module):
         self.report = report
         self._known: set[tuple] = set()
         self._leases = [Lease(code) for code, _ in lowered.programs]
+        self._direct = DirectCall.of(lowered.module.graph)
         self._signature, self._out_spec = program.signature, program.out_spec
         self._takes_one_tensor = program.signature.in_spec == pytree.tree_structure(((0,), {}))
         self._gives_one_tensor = program.out_spec == pytree.tree_structure(0)
@@ -68,7 +70,10 @@ class Frozen(nn.Module):
         flat = args if self._takes_one_tensor and len(args) == 1 and not kwargs else self._signature.flat(args, kwargs)
         if not torch.compiler.is_compiling():
             self._check(flat)
-        results = self.network.forward(*flat)  # not __call__, whose hooks nobody asked for: it takes 2 us
+        if self._direct is not None and self._direct.can(flat):
+            results = self._direct(self._modules["network"], flat)  # as an attribute it takes 0.7 us
+        else:
+            results = self.network.forward(*flat)  # not __call__, whose hooks nobody asked for: it takes 2 us
         return results[0] if self._gives_one_tensor else pytree.tree_unflatten(list(results), self._out_spec)
 
     def _check(self, flat: object) -> None:

@@ -1,5 +1,6 @@
 // Programs as torch sees them: the schema, the CPU dispatch key, and what Python asks of the networks that are kept.
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -53,6 +54,15 @@ std::vector<Tensor> run(at::TensorList inputs, const Tensor& constants, std::str
   });
 }
 
+// The op, called without what Python does on the way to one. `code` lives as long as the caller's text.
+std::vector<Tensor> run_program(const std::vector<Tensor>& inputs, const Tensor& constants, std::string_view code) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("sepconv_ext::program", "")
+                             .typed<std::vector<Tensor>(at::TensorList, const Tensor&, std::string_view)>();
+  const pybind11::gil_scoped_release others_may_run;
+  return op.call(inputs, constants, code);
+}
+
 // How long each step takes: (kind, input size, output size, seconds), the least of `times` runs of the whole batch.
 std::vector<std::tuple<std::string, std::vector<int64_t>, std::vector<int64_t>, double>> program_times(
     const std::vector<Tensor>& inputs, const Tensor& constants, const std::string& code, int64_t times) {
@@ -82,6 +92,7 @@ void add_network(pybind11::module_& m) {
   m.def("retain_program", retain_network);
   m.def("release_program", release_network);
   m.def("idle_arena_bytes", idle_arena_bytes);
+  m.def("run_program", run_program);
   m.def("program_times", program_times);
 }
 

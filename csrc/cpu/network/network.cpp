@@ -79,7 +79,9 @@ int64_t Network::idle_bytes() {
 // ---- plans ----
 
 std::shared_ptr<const Plan> Network::plan_for(const Operands& operands, int64_t images) {
-  Key key{images, operands.constant_count};
+  Key key;
+  key.reserve(2 + 7 * operands.input_sizes.size());
+  key.insert(key.end(), {images, operands.constant_count});
   for (const InputSize& input : operands.input_sizes) {
     const auto& [size, s] = input;
     for (const int64_t number : {size.H, size.W, size.C, s.c, s.h, s.w, images > 1 ? s.n : 0}) key.push_back(number);
@@ -184,9 +186,19 @@ void Network::run(const Operands& operands) {
 }
 
 void Network::run_timed(const Operands& operands, const AfterStep& after) {
-  Borrowed arena(*this);
-  const auto plan = plan_for(operands, operands.N);
-  run_steps(*plan, operands, 0, (*arena).take(plan->arena), &after);
+  struct Timed {
+    Network& network;
+    const Operands& operands;
+    const AfterStep& after;
+  } timed{*this, operands, after};
+  const auto sequence = [](void* context) {
+    const Timed& t = *static_cast<const Timed*>(context);
+    Borrowed arena(t.network);
+    const auto plan = t.network.plan_for(t.operands, t.operands.N);
+    run_steps(*plan, t.operands, 0, (*arena).take(plan->arena), &t.after);
+  };
+  if (num_threads() == 1) return sequence(&timed);
+  run_as_team(num_threads(), sequence, &timed);
 }
 
 // ---- all networks ----

@@ -1,8 +1,11 @@
 // What the files of the products share (product.h has their doors).
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/kernels.h"
 #include "cpu/pointwise/product.h"
+#include "cpu/team.h"
 
 namespace sepconv::cpu {
 
@@ -33,11 +36,14 @@ struct Cut {
   int64_t tasks() const { return pixel_parts * output_parts; }
 };
 
-// How many threads are worth waking for so many multiply-adds.
+// In how many tasks so many multiply-adds are cut: as many as there are threads, if that is worth waking them. A team
+// gets some for each thread: the one whose core others use too leaves some of its own to the others.
 inline int64_t parts_of(int64_t multiplications) {
-  constexpr int64_t kTaskProducts = 128 * 1024;
+  constexpr int64_t kTaskProducts = 128 * 1024, kTurnProducts = 512 * 1024, kTurns = 4;
   const int64_t parts = multiplications / kTaskProducts, threads = num_threads();
-  return parts < 1 ? 1 : parts < threads ? parts : threads;
+  if (parts < threads || threads == 1) return parts < 1 || threads == 1 ? 1 : parts;
+  const int64_t turns = led_team() == nullptr ? 1 : multiplications / (kTurnProducts * threads);
+  return threads * std::clamp<int64_t>(turns, 1, kTurns);
 }
 
 // Where the pixels of a batch of images lie: pixel i of N * P * Q, in this order. Strides in elements.

@@ -42,6 +42,7 @@ inline constexpr int64_t kBandBytes = (SEPCONV_ISA_LEVEL == 2 ? 384 : 256) << 10
 inline constexpr int64_t kFarImage = 512 << 10;   // bytes of an image that is not in the second-level cache
 inline constexpr int64_t kFetchedTerms = 64;      // below which AVX-512's products lose more than such fetches bring
 inline constexpr int64_t kChannelStep = 32;       // tasks have whole panels, two of them with the widest vectors
+inline constexpr int64_t kFewOutputPixels = 100;  // of which each strip would read a far weight for too few
 inline constexpr int64_t kMostExpandedTwice = 8;  // one row in so many, or else threads share channels
 
 // Numbers from one pixel to the next in scratch memory: an odd number of cache lines, to spread over the cache's sets.
@@ -307,13 +308,16 @@ inline void run(const InvertedResidualShape& s, const InvertedResidualMemory& m)
   const int64_t threads = num_threads(), shared = (d.R - 1) * d.dilation_h + 1 - d.stride_h;
   const bool whole_images = s.N % threads == 0 || s.N >= 8 * threads;
   const int64_t twice = m.expand == nullptr ? 0 : (threads - 1) * shared;
-  if (s.M > 0 || (!whole_images && twice * kMostExpandedTwice > d.H)) {
+  const bool far_weight = s.E * s.K * int64_t{sizeof(float)} > kNearWeight;
+  const bool few_pixels = far_weight && d.P * d.Q <= kFewOutputPixels && threads > 1;
+  if (s.M > 0 || (!whole_images && (twice * kMostExpandedTwice > d.H || few_pixels))) {
     const ImageTask image{s, m};
     if (whole_images) return parallel(s.N, image);
     for (int64_t n = 0; n < s.N; ++n) image(n);
     return;
   }
-  const int64_t strips = whole_images ? 1 : std::min(threads, d.P);
+  const int64_t parts = m.expand == nullptr ? parts_of(d.P * d.Q * s.E * s.K) : threads;
+  const int64_t strips = whole_images ? 1 : std::min(parts, d.P);
   parallel(s.N * strips, RowTask{s, m, strips});
 }
 
