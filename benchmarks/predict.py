@@ -241,8 +241,11 @@ def words(arguments: dict[str, object]) -> list[str]:
     return [f"{key}={value}" for key, value in arguments.items()]
 
 
+OF_PLANES = ("depthwise_nchw", "depthwise_nchw_mma", "depthwise_toeplitz")
+
+
 def smaller(
-    arguments: dict[str, object], tile: dict[str, int], macs: int, executed: float = EXECUTED
+    arguments: dict[str, object], tile: dict[str, int], macs: int, executed: float = EXECUTED, kernel: str = ""
 ) -> dict[str, object]:
     """The same layer with fewer images and channels, as few as are executed in seconds. Blocks that share the work of
     a channel, or the tiles of a product, become fewer with the images, so that each does what it does in the whole."""
@@ -256,8 +259,11 @@ def smaller(
     if splits > 1:
         # At least two splits, whose sums another kernel adds, as in the whole.
         less[shared] = max(round(splits * images / N), 2 if shared == "splits" else 1)
-    if arguments["groups"] == C and C > 64:
-        channels = next((c for c in (64, 96, 48, 40, 32) if C % c == 0), 64)
+    # Blocks have up to 64 neighbouring channels, but for kernels that take a plane each, or as many as their cut says.
+    channels = next((c for c in (64, 96, 48, 40, 32) if C % c == 0), 64)
+    if kernel in OF_PLANES:
+        channels = max(2 * tile.get("planes", 1), 8)
+    if arguments["groups"] == C and channels < C:
         less |= {"C": channels, "K": channels * (K // C), "groups": channels}
     return less
 
@@ -288,7 +294,7 @@ def files_of(kernel: str, map: str) -> list[Path]:
 @functools.cache
 def runner(kernel: str, map: str, arch: str):
     ptx = machine()
-    return ptx.runner(files_of(kernel, map), ptx.ARCHITECTURES if arch in ptx.ARCHITECTURES else (arch,))
+    return ptx.runner(files_of(kernel, map), ptx.together(arch))
 
 
 def planned_for(gpu: Gpu, arguments: dict[str, object]) -> dict[str, object]:
@@ -315,7 +321,7 @@ def predict(
     if chosen:
         arguments |= {"kernel": kernel, **planned.tile}
     used = runner(kernel, map, gpu.ptx)
-    less = smaller(arguments, planned.tile, layer.macs(batch), executed)
+    less = smaller(arguments, planned.tile, layer.macs(batch), executed, kernel)
     whole = read_counts(used.run(words(arguments), gpu.ptx, timeout=300, dry=True).stdout)
     pinned = {"kernel": kernel, **planned.tile} if less else {}
     done = used.run(words(arguments | pinned | less), gpu.ptx, counts=True, timeout=300)
@@ -325,12 +331,15 @@ def predict(
     share = int(arguments["N"]) * int(arguments["C"]) / (
         int(less.get("N", arguments["N"])) * int(less.get("C", arguments["C"]))
     )  # fmt: skip
-    # What packs weights or adds partial sums beside the main launch has its threads, whatever the images.
-    main = max(counted, key=lambda launch: sum(launch.executed.values()))
-    launches = [
-        predict_launch(gpu, small, large.blocks, share if small is main else large.blocks / small.blocks, share)
-        for small, large in zip(counted, whole, strict=False)
-    ]
+    # What packs weights or adds partial sums beside the main launch, which moves the images, has its threads, whatever
+    # the images; there are as many sums as the whole has splits.
+    main = max(counted, key=lambda launch: launch.memory_sectors)
+    sums = planned.tile.get("splits", 1) / int(less.get("splits", planned.tile.get("splits", 1)))
+    launches = []
+    for small, large in zip(counted, whole, strict=False):
+        blocks = large.blocks / small.blocks
+        more, moved = (share, share) if small is main else (blocks, blocks * sums)
+        launches.append(predict_launch(gpu, small, large.blocks, more, moved))
     itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
     return Prediction(
         layer=layer.label, map=map, dtype=dtype, layout=layout, batch=batch, kernel=kernel,

@@ -338,6 +338,7 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
 int main(int count, char** values) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
   if (const char* seconds = getenv("EMULATOR_SECONDS")) alarm(atoi(seconds));  // also where the parent is gone
+  Buffer::fills = getenv("PTX_DRY") == nullptr;                                // tests/ptx/runtime.cpp
   try {
     std::vector<std::vector<std::string>> cases(1);
     for (int i = 1; i < count; ++i) {

@@ -122,6 +122,7 @@ const void* Buffer::address(int64_t n, int64_t c, int64_t h, int64_t w) const {
 void Buffer::fill_nan() { memset(data_, 0xFF, bytes_); }
 
 void Buffer::fill_random(uint64_t seed) {
+  if (!fills) return;
   std::mt19937_64 engine(seed);
   std::uniform_real_distribution<double> uniform(-1, 1);
   for (int64_t n = 0; n < sizes_.n; ++n)

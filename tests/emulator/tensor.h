@@ -39,10 +39,11 @@ class Buffer {
   size_t bytes() const { return bytes_; }
   double at(int64_t n, int64_t c, int64_t h, int64_t w) const;
   const void* address(int64_t n, int64_t c, int64_t h, int64_t w) const;
-  void fill_random(uint64_t seed);       // uniform in [-1, 1], gaps stay NaN
+  void fill_random(uint64_t seed);       // uniform in [-1, 1], gaps stay NaN; nothing where `fills` is false
   void make_last_pixel_infinite();       // all of its channels
   void scatter_infinite(uint64_t seed);  // three elements become infinite, minus infinite and NaN
   void fill_nan();                       // every byte 0xFF
+  static inline bool fills = true;       // false where a case is only asked what it would launch
   // Bytes between the elements that are no longer 0xFF: somebody wrote where no element is.
   int64_t gap_bytes_written() const;
 

@@ -1,7 +1,8 @@
 // Loads, stores, and addresses from one space to another.
 //
 // Global addresses are the host's; shared ones count from the block's first byte; those of parameters from the first
-// parameter. The parameters' own place in memory is what cvta.param makes of them.
+// parameter. The parameters' own place in memory is what cvta.param makes of them. A generic address is a global one:
+// none is made of shared memory's, as cvta.shared is unknown.
 #include <cstring>
 
 #include "meaning.h"
@@ -32,9 +33,17 @@ uint32_t shared_address(const Addresses& addresses, int lane) {
   return static_cast<uint32_t>(addresses[lane]);
 }
 
-enum class Space { parameter, global, shared };
+enum class Space { parameter, global, shared, generic };
+Space named_space(const Instruction& in) {
+  const std::string& word = in.words[1];
+  return word == "param"    ? Space::parameter
+         : word == "global" ? Space::global
+         : word == "shared" ? Space::shared
+                            : Space::generic;
+}
 Space space_of(const Instruction& in) {
-  return in.words[1] == "param" ? Space::parameter : in.words[1] == "global" ? Space::global : Space::shared;
+  const Space space = named_space(in);
+  return space == Space::generic ? Space::global : space;
 }
 
 void count(Step& s, const Addresses& addresses, uint32_t bytes) {
@@ -113,7 +122,7 @@ void cvta_param(Step& s) {
 
 // Only these words may stand between ld or st and the type: caching hints change nothing here.
 bool is_plain(const Instruction& in) {
-  for (size_t i = 2; i < in.words.size(); ++i) {
+  for (size_t i = named_space(in) == Space::generic ? 1 : 2; i < in.words.size(); ++i) {
     const std::string& w = in.words[i];
     if (w != "nc" && w != "v2" && w != "v4" && type_of(w).kind == Kind::none) return false;
   }
@@ -123,10 +132,9 @@ bool is_plain(const Instruction& in) {
 }  // namespace
 
 Meaning access(const Instruction& in) {
-  if (in.words.size() < 3) return nullptr;
-  const std::string& space = in.words[1];
-  if (in.words[0] == "ld" && (space == "param" || space == "global" || space == "shared") && is_plain(in)) return ld;
-  if (in.words[0] == "st" && (space == "global" || space == "shared") && is_plain(in)) return st;
+  if (in.words.size() < 2) return nullptr;
+  if (in.words[0] == "ld" && is_plain(in)) return ld;
+  if (in.words[0] == "st" && named_space(in) != Space::parameter && is_plain(in)) return st;
   if (in.opcode == "cvta.to.global.u64") return cvta_to_global;
   if (in.opcode == "cvta.param.u64") return cvta_param;
   return nullptr;

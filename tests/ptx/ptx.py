@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE.parent / "emulator"))
 import emulate  # noqa: E402
 
 ARCHITECTURES = ("80", "90a")
+NEWER = ("100", "120")  # run where they are asked for
 CACHE = emulate.CACHE / "ptx"
 MACHINE = sorted(path for path in HERE.glob("*.cpp") if path.stem not in ("runtime", "text"))
 # Host code of the emulator and of the package, which the race build has as it is wanted here.
@@ -73,6 +74,11 @@ class Compiled:
     ptx: dict[str, Path]
 
 
+def together(arch: str) -> tuple[str, ...]:
+    """The architectures that are compiled with one, in one run of nvcc."""
+    return NEWER if arch in NEWER else ARCHITECTURES
+
+
 def compile_kernels(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> Compiled:
     """One run of nvcc gives all: entries have names that differ from run to run."""
     flags = ["-std=c++20", "-O3", "-Xcompiler=-O0", f"-I{emulate.CSRC}"]
@@ -92,9 +98,8 @@ def compile_kernels(source: Path, architectures: Sequence[str] = ARCHITECTURES) 
         done = subprocess.run([*command, str(source)], text=True, capture_output=True, cwd=scratch)
         if done.returncode:
             raise emulate.CompileError(f"{source.name}:\n{done.stderr}")
-        for arch in architectures:  # one alone has no name of its own
-            name = f"{source.stem}.compute_{arch}.ptx" if len(architectures) > 1 else f"{source.stem}.ptx"
-            shutil.copy(kept / name, target / made.ptx[arch].name)
+        for arch in architectures:
+            shutil.copy(kept / f"{source.stem}.compute_{arch}.ptx", target / made.ptx[arch].name)
         try:
             target.rename(folder)
         except OSError:  # another process was faster
@@ -223,7 +228,7 @@ def main(arguments: list[str]) -> int:
     rest = arguments[1:]
     arch = rest.pop(rest.index("--arch") + 1) if "--arch" in rest else "90a"
     case = [a for a in rest if not a.startswith("--")]
-    used = runner(kernel_sources(), ARCHITECTURES if arch in ARCHITECTURES else (arch,))
+    used = runner(kernel_sources(), together(arch))
     done = used.run(case, arch, counts="--counts" in rest)
     print(done.stdout, end="")
     return done.returncode
