@@ -3,7 +3,7 @@
 A sweep asks the plan for what makes sense (csrc/cuda/plan_overrule.cpp) and says what each takes: on a GPU by time,
 without one by the PTX machine's prediction, which the file says. A file is a line about the GPU, and one for each
 layer, written as it comes, so that a sweep that is stopped can be continued. Those in benchmarks/sweeps are tested:
-the plan's choice is within 5% of the best (tests/test_sweep.py).
+the plan's choice is within 5% of the best, or the row says why not (tests/test_sweep.py).
 
 A fit changes one number of the table after the other where that makes the plan's choices faster, until none does.
 """
@@ -44,6 +44,7 @@ class Row:
     label: str
     tried: list[Tried] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    why: str = ""  # the plan's choice is not within 5% of the best, on purpose
 
     @property
     def best(self) -> Tried:
@@ -75,7 +76,8 @@ def read(path: Path) -> Sweep:
 
 def line_of(row: Row) -> str:
     tried = [[t.kernel, t.tile, round(t.microseconds, 3), t.bound] for t in row.tried]
-    return json.dumps({"case": row.case, "label": row.label, "tried": tried, "failed": row.failed})
+    line = {"case": row.case, "label": row.label, "tried": tried, "failed": row.failed}
+    return json.dumps(line | ({"why": row.why} if row.why else {}))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sepconv_ext import _C, functional
 
 pytestmark = pytest.mark.skipif(emulate.why_not() is not None, reason=str(emulate.why_not()))
 
-WITHIN = 1.05
+WITHIN, AT_MOST = 1.05, 1.25
 COMMITTED = sorted(sweep.FOLDER.glob("*.jsonl"))
 LAYERS = ("C=96 H=14 R=7", "C=144 H=28 R=5", "C=32 H=56 R=3", "C=96 H=56 R=3 stride=2", "C=64 H=28 R=13")
 
@@ -191,11 +191,12 @@ def test_the_committed_sweeps_are_read() -> None:
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_the_plan_chooses_within_five_percent_of_the_best(path: Path) -> None:
-    """What the plan takes now, not what it took when the sweep was made."""
+    """What the plan takes now, not what it took when the sweep was made. A row that says why it does not is not far
+    off either, and says it for as long as it is needed."""
     worse = [
-        f"{ratio:.2f}x {row.label}: {plan.kernel} {plan.tile}, best {row.best.kernel} {row.best.tile}"
+        f"{ratio:.2f}x {row.label}: {plan.kernel} {plan.tile}, best {row.best.kernel} {row.best.tile} {row.why}"
         for row, plan, ratio in sweep.losses(sweep.read(path))
-        if ratio > WITHIN
+        if not (WITHIN < ratio <= AT_MOST if row.why else ratio <= WITHIN)
     ]
     assert not worse, "\n".join(sorted(worse, reverse=True))
 

@@ -48,6 +48,8 @@ inline bool whole_vectors(const ConvShape& s, int64_t vec, DType dtype, int64_t 
 inline bool near_images(const ConvShape& s, int64_t images) { return images * std::max(s.x.n, s.y.n) < kNarrowLimit; }
 
 Plan plan_depthwise(Map, const ConvShape&, DType, const Device&, int64_t alignment);
+// A register window over rows without gaps, 3x3, 5x5 or 7x7.
+bool depthwise_nchw_can_run(Map, const ConvShape&, DType);
 // Each kernel that can run a depthwise call, with its own cut.
 std::vector<Plan> depthwise_plans(Map, const ConvShape&, DType, const Device&, int64_t alignment);
 // forward and grad_input on tensor cores, for images of whole vectors of eight channels: whether they can run, and how.

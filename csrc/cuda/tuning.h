@@ -27,7 +27,7 @@ struct Tuning {
 
   // depthwise_nhwc.cu: busy blocks, by the arithmetic for what is read; a step's instructions beside its products;
   // what a step of single channels costs in those of pairs.
-  double nhwc_busy_3 = 4, nhwc_busy_3_stride2 = 2, nhwc_busy_5 = 2, nhwc_busy_7 = 1;
+  double nhwc_busy_3 = 3, nhwc_busy_3_stride2 = 2, nhwc_busy_5 = 2, nhwc_busy_7 = 1;
   double nhwc_step = 12, nhwc_single = 1.25;
 
   // depthwise_nhwc_mma.cu: busy warps, a beginning in batches of rows.
@@ -40,12 +40,12 @@ struct Tuning {
   // strip reads for the next one.
   double nchw_busy = 12, nchw_begin_3 = 3, nchw_begin = 1.5, nchw_shared = 0.6;
 
-  // depthwise_nchw_mma.cu: clocks of a tile beside its products, how much better a larger place has to be, and a
-  // beginning in places.
-  double nchw_mma_tile = 40, nchw_mma_better = 0.97, nchw_mma_begin = 1;
+  // depthwise_nchw_mma.cu: clocks of a tile beside its products and of a place beside its tiles, how much better a
+  // larger place has to be, and a beginning in places.
+  double nchw_mma_tile = 40, nchw_mma_place = 120, nchw_mma_better = 0.97, nchw_mma_begin = 1;
 
-  // depthwise_toeplitz.cu: blocks for each multiprocessor; each lays out the filter.
-  double toeplitz_blocks = 8;
+  // depthwise_toeplitz.cu: busy blocks; a beginning, which lays out the filter, in places.
+  double toeplitz_busy = 4, toeplitz_begin = 0.5;
 
   // Sums over pixels: about so many blocks (nhwc_mma: warps) for each of kSumMultiprocessors.
   double grad_weight_nhwc = 2, grad_weight_nhwc_7 = 3, grad_weight_nchw = 4, grad_weight_nchw_7 = 3;
@@ -84,9 +84,11 @@ struct Tuning {
     field("nchw_begin", t.nchw_begin);
     field("nchw_shared", t.nchw_shared);
     field("nchw_mma_tile", t.nchw_mma_tile);
+    field("nchw_mma_place", t.nchw_mma_place);
     field("nchw_mma_better", t.nchw_mma_better);
     field("nchw_mma_begin", t.nchw_mma_begin);
-    field("toeplitz_blocks", t.toeplitz_blocks);
+    field("toeplitz_busy", t.toeplitz_busy);
+    field("toeplitz_begin", t.toeplitz_begin);
     field("grad_weight_nhwc", t.grad_weight_nhwc);
     field("grad_weight_nhwc_7", t.grad_weight_nhwc_7);
     field("grad_weight_nchw", t.grad_weight_nchw);

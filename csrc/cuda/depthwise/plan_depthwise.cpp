@@ -79,8 +79,8 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
   const bool dense_planes = (s.C == 1 || s.x.c == s.H * s.W) && (s.K == 1 || s.y.c == s.P * s.Q);
   const double begin = s.R == 3 ? tuned.nchw_begin_3 : tuned.nchw_begin,
                shared = tuned.nchw_shared * static_cast<double>(s.R - 1) / static_cast<double>(s.stride_h);
-  // All numbers fit in 31 bits (nchw_can_run), and a division of 64 is several times slower: this is done at every
-  // call.
+  // All numbers fit in 31 bits (depthwise_nchw_can_run), and a division of 64 is several times slower: this is done at
+  // every call.
   const auto parts = [](int64_t size, int64_t part) -> int64_t {
     return (static_cast<uint32_t>(size) + static_cast<uint32_t>(part) - 1) / static_cast<uint32_t>(part);
   };
@@ -120,13 +120,6 @@ Plan depthwise_nchw(Map map, const ConvShape& s, DType dtype, const Device& devi
 
 // Rows follow each other without gaps, in what is read and in what is written.
 bool dense_rows(const ConvShape& s) { return has_dense_rows(input_image(s)) && has_dense_rows(output_image(s)); }
-
-bool nchw_can_run(Map map, const ConvShape& s, DType dtype) {
-  const NchwWork work = nchw_work(map, s);
-  return window(s) && dense_rows(s) && has_dense_filters(s) && dtype != DType::float64 &&
-         (map == Map::forward || s.K == s.C) && nchw_memory(work, s, dtype, 1, 1).bytes() <= kMostShared &&
-         work.channels * work.steps * work.runs > 0 && s.N * work.channels * work.steps < kNarrowLimit - 1;  // blocks
-}
 
 Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignment, bool narrow) {
   const Written out = written(map, s);
@@ -233,6 +226,13 @@ Plan depthwise_grad_weight(const ConvShape& s, DType dtype, const Device& device
 
 }  // namespace
 
+bool depthwise_nchw_can_run(Map map, const ConvShape& s, DType dtype) {
+  const NchwWork work = nchw_work(map, s);
+  return window(s) && dense_rows(s) && has_dense_filters(s) && dtype != DType::float64 &&
+         (map == Map::forward || s.K == s.C) && nchw_memory(work, s, dtype, 1, 1).bytes() <= kMostShared &&
+         work.channels * work.steps * work.runs > 0 && s.N * work.channels * work.steps < kNarrowLimit - 1;  // blocks
+}
+
 std::vector<Plan> depthwise_plans(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
   const bool narrow = narrow_images(s);
   if (!narrow) return {plan_depthwise(map, s, dtype, device, alignment)};
@@ -256,7 +256,7 @@ std::vector<Plan> depthwise_plans(Map map, const ConvShape& s, DType dtype, cons
     if (const auto p = plan_depthwise_nhwc_tma(map, s, dtype, device, alignment)) plans.push_back(*p);
     plans.push_back(depthwise_nhwc(map, s, dtype, device, alignment));
   }
-  if (nchw_can_run(map, s, dtype)) plans.push_back(depthwise_nchw(map, s, dtype, device));
+  if (depthwise_nchw_can_run(map, s, dtype)) plans.push_back(depthwise_nchw(map, s, dtype, device));
   plans.push_back(depthwise_direct(map, s, dtype, alignment, narrow));
   return plans;
 }
@@ -279,7 +279,7 @@ Plan plan_depthwise(Map map, const ConvShape& s, DType dtype, const Device& devi
     if (const auto p = plan_depthwise_nhwc_tma(map, s, dtype, device, alignment)) return *p;
     return depthwise_nhwc(map, s, dtype, device, alignment);
   }
-  if (narrow && nchw_can_run(map, s, dtype)) return depthwise_nchw(map, s, dtype, device);
+  if (narrow && depthwise_nchw_can_run(map, s, dtype)) return depthwise_nchw(map, s, dtype, device);
   if (large) return plan_depthwise_large(map, s, dtype, device);
   return depthwise_direct(map, s, dtype, alignment, narrow);
 }

@@ -63,9 +63,17 @@ Plan depthwise_toeplitz(Map map, const ConvShape& s, DType dtype, const Device& 
   const int64_t row = pitch(tiles - 1 + 2 * steps);
   choose_place(cut, s.N, out.rows, (s.R - 1) * row, row, s.R * 2 * toeplitz_row_elements(static_cast<int>(steps)));
   const int64_t places = ceil_div(s.N, cut.images) * ceil_div(out.rows, cut.rows) * ceil_div(out.columns, 8 * tiles);
-  // The filter is laid out once a block: few blocks more than the multiprocessors hold twice over.
-  cut.splits = static_cast<int>(std::clamp<int64_t>(
-      ceil_div(static_cast<int64_t>(device.tuning().toeplitz_blocks * device.multiprocessors), s.K), 1, places));
+  // A block lays out the filter, which costs about a part of a place; of few blocks a multiprocessor works off one as
+  // fast as `busy` ones.
+  const Tuning& tuned = device.tuning();
+  double soonest = std::numeric_limits<double>::max();
+  for (int64_t each = 1; each <= 8; ++each) {
+    const int64_t parts = std::clamp<int64_t>(each * device.multiprocessors / s.K, 1, places);
+    const auto load = static_cast<double>(ceil_div(parts * s.K, device.multiprocessors));
+    const double time =
+        std::max(load, tuned.toeplitz_busy) * (static_cast<double>(ceil_div(places, parts)) + tuned.toeplitz_begin);
+    if (time < soonest) soonest = time, cut.splits = static_cast<int>(parts);
+  }
   return planned(0);
 }
 
@@ -86,10 +94,11 @@ int whole_stores(const ConvShape& s, const Written& out, const Strides& t, int64
 // False where it cannot run, or where depthwise_nchw.cu and depthwise_grad_weight_nchw.cu are predicted to be as fast:
 // 3x3 on rows that are no whole 8-byte pieces, and where tiles would be mostly empty.
 bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment) {
-  constexpr int64_t kMost = 50 << 10, kWarps = kNchwMmaThreads / 32;
+  constexpr int64_t kWarps = kNchwMmaThreads / 32;
   constexpr double kTile = 16 * 16 * kNchwMmaPhases;  // pixels of a warp's tile
   if (s.R != s.S || !has_window(s.R, s.stride_h)) return false;
   const bool sums = map == Map::grad_weight;
+  const int64_t most_bytes = (sums ? 50 : 66) << 10;  // of a block: four or three of them to a multiprocessor
   const Written out = sums ? Written{s.K, s.P, s.Q} : written(map, s);
   p = {Kernel::depthwise_nchw_mma,
        "cuda_depthwise_nchw_mma",
@@ -107,8 +116,8 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
   const int64_t multiprocessors = sums ? kSumMultiprocessors : device.multiprocessors;
   const Tuning& tuned = sums ? tuning_for(90) : device.tuning();
   // Rows and images of a place: the least time for a row by a simple reckoning in clocks of a multiprocessor: bytes of
-  // memory (of rows that places share, from L2, half of them), and the products of whole rounds of the four warps,
-  // which other blocks hide for the most part. Larger places have to be clearly better.
+  // memory (of rows that places share, from L2, half of them), the products of whole rounds of the four warps, which
+  // other blocks hide for the most part, and what a place costs beside both. Larger places have to be clearly better.
   double least = 0, use = 0;
   NchwMmaBlock block;
   int64_t places = 1;
@@ -116,13 +125,13 @@ bool depthwise_nchw_mma(Plan& p, Map map, const ConvShape& s, DType dtype, const
     NchwMmaCut tried = cut;
     tried.rows = static_cast<int>(rows), tried.images = static_cast<int>(images);
     const NchwMmaBlock c = nchw_mma_block(map, s, tried);
-    if (!c.possible || c.smem_bytes > kMost || !near_images(s, images)) return false;
+    if (!c.possible || c.smem_bytes > most_bytes || !near_images(s, images)) return false;
     const int64_t tiles = int64_t{c.sets} * c.blocks, rounds = ceil_div(tiles, kWarps);
     const auto all = static_cast<double>(rows * images);
     const double shared = rows < out.rows ? static_cast<double>(s.R - 1) / 2 * static_cast<double>(images) : 0;
     const double memory = (2 * all + shared) * static_cast<double>(out.columns) * 2 / tuned.bytes_a_clock;
     const double tile = static_cast<double>(16 * s.R) + tuned.nchw_mma_tile;
-    const double time = (memory + static_cast<double>(rounds * kWarps) * tile / 2) / all;
+    const double time = (memory + static_cast<double>(rounds * kWarps) * tile / 2 + tuned.nchw_mma_place) / all;
     if (least != 0 && time > least * tuned.nchw_mma_better) return true;
     least = time, cut = tried, block = c,
     places = ceil_div(std::max<int64_t>(s.N, 1), images) * ceil_div(out.rows, rows);
@@ -171,6 +180,11 @@ bool plan_depthwise_tensor_cores(Plan& p, Map map, const ConvShape& s, DType dty
   // Of fewer taps plain arithmetic keeps up with memory in half types, even for a kernel that lays rows of any width
   // into shared memory: 12 operations a byte at 5x5, 25 at 7x7, and about 20 are what an H100 has in the same time.
   if (static_cast<double>(std::min(s.R, s.S)) < device.tuning().toeplitz_from) return false;
+  // Of 7x7 the sums, and images that no wide tile covers, are predicted to be 1.5 to 4 times as fast in plain
+  // arithmetic.
+  constexpr int kWide = 4;
+  const bool wide = map != Map::grad_weight && toeplitz_tiles(written(map, s).columns) >= kWide;
+  if (!wide && depthwise_nchw_can_run(map, s, dtype)) return false;
   p = depthwise_toeplitz(map, s, dtype, device, alignment);
   return true;
 }
