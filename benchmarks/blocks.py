@@ -7,6 +7,7 @@ measured. A block is executed for one image, with the cut that the plan has for 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import predict
@@ -121,20 +122,13 @@ def predict_block(gpu: predict.Gpu, block: Block, N: int, cut: dict[str, int] | 
     return Predicted(free.kernel, tile, fused, calls, floor_us)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.blocks", description=__doc__.split("\n")[0])
-    parser.add_argument("gpu", choices=predict.gpus())
-    parser.add_argument("--network", choices=NETWORKS, default="mobilenet_v2")
-    parser.add_argument("--batch", type=int, default=128)
-    options = parser.parse_args()
-    gpu = predict.gpus()[options.gpu]
-    print(f"Predictions for {gpu.name}, N {options.batch}, bfloat16, channels_last. Nothing here is measured.\n")
+def table(gpu: predict.Gpu, network: str, batch: int) -> Iterator[str]:
     head = ("block", "tile", "blocks (a multiprocessor)", "longest bounds in us", "one kernel us", "calls us")
-    print("| " + " | ".join((*head, "floor us", "plan")) + " |")
-    print("| --- " * 8 + "|")
+    yield "| " + " | ".join((*head, "floor us", "plan")) + " |"
+    yield "| --- " * 8 + "|"
     sums = [0.0, 0.0, 0.0]
-    for block in NETWORKS[options.network]:
-        made = predict_block(gpu, block, options.batch)
+    for block in NETWORKS[network]:
+        made = predict_block(gpu, block, batch)
         calls, one = sum(made.calls), made.fused
         longest = sorted(one.bounds.items(), key=lambda item: -item[1])[:4] if one else []
         best = one.microseconds if one and made.plan != "composite" else calls
@@ -147,8 +141,21 @@ def main() -> None:
         figures = f"{one.microseconds:.1f}" if one else "-"
         each = " + ".join(f"{us:.0f}" for us in made.calls)
         cells = (f"{block}{times}", tile, place, said, figures, f"{calls:.1f} ({each})", f"{made.floor:.1f}", plan)
-        print("| " + " | ".join(cells) + " |", flush=True)
-    print(f"\nAll blocks as planned {sums[0]:.0f} us, by calls {sums[1]:.0f} us, floor {sums[2]:.0f} us.")
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+    yield f"All blocks as planned {sums[0]:.0f} us, by calls {sums[1]:.0f} us, floor {sums[2]:.0f} us."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.blocks", description=__doc__.split("\n")[0])
+    parser.add_argument("gpu", choices=predict.gpus())
+    parser.add_argument("--network", choices=NETWORKS, default="mobilenet_v2")
+    parser.add_argument("--batch", type=int, default=128)
+    options = parser.parse_args()
+    gpu = predict.gpus()[options.gpu]
+    print(f"Predictions for {gpu.name}, N {options.batch}, bfloat16, channels_last. Nothing here is measured.\n")
+    for line in table(gpu, options.network, options.batch):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

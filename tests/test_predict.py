@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import predict
+from benchmarks import layers, predict, tables
 
 OUTPUT = """plan: cuda_depthwise_nhwc
 entry: _Z1kv
@@ -100,6 +100,43 @@ def test_a_smaller_launch_keeps_the_cut() -> None:
     assert predict.smaller(product, {"outputs": 128, "blocks": 132}, 10**9) == {"N": 2, "blocks": 2}
     assert predict.smaller(product, {"outputs": 32, "blocks": 3}, 10**9) == {"N": 86, "blocks": 2}
     assert predict.smaller({**arguments, "groups": 1}, {}, 10**9) == {"N": 1}
+    planes = predict.smaller(arguments, {"rows": 7, "planes": 12}, 10**9, kernel="depthwise_nchw")
+    assert planes == {"N": 1, "C": 24, "K": 24, "groups": 24}
+
+
+TABLE = """Before.
+<!-- predicted: H200; 64, 1; float16; channels_last; dw5x5 240
+  @28x28; C=96 H=27 R=7 -->
+
+| 19.6 |
+
+<!-- end of what was predicted, {digest} -->
+After.
+"""
+
+
+def test_tables_are_made_and_not_changed_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def cell(gpu: predict.Gpu, layer: layers.Layer, *rest: object) -> str:
+        asked.append((gpu.capability, layer.label, *rest))
+        return f"{len(asked)}.0"
+
+    monkeypatch.setattr(tables, "cell", cell)
+    made = tables.rewrite(TABLE.format(digest="0"))
+    assert made.startswith("Before.\n<!-- predicted: H200; 64") and made.endswith(" -->\nAfter.\n")
+    assert "| dw5x5 240 @28x28 | 1, float16 | 4.0 | 5.0 | 6.0 |" in made and "19.6" not in made
+    assert len(asked) == 12 and asked[0] == (90, "dw5x5 240 @28x28", "forward", "float16", "channels_last", 64)
+    assert tables.changed_by_hand(TABLE.format(digest="0")) and not tables.changed_by_hand(made)
+    for other in (made.replace("4.0", "3.9"), made.replace("64, 1", "64, 8")):
+        assert tables.changed_by_hand(other)
+
+
+def test_the_notes_tables_are_as_they_were_made() -> None:
+    texts = [page.read_text() for page in sorted(tables.NOTES.glob("*.md"))]
+    assert sum(len(tables.BLOCK.findall(text)) for text in texts) >= 5
+    assert sum(text.count("<!-- predicted") for text in texts) == sum(len(tables.BLOCK.findall(t)) for t in texts)
+    assert not [asked for text in texts for asked in tables.changed_by_hand(text)]
 
 
 def test_a_layer_in_words() -> None:
