@@ -253,12 +253,39 @@ DILATED = (
     _depthwise("row_k4", 1, 400, 1, 301, (1, 4), padding=(0, 3), bias=True),
     _depthwise("row_k5_stride2", 1, 320, 1, 299, (1, 5), stride=(1, 2), padding=(0, 2)),
 )
+# Fewer channels than a vector has lanes: up to half of them, and more; each stride, as pixels next to each other and
+# apart; fewer columns than a block has, rows and columns that no tap sees, all of a filter outside.
+FEW = tuple(
+    _depthwise(f"c{C}_k{R}x{S}_s{stride[0]}x{stride[1]}_p{padding[0]}x{padding[1]}", 2, C, H, W, (R, S), **geometry)
+    for C in (2, 3, 5, 8, 9, 12, 15)
+    for H, W, R, S, stride, padding in (
+        (19, 40, 3, 3, (1, 1), (1, 1)),
+        (13, 3, 5, 2, (1, 1), (2, 1)),
+        (18, 21, 5, 5, (2, 2), (2, 2)),
+        (9, 31, 3, 7, (3, 4), (0, 3)),
+        (4, 5, 3, 3, (2, 1), (4, 5)),
+        (1, 70, 1, 4, (1, 1), (0, 3)),
+    )
+    for geometry in [dict(stride=stride, padding=padding, bias=True)]
+)
+
+
+def _of_slices(which: str, case: Case, dtype: torch.dtype) -> Tensor:
+    """The map of images whose pixels lie apart: NaN stands between them."""
+    x, w, b = tensors(case, dtype, "cpu", "channels_last")
+    g = grad_like_output(case, dtype, "cpu", "channels_last")
+    like_x = (x.shape, x.stride())
+    wide = [torch.cat([t, torch.full_like(t, float("nan"))], dim=1) for t in (x, g)]
+    x, g = (t.to(memory_format=torch.channels_last)[:, : case.C] for t in wide)
+    if which == "forward":
+        return ops.conv2d(x, w, b, *case.op_geometry, "identity")
+    return ops.conv2d_grad_input(g, w, *like_x, *case.op_geometry)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize("case", DILATED, ids=str)
-def test_dilated_channels_last(case: Case, dtype: torch.dtype, isa: str) -> None:
-    """Of any number of threads, which share a row, the same bits."""
+@pytest.mark.parametrize("case", [*DILATED, *FEW], ids=str)
+def test_rows_of_channels_last(case: Case, dtype: torch.dtype, isa: str) -> None:
+    """Of any number of threads, which share a row, the same bits. Images that are slices give them, too."""
     theirs, truth = peer(case, dtype, "cpu", "channels_last"), expected(case, dtype)
     for which in ("forward", "grad_input"):
         results = []
@@ -268,6 +295,7 @@ def test_dilated_channels_last(case: Case, dtype: torch.dtype, isa: str) -> None
                 results.append(run_map(which, case, dtype, "cpu", "channels_last"))
                 assert sepconv_ext.kernel_counts() == {"cpu_depthwise_nhwc": 1}
         assert torch.equal(*results)
+        assert torch.equal(results[0], _of_slices(which, case, dtype))
         what = f"{which} of {case} with {isa}"
         assert_as_accurate(results[0], getattr(theirs, which), getattr(truth, which), what)
 

@@ -4,7 +4,7 @@ namespace sepconv::cpu {
 namespace {
 
 // Measured thresholds: depthwise-nhwc.md and the last paragraph of grouped.md (benchmarks/notes).
-constexpr int64_t kLanes = 16, kLanesWithoutAvx512 = 8;
+constexpr int64_t kLanes = 16;
 constexpr int64_t kChannelsInPart = 32, kPartialChannels = 96, kPixelsOfPartialChannels = 10'000;
 constexpr int64_t kStridedChannels = 480, kStridedPixels = 19 * 19, kMultiplierPixels = 16 * 16;
 // oneDNN multiplies bfloat16 without widening, but so many numbers of a 3x3 take each thread here as long as a call.
@@ -43,8 +43,10 @@ const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dt
   if (s.K != s.C && map == Map::grad_input && !short_sums) return nullptr;
   if (s.K != s.C) return "a multiplier on channels_last: oneDNN is faster";
   if (!onednn_pads(s)) return nullptr;
-  if (s.C < (has_avx512 ? kLanes : kLanesWithoutAvx512))
-    return "fewer channels last than a vector has lanes: oneDNN is faster";
+  const bool much = s.N * pixels > kPixelsOfPartialChannels;
+  if (has_avx512 && s.C > kLanes / 2 && s.C < kLanes && much) {
+    return "9 to 15 channels last of many pixels, with AVX-512: oneDNN is faster";
+  }
   if (dtype == DType::bfloat16 && taps <= 3 * 3 && much_is_multiplied(map, s, gaps, torch.threads)) {
     return "bfloat16 3x3 on many channels_last pixels: oneDNN multiplies without widening";
   }
@@ -56,7 +58,7 @@ const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dt
     return "many channels last, strided: oneDNN is faster";
   }
   const bool partial = s.C > kChannelsInPart && s.C < kPartialChannels && s.C % kLanes != 0;
-  if (has_avx512 && partial && !is_strided(s) && s.N * pixels > kPixelsOfPartialChannels) {
+  if (has_avx512 && partial && !is_strided(s) && much) {
     return "many pixels of channels last that fill no whole vectors: oneDNN is faster";
   }
   return nullptr;

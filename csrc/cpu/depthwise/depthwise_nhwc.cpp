@@ -71,7 +71,12 @@ void depthwise_nhwc_grad_input(const ConvShape& shape, DType dtype, const void* 
 
 #include "cpu/simd/activate_simd.h"
 
+// Each calls what stands before it.
+// clang-format off
 #include "cpu/depthwise/depthwise_nhwc_correlate.h"
+#include "cpu/depthwise/depthwise_nhwc_few.h"
+#include "cpu/depthwise/depthwise_nhwc_phases.h"
+// clang-format on
 
 // Outputs of a part of a row: less is done in the time of handing it to a thread.
 inline constexpr int64_t kLeastPart = 16 * 1024;

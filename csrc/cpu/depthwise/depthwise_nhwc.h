@@ -31,7 +31,7 @@ struct Correlation {
 };
 
 // The channels that a block function takes at a time: `width` of them, one or two vectors. The last group overlaps
-// the one before it, so that only C < kLanes needs partial vectors.
+// the one before it; fewer than kLanes are one group, with zeros behind them.
 struct ChannelGroups {
   int64_t channels, width;
   int64_t count() const { return (channels + width - 1) / width; }
