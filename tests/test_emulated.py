@@ -431,7 +431,7 @@ def _runs() -> Iterator[Run]:
         yield made(case, "grad_weight", "channels_last", "bfloat16", splits=2)
         yield made(case, "grad_weight", "sliced_last", "float16", splits=5, w_layout="strided")
         yield made(case, "grad_weight", "channels_last", "float16", kernel="pointwise_mma", splits=2)
-    for activation in ("gelu", "sigmoid"):  # over 64 sums of a thread: unrolled, and with the sums passed under it
+    for activation in ("gelu", "silu", "sigmoid", "tanh"):  # over 64 sums of a thread
         yield Run(PRODUCTS[0], "forward", "bfloat16", "channels_last", activation, {"outputs": 128, "blocks": 2})
     for case in GROUPS:
         for map in ("forward", "grad_input"):

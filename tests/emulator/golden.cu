@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
 
 namespace sepconv::cuda {
@@ -145,6 +146,15 @@ __global__ void copy_pairs_golden(const uint32_t* from, uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = to[lane][i];
 }
 
+// out: [lane][4 floats]. Powers of two, of which an approximation is exact; what is not normal; and what is infinite.
+__global__ void fast_golden(uint32_t* out) {
+  const int lane = static_cast<int>(threadIdx.x), power = lane * 10 - 160;
+  out[lane * 4] = __float_as_uint(exp2_fast(static_cast<float>(power)));
+  out[lane * 4 + 1] = __float_as_uint(reciprocal_fast(static_cast<float>(1 << lane % 31)));
+  out[lane * 4 + 2] = __float_as_uint(reciprocal_fast(__uint_as_float(0x7F800000u - (lane << 23))));
+  out[lane * 4 + 3] = __float_as_uint(reciprocal_fast(__uint_as_float(static_cast<uint32_t>(lane) << 20)));
+}
+
 // out: [lane][4 words]. The last two are not written where a lane is left out.
 __global__ void store_golden(uint32_t* out) {
   const uint32_t lane = threadIdx.x;
@@ -252,6 +262,7 @@ bool show_all() {
   fine &= show("load16_if load32_if load64_if opaque", load_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("cp_async16_first", copy_first_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("store64_if", store_golden);
+  fine &= show("exp2_fast reciprocal_fast", fast_golden);
   if (has_tma(compiled_for(box_golden))) fine &= show_boxes();
   return fine;
 }

@@ -1,6 +1,7 @@
 // What csrc/cuda/device/ptx.cuh becomes on a CPU: every wrapper of inline PTX, by the same name, with an emulated body.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "async_copy.h"
@@ -13,6 +14,10 @@ namespace sepconv::cuda {
 inline constexpr int kArch = 0;
 
 inline int opaque(int i) { return i; }
+
+inline float normal_or_zero(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.f, v) : v; }
+inline float exp2_fast(float v) { return normal_or_zero(std::exp2(normal_or_zero(v))); }
+inline float reciprocal_fast(float v) { return normal_or_zero(1.f / normal_or_zero(v)); }
 
 // A launch begins here when the one before it has ended.
 inline void wait_for_earlier_kernels() {}

@@ -2,9 +2,11 @@
 // (tests/emulator/ptx_emulated.h): a wrapper is added in both places or in none.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
-#include "cuda/device/common.cuh"
 #include "cuda/device/tensor_map.h"
 
 #ifdef CUDA_ON_CPU
@@ -30,6 +32,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 __device__ __forceinline__ int opaque(int i) {
   asm volatile("" : "+r"(i));
   return i;
+}
+
+// ---- 2^v and 1 / v within two units in the last place, one instruction each. What is not normal is zero.
+__device__ __forceinline__ float exp2_fast(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+  return power;
+}
+__device__ __forceinline__ float reciprocal_fast(float v) {
+  float quotient;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(v));
+  return quotient;
 }
 
 // ---- programmatic dependent launch (sm_90): a kernel may begin while the one before it in the stream ends. Behind

@@ -13,6 +13,7 @@
 //   - all threads store the step's results, 16 bytes each, 128 a pixel.
 #pragma once
 
+#include "cuda/device/common.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/grouped/cut.h"
 

@@ -125,6 +125,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int down = warp % B::kDown, across = warp / B::kDown;
   const int a_at = swizzled(down * B::kRows * 16 + lane % 16, lane / 16);
   const int b_at = swizzled(across * B::kGroups * 32 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  // Of each 32 outputs a thread has eight, of pixels g and g + 8 of each m16.
+  const int output = first_output + across * B::kGroups * 32 + lane % 4 * kVec;
   int stage = 0;
 #pragma unroll 1
   for (int tile = static_cast<int>(blockIdx.x); tile < a.tiles; tile += static_cast<int>(gridDim.x)) {
@@ -160,8 +162,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
 
-    // A thread has outputs 8t .. 8t + 7 of each group, of pixels g and g + 8 of each m16.
-    const int output = first_output + across * B::kGroups * 32 + lane % 4 * kVec;
     if (bias != nullptr) {
 #pragma unroll
       for (int j = 0; j < B::kGroups; ++j) {
@@ -175,22 +175,33 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    activate_all<T>(a.activation, reinterpret_cast<float (&)[B::kRows * B::kGroups * 16]>(sums));
 #pragma unroll
     for (int m = 0; m < B::kRows; ++m) {
+      float done[B::kGroups][2][kVec];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto pixel = static_cast<uint32_t>(tile * kPixels + (down * B::kRows + m) * 16 + half * 8 + lane / 4);
-        if (pixel >= a.to.axis.size) continue;
-        T* const out = to + a.to.offset(pixel) + output;
+      for (int j = 0; j < B::kGroups; ++j) {
 #pragma unroll
-        for (int j = 0; j < B::kGroups; ++j) {
-          if (output + j * 32 >= a.outputs) continue;
-          float values[kVec];
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) values[i] = sums[m][j][i / 2][half * 2 + i % 2];
-          store_vec<kVec>(out + j * 32, values);
+        for (int i = 0; i < 16; ++i) {
+          done[j][i / kVec][i % kVec] = sums[m][j][i % kVec / 2][i / kVec * 2 + i % 2];
         }
+      }
+      const auto store = [&] {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const auto pixel = static_cast<uint32_t>(tile * kPixels + (down * B::kRows + m) * 16 + half * 8 + lane / 4);
+          if (pixel >= a.to.axis.size) continue;
+          T* const out = to + a.to.offset(pixel) + output;
+#pragma unroll
+          for (int j = 0; j < B::kGroups; ++j) {
+            if (output + j * 32 < a.outputs) store_vec<kVec>(out + j * 32, done[j][half]);
+          }
+        }
+      };
+      if (a.activation == Activation::identity) {
+        store();
+      } else {  // not of all sums at once: it has few numbers in work beside the others
+        activate_by_16<T>(a.activation, reinterpret_cast<float (&)[B::kGroups * 16]>(done));
+        store();
       }
     }
   }
