@@ -65,6 +65,7 @@ def explain(
     cuda_device: tuple[int, int] | None = None,
     padding_mode: str = "zeros",
     grad_output: Tensor | None = None,
+    activation: str = "identity",
 ) -> Explanation: ...
 def explain_separable(
     input: Tensor,

@@ -658,6 +658,30 @@ def test_other_products_of_half_types_are_torchs_with_the_bias_in_the_product(dt
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_activation_that_would_be_a_pass_behind_torchs_product_stays_with_the_product(dtype: str) -> None:
+    wide = {"dtype": dtype, "C": 192, "K": 768, "H": 28, "W": 28}
+    again = {"dtype": dtype, "C": 96, "K": 384, "H": 56, "W": 56}
+    for layer in (wide, again):
+        for activation in ("identity", "relu"):  # ReLU is part of torch's product
+            assert product(**layer, activation=activation).kernel == "cuda_pointwise_matmul"
+        for activation in ("relu6", "gelu", "silu", "hardswish", "tanh"):
+            plan = product(**layer, activation=activation)
+            assert plan.kernel == "cuda_pointwise_nhwc_mma" and "would be a pass" in plan.reason, (layer, activation)
+        assert product(**layer, activation="gelu", map="grad_input").kernel == "aten"
+        assert "would be a pass" not in product(**layer, activation="gelu", strict=1).reason
+    # Not where pixels come from L2 24 times, nor where one block would make one long sum.
+    assert product(dtype=dtype, C=384, K=1536, activation="gelu").kernel == "cuda_pointwise_matmul"
+    few = product(dtype=dtype, N=1, C=384, K=8, H=1, W=1, activation="gelu")
+    assert few.kernel == "cuda_pointwise_matmul" and "too few tiles" in few.reason
+
+
+def test_blocks_of_products_are_two_on_a_multiprocessor_unless_fewer_gain() -> None:
+    case = {"sm": 90, "multiprocessors": H100}
+    assert product(**case, C=96, K=384, H=56, W=56, activation="gelu").tile["blocks"] == 88  # of three chunks each
+    assert product(**case, N=64, C=72, K=40, H=28, W=28).tile["blocks"] == 131
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sums_of_products_read_both_images_once_in_one_order(dtype: str) -> None:
     case = {"map": "grad_weight", "dtype": dtype}
     for C, K, tiles in ((96, 24, 1), (24, 144, 2), (64, 128, 1), (384, 64, 3), (128, 128, 1)):

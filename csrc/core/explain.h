@@ -6,6 +6,7 @@
 
 #include "core/block_shape.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "core/separable_shape.h"
 
 namespace sepconv {
@@ -24,11 +25,11 @@ Explanation explain(const SeparableShape&, DType);
 Explanation explain(const BlockShape&, DType);
 }  // namespace cpu
 namespace cuda {
-Explanation explain(Map, const ConvShape&, DType, int device);
+Explanation explain(Map, const ConvShape&, DType, Activation, int device);
 Explanation explain(const SeparableShape&, DType, int device);
 Explanation explain(const BlockShape&, DType, int device);
 // The same for a device that need not be there: its number of multiprocessors, and 90 for compute capability 9.0.
-Explanation explain(Map, const ConvShape&, DType, int multiprocessors, int compute_capability);
+Explanation explain(Map, const ConvShape&, DType, Activation, int multiprocessors, int compute_capability);
 Explanation explain(const BlockShape&, DType, int multiprocessors, int compute_capability);
 }  // namespace cuda
 

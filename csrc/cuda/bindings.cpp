@@ -76,7 +76,8 @@ struct Cuda {
 
   static Plan plan(const Call& c) {
     const int64_t alignment = common_alignment({c.first_data(), c.second_data(), c.epilogue().bias});
-    Plan p = cuda::plan(c.map, c.shape, c.dtype(), device_facts(c.first->get_device()), alignment, strict());
+    const Device device = device_facts(c.first->get_device());
+    Plan p = cuda::plan(c.map, c.shape, c.dtype(), device, alignment, strict(), c.activation);
     const PlanByHand* hand = plan_by_hand();
     return hand == nullptr ? p : overruled(std::move(p), c.map, c.shape, c.dtype(), hand->kernel, hand->cut);
   }
@@ -147,8 +148,8 @@ void raise_if(cudaError_t error, const char* kernel) {
   TORCH_CHECK(false, "the CUDA kernel ", kernel, " could not be launched: ", cudaGetErrorString(error));
 }
 
-Explanation explain(Map map, const ConvShape& shape, DType dtype, int device) {
-  return explain(map, plan(map, shape, dtype, device_facts(device), kBestAlignment, strict()));
+Explanation explain(Map map, const ConvShape& shape, DType dtype, Activation activation, int device) {
+  return explain(map, plan(map, shape, dtype, device_facts(device), kBestAlignment, strict(), activation));
 }
 
 Explanation explain(const SeparableShape& shape, DType dtype, int device) {
@@ -164,13 +165,14 @@ Explanation explain(const BlockShape& shape, DType dtype, int multiprocessors, i
   return explain(Map::forward, plan_block(shape, dtype, device, kBestAlignment, strict()));
 }
 
-Explanation explain(Map map, const ConvShape& shape, DType dtype, int multiprocessors, int compute_capability) {
+Explanation explain(Map map, const ConvShape& shape, DType dtype, Activation activation, int multiprocessors,
+                    int compute_capability) {
   // A build's machine code for 9.0 and newer has the copy engine's kernels, and drivers for those make its maps.
   const Device device{.multiprocessors = multiprocessors,
                       .compute_capability = compute_capability,
                       .copies_boxes = compute_capability >= 90,
                       .tf32 = allows_tf32()};
-  return explain(map, plan(map, shape, dtype, device, kBestAlignment, strict()));
+  return explain(map, plan(map, shape, dtype, device, kBestAlignment, strict(), activation));
 }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) { register_ops<Cuda>(m); }

@@ -13,13 +13,14 @@ namespace {
 constexpr int64_t kWideGroupLast = 4;
 
 // The best kernel for tensors where they are.
-Plan plan_in_place(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
+Plan plan_in_place(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict,
+                   Activation activation) {
   if (s.N == 0) {  // nothing is launched, and the question is answered for one image
     ConvShape one = s;
     one.N = 1;
-    return plan_in_place(map, one, dtype, device, alignment, strict);
+    return plan_in_place(map, one, dtype, device, alignment, strict, activation);
   }
-  if (pointwise_can_run(map, s)) return plan_pointwise(map, s, dtype, device, alignment, strict);
+  if (pointwise_can_run(map, s)) return plan_pointwise(map, s, dtype, device, alignment, strict, activation);
   if (s.is_depthwise()) return plan_depthwise(map, s, dtype, device, alignment);
   if (!strict && s.groups == 1) {
     return aten("a dense convolution: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
@@ -50,12 +51,13 @@ bool is_general(const Plan& p) {
 // between rows, or between filters, a copy is made where it gives the call a kernel of its own in the place of a
 // general one (predicted, not measured: a copy is a read and a write, and the general kernels read every element once a
 // tap).
-Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
+Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict,
+          Activation activation) {
   if (!device.has_code) return aten("this build has no code for the GPU: TORCH_CUDA_ARCH_LIST names what it is for");
   const Layout layout = call_layout(map, s);
   const ImageShape x = input_image(s), y = output_image(s);
   const auto with = [&](const Copies& copies) {
-    Plan p = plan_in_place(map, with_copies(s, copies), dtype, device, alignment, strict);
+    Plan p = plan_in_place(map, with_copies(s, copies), dtype, device, alignment, strict, activation);
     if (p.kernel != Kernel::aten) p.copies = copies;  // torch copies for itself
     return p;
   };

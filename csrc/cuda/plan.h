@@ -73,8 +73,10 @@ struct Plan {
 };
 
 // `alignment`: bytes, a power of two that divides the address of every tensor of the call (16 is as good as more).
-// With `strict`, ATen is taken only for what no kernel here can run.
-Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict);
+// With `strict`, ATen is taken only for what no kernel here can run. The activation counts where torch's product would
+// leave it to a pass of its own.
+Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict,
+          Activation activation = kNoActivation);
 
 // The fourth op: a fused kernel, or the composite of two calls that have plans of their own. With `strict`, the fused
 // kernel wherever it can run.

@@ -127,16 +127,18 @@ Explanation with_borders(Explanation e, const char* borders, Map map, const Conv
 Explanation explain(const std::string& map_name, const at::Tensor& input, const at::Tensor& weight,
                     const std::optional<at::Tensor>& bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups, const DeviceFacts& cuda_device,
-                    const std::string& padding_mode, const std::optional<at::Tensor>& grad_output) {
+                    const std::string& padding_mode, const std::optional<at::Tensor>& grad_output,
+                    const std::string& activation_name) {
   const Map map = parse_map(map_name);
   const PaddingMode mode = parse_padding_mode(padding_mode);
+  [[maybe_unused]] const Activation activation = parse_activation(activation_name);
   const auto aten = [](const char* reason) { return Explanation{"aten", reason, true, "", 0}; };
   if (!has_kernel_dtype(input)) return aten("no kernel for this dtype");
   const ConvArgs args{stride, padding, dilation, groups, mode};
   Checked checked = check_forward(input, weight, bias, args);
   if (is_one_image(map, checked.shape)) {
     Explanation one = explain(map_name, first_image(input), weight, bias, stride, padding, dilation, groups,
-                              cuda_device, padding_mode, grad_output);
+                              cuda_device, padding_mode, grad_output, activation_name);
     one.reason += "; the batch is one image, computed once";
     return one;
   }
@@ -158,11 +160,12 @@ Explanation explain(const std::string& map_name, const at::Tensor& input, const 
 #ifdef SEPCONV_WITH_CUDA
   if (cuda_device) {
     const auto [multiprocessors, capability] = *cuda_device;
-    return with_borders(cuda::explain(map, shape, dtype, multiprocessors, capability), "cuda_borders", map, shape,
-                        mode);
+    return with_borders(cuda::explain(map, shape, dtype, activation, multiprocessors, capability), "cuda_borders", map,
+                        shape, mode);
   }
   if (input.is_cuda()) {
-    return with_borders(cuda::explain(map, shape, dtype, input.get_device()), "cuda_borders", map, shape, mode);
+    return with_borders(cuda::explain(map, shape, dtype, activation, input.get_device()), "cuda_borders", map, shape,
+                        mode);
   }
 #endif
   TORCH_CHECK(!cuda_device, "cuda_device was given, but this build has no CUDA part");
@@ -299,7 +302,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       });
   m.def("explain", explain, py::arg("map"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none(),
-        py::arg("padding_mode") = "zeros", py::arg("grad_output") = py::none());
+        py::arg("padding_mode") = "zeros", py::arg("grad_output") = py::none(), py::arg("activation") = "identity");
   m.def("explain_separable", explain_separable);
   m.def("explain_inverted_residual", explain_inverted_residual, py::arg("input"), py::arg("expand_weight"),
         py::arg("expand_bias"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("project_weight"),

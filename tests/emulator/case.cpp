@@ -199,7 +199,7 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
     const Plan causal = plan_causal(read_causal(a, c), c.dtype, make_device(a), alignment_of(c));
     return overruled(causal, c.map, c.shape, c.dtype, "", named_numbers(causal.cut, a));
   }
-  Plan p = plan(c.map, c.shape, c.dtype, make_device(a), alignment_of(c), a.number("strict", 1) != 0);
+  Plan p = plan(c.map, c.shape, c.dtype, make_device(a), alignment_of(c), a.number("strict", 1) != 0, c.activation);
   const std::string kernel = a.text("kernel", "auto");
   if (kernel != "auto") p = overruled(p, c.map, c.shape, c.dtype, kernel, {});
   return overruled(p, c.map, c.shape, c.dtype, "", named_numbers(p.cut, a));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "core/activation.h"
 #include "cuda/plan_parts.h"
 
 namespace sepconv::cuda {
@@ -34,6 +35,9 @@ Plan torchs(Map map, const ConvShape& s, DType dtype, const char* reason) {
 
 // From that many operations a byte the tensor cores of mma.sync are slower than torch's, which are newer.
 constexpr int64_t kMostOperations = 80;
+// Operations in the time of a byte, of an H200 with 4.3 TB/s: 430 TFLOPS here, of 480 that mma.sync has at most, and
+// 600 of torch's product. Both are guesses.
+constexpr double kOwnOperations = 100, kTorchsOperations = 140;
 // What all blocks read and write, through L2, over what there is: blocks of other outputs read the same pixels again.
 // L2 gives about 1.3 times what memory does.
 constexpr double kMostTraffic = 1.3;
@@ -41,6 +45,8 @@ constexpr double kMostTraffic = 1.3;
 constexpr int64_t kAloneSum = 256;
 constexpr int64_t kBlocksByRegisters = 2;
 constexpr double kBlockBegins = 0.5;  // in tiles: its weights, and the first wait
+// Of two blocks of a multiprocessor one stores what the other's products do not wait for: fewer have to gain that much.
+constexpr double kWorthLonely = 0.95;
 
 struct Channels {
   int64_t depth, outputs;     // summed; written
@@ -90,7 +96,7 @@ ProductCut nhwc_mma_cut(Map map, const ConvShape& s, const Device& device) {
     const auto busiest =
         static_cast<double>(ceil_div<int64_t>(blocks * chunks(c, cut.outputs), device.multiprocessors));
     const double time = busiest * (static_cast<double>(of_a_block) + kBlockBegins);
-    if (least == 0 || time < least) least = time, cut.blocks = static_cast<int>(blocks);
+    if (least == 0 || time < kWorthLonely * least) least = time, cut.blocks = static_cast<int>(blocks);
   }
   return cut;
 }
@@ -100,21 +106,37 @@ constexpr const char* kBoundByArithmetic =
 constexpr const char* kReadAgain =
     "1x1 of so many channels that pixels would be read again: torch's product is predicted to be faster (not measured)";
 
+// Whether torch's product leaves the activation to a pass over its result; ReLU it does on its way.
+bool takes_a_pass(Activation activation) {
+  return activation != Activation::identity && activation != Activation::relu;
+}
+
+// Whether the kernel here is predicted to be faster than torch's product and a pass that reads and writes its result,
+// both counted in bytes of memory: the longer of arithmetic and traffic.
+bool faster_than_two(const ConvShape& s, DType dtype, const ProductCut& cut) {
+  const int64_t pixels = s.N * s.P * s.Q, written = pixels * s.K * element_size(dtype);
+  const int64_t through_l2 = chunks({s.C, s.K, 0, 0}, cut.outputs) * pixels * s.C * element_size(dtype) + written;
+  const auto arithmetic = static_cast<double>(operations(s));
+  const double here = std::max(arithmetic / kOwnOperations, static_cast<double>(through_l2) / kMostTraffic);
+  const double torchs = std::max(arithmetic / kTorchsOperations, static_cast<double>(bytes(s, dtype)));
+  return here < torchs + 2 * static_cast<double>(written);
+}
+
 // Why torch's product is predicted to be faster; null where it is not.
 const char* torch_instead_of_nhwc_mma(Map map, const ConvShape& s, DType dtype, const ProductCut& cut,
-                                      const Device& device) {
+                                      const Device& device, Activation activation) {
   const Channels c = channels(map, s);
   const int64_t parts = chunks(c, cut.outputs);
+  const bool few = pixel_tiles(s) * parts < device.multiprocessors && c.depth > kAloneSum;
+  const bool apart = map == Map::forward && takes_a_pass(activation);
+  if (!few && apart && faster_than_two(s, dtype, cut)) return nullptr;
   if (operations(s) > kMostOperations * bytes(s, dtype)) {
     return kBoundByArithmetic;
   }
   if (static_cast<double>(parts * c.depth + c.outputs) > kMostTraffic * static_cast<double>(c.depth + c.outputs)) {
     return kReadAgain;
   }
-  if (pixel_tiles(s) * parts < device.multiprocessors && c.depth > kAloneSum) {
-    return "1x1 of too few tiles to fill the GPU: torch's product splits its sums";
-  }
-  return nullptr;
+  return few ? "1x1 of too few tiles to fill the GPU: torch's product splits its sums" : nullptr;
 }
 
 // The same of the gradient by the weight.
@@ -135,7 +157,8 @@ bool pointwise_can_run(Map map, const ConvShape& s) {
          (map != Map::grad_input || (s.stride_h == 1 && s.stride_w == 1));
 }
 
-Plan plan_pointwise(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict) {
+Plan plan_pointwise(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict,
+                    Activation activation) {
   const bool nhwc_mma = nhwc_mma_can_run(map, s, dtype, device, alignment);
   if (nhwc_mma && map == Map::grad_weight) {
     const char* const reason = strict ? nullptr : torch_instead_of_nhwc_mma_sums(s, dtype);
@@ -147,10 +170,16 @@ Plan plan_pointwise(Map map, const ConvShape& s, DType dtype, const Device& devi
   }
   if (nhwc_mma) {
     const ProductCut cut = nhwc_mma_cut(map, s, device);
-    const char* const reason = strict ? nullptr : torch_instead_of_nhwc_mma(map, s, dtype, cut, device);
+    const auto torchs_because = [&](Activation of) {
+      return torch_instead_of_nhwc_mma(map, s, dtype, cut, device, of);
+    };
+    const char* const reason = strict ? nullptr : torchs_because(activation);
     if (reason != nullptr) return torchs(map, s, dtype, reason);
     return {Kernel::pointwise_nhwc_mma, "cuda_pointwise_nhwc_mma",
-            "1x1 in a half type, whole vectors of channels: tensor cores, weights kept in shared memory", cut, 0};
+            !strict && torchs_because(kNoActivation) != nullptr
+                ? "1x1 whose activation would be a pass behind torch's product: tensor cores, both in one"
+                : "1x1 in a half type, whole vectors of channels: tensor cores, weights kept in shared memory",
+            cut, 0};
   }
   if (!strict && is_half(dtype)) {
     return torchs(map, s, dtype, "1x1 in a half type: torch's product is predicted to be faster (not measured)");
