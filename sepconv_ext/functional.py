@@ -709,8 +709,8 @@ def explain(
 
     Args:
         input ... groups: the call, as in `conv2d`.
-        activation: as in `depthwise_conv2d`. It counts on CUDA, where torch's 1x1 product would be followed by a pass for
-            it; other choices do not depend on it. Default ``identity``.
+        activation: as in `depthwise_conv2d`. It counts on CUDA, where a pass for it would follow torch's 1x1 product;
+            other choices do not depend on it. Default ``identity``.
         map: ``forward``, ``grad_input`` or ``grad_weight``. Default ``forward``.
         padding_mode: as in `padded_conv2d`. Default ``zeros``.
         grad_output: the gradient ``[N, K, P, Q]`` of the two gradient maps, for how it lies in memory. Default: as the
