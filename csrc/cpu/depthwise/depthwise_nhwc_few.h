@@ -8,6 +8,7 @@
 // scratch and stored from there.
 
 inline constexpr int kFewVectors = SEPCONV_ISA_LEVEL == 2 ? 8 : 4;
+inline constexpr int64_t kFewColumns = 512;  // outputs of a row whose input stays in cache
 
 // Next to each other.
 template <typename From, typename To>

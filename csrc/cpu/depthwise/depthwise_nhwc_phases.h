@@ -19,8 +19,10 @@ void take_phase(int64_t f, const T*& x, int64_t& inputs, int64_t& x_step, T*& y,
 // Output rows [p0, p1), of a kernel whose taps are neighbours.
 template <typename T>
 void correlate_phase(const Correlation<T>& k, const NhwcKernel<T>& kernel, int64_t p0, int64_t p1) {
-  if (k.C < kLanes<accumulate_t<T>> && k.R > 0 && k.S > 0) return correlate_few(k, p0, p1);
-  correlate_neighbours(k, kernel, p0, p1);
+  if (k.C >= kLanes<accumulate_t<T>> || k.R == 0 || k.S == 0) return correlate_neighbours(k, kernel, p0, p1);
+  for (int64_t q = 0; q < k.Q; q += kFewColumns) {
+    correlate_few(columns_of(k, q, std::min(q + kFewColumns, k.Q)), p0, p1);
+  }
 }
 
 // Output rows [p0, p1).
