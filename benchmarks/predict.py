@@ -115,7 +115,7 @@ UNITS = (
     ("tensor", r"mma\."),
     ("special", r"(ex2|rcp|sqrt|rsqrt|lg2|tanh|sin|cos)\."),
     ("fp64", r"\w+\..*f64$"),
-    ("fp32", r"(fma|mul|add|sub|max|min|neg|abs)\..*(f32|f16|f16x2|bf16|bf16x2)$"),
+    ("fp32", r"(fma|mul|add|sub|max|min|neg|abs)\..*(f32|f16|f16x2|bf16|bf16x2|f32x2)$"),
     ("access", r"(ld|st|ldmatrix|cp|mbarrier|fence)\."),
     ("control", r"(bra|ret|bar|exit|shfl|vote|elect|griddepcontrol)"),
     ("integer", r""),
@@ -171,9 +171,12 @@ def predict_launch(gpu: Gpu, counted: Counted, blocks: int, more: float, moved: 
     busiest = math.ceil(blocks / gpu.multiprocessors) * gpu.multiprocessors / blocks
     scale = more / gpu.multiprocessors * busiest  # of the counts, to the busiest multiprocessor's
     units = by_unit(counted.executed)
+    pairs = sum(times for opcode, times in counted.executed.items() if opcode.endswith(".f32x2"))  # issue once, for two
+    if pairs:  # PTX makes and parts them by moves, of which the GPU's code has none
+        units["integer"] -= sum(counted.executed.get(move, 0) for move in ("mov.b64", "mov.b32"))
     clocks = {
         "issue": sum(units.values()) / 4,
-        "fp32": units["fp32"] * 32 / gpu.fp32_lanes,
+        "fp32": (units["fp32"] + pairs) * 32 / gpu.fp32_lanes,
         "fp64": units["fp64"] * 32 / gpu.fp64_lanes,
         "integer": units["integer"] * 32 / gpu.int_lanes,
         "special functions": units["special"] * 32 / 16,

@@ -405,15 +405,16 @@ def test_every_entry_is_understood(all_kernels: bool) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_emulator_and_the_machine_agree() -> None:
+@pytest.mark.parametrize("arch", ["90a", "100"])
+def test_the_emulator_and_the_machine_agree(arch: str) -> None:
     """Every wrapper of ptx.cuh on golden.cu's inputs, bit for bit: two readings of the manual, of which a GPU is the
     judge (test_golden_ptx.py)."""
-    compiled = ptx.compile_kernels(GOLDEN)
+    compiled = ptx.compile_kernels(GOLDEN, ptx.together(arch))
     sources = [*ptx.MACHINE, ptx.HERE / "runtime.cpp"]
     objects = [ptx.compile_machine(source) for source in sources]
     objects += [emulate.compile_object(p, "race") for p in (ptx.TENSOR_MAP, emulate.HERE / "tensor.cpp")]
     program = ptx.link([compiled.object, *objects], "golden")
-    done = emulate.run(program, [], variables={"PTX_FILES": str(compiled.ptx["90a"])})
+    done = emulate.run(program, [], variables={"PTX_FILES": str(compiled.ptx[arch])})
     assert done.returncode == 0, done.stdout
     lines = [line for line in done.stdout.splitlines() if ": " in line and not line.startswith("entry: ")]
     ours = dict(line.split(": ", 1) for line in lines)

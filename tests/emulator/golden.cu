@@ -155,6 +155,18 @@ __global__ void fast_golden(uint32_t* out) {
   out[lane * 4 + 3] = __float_as_uint(reciprocal_fast(__uint_as_float(static_cast<uint32_t>(lane) << 20)));
 }
 
+// out: [lane][2 floats, twice]. Products that a second rounding would change, and each float of its own pair.
+__global__ void pair_golden(uint32_t* out) {
+  const auto lane = static_cast<float>(threadIdx.x);
+  float sums[2][2] = {{-1.f, 2.f}, {lane, -lane}};
+  const float a[2] = {1.f + (lane + 1.f) * 0x1p-23f, 3.f - lane * 0x1p-21f}, b[2] = {1.f - 0x1p-20f, lane * 0.1f};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    fma_pair(sums[i], a, b);
+    for (int k = 0; k < 2; ++k) out[threadIdx.x * 4 + 2 * i + k] = __float_as_uint(sums[i][k]);
+  }
+}
+
 // out: [lane][4 words]. The last two are not written where a lane is left out.
 __global__ void store_golden(uint32_t* out) {
   const uint32_t lane = threadIdx.x;
@@ -263,6 +275,7 @@ bool show_all() {
   fine &= show("cp_async16_first", copy_first_golden, static_cast<const uint32_t*>(from.data));
   fine &= show("store64_if", store_golden);
   fine &= show("exp2_fast reciprocal_fast", fast_golden);
+  fine &= show("fma_pair", pair_golden);
   if (has_tma(compiled_for(box_golden))) fine &= show_boxes();
   return fine;
 }

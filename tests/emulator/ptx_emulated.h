@@ -19,6 +19,11 @@ inline float normal_or_zero(float v) { return std::fpclassify(v) == FP_SUBNORMAL
 inline float exp2_fast(float v) { return normal_or_zero(std::exp2(normal_or_zero(v))); }
 inline float reciprocal_fast(float v) { return normal_or_zero(1.f / normal_or_zero(v)); }
 
+inline constexpr bool kHasPairs = false;
+inline void fma_pair(float (&sum)[2], const float (&a)[2], const float (&b)[2]) {
+  for (int i = 0; i < 2; ++i) sum[i] = std::fma(a[i], b[i], sum[i]);
+}
+
 // A launch begins here when the one before it has ended.
 inline void wait_for_earlier_kernels() {}
 

@@ -147,7 +147,17 @@ void packed(Step& s, F f) {
   });
 }
 
+// Two floats in one register, the first the lowest.
+uint64_t fma_of_pairs(uint64_t a, uint64_t b, uint64_t c) {
+  const auto part = [&](int shift) {
+    const auto value = [&](uint64_t v) { return as<float>(v >> shift); };
+    return bits_of(std::fma(value(a), value(b), value(c))) << shift;
+  };
+  return part(0) | part(32);
+}
+
 void fma(Step& s) {
+  if (s.in.type.packed && s.in.type.bits == 32) return three<uint64_t>(s, fma_of_pairs);
   if (s.in.type.packed) {
     // A product of two halves is exact in double; so is its sum with a third but for the last bits of far exponents,
     // and rounding to odd there keeps the second rounding right.
@@ -463,6 +473,7 @@ Meaning arithmetic(const Instruction& in) {
   if (in.opcode == "ex2.approx.ftz.f32" || in.opcode == "ex2.approx.f32") return ex2;
   const bool half = in.type.bits == 16 && (in.type.kind == Kind::floating || in.type.kind == Kind::bfloat);
   if (half && in.words[0] != "cvt" && !(in.words[0] == "fma" && in.type.packed)) return nullptr;
+  if (in.type.packed && in.words[0] != "fma") return nullptr;
   for (const char* unknown : {"cc", "sat", "rz", "rp"}) {
     if (in.has(unknown) && in.words[0] != "cvt") return nullptr;
   }

@@ -357,14 +357,26 @@ std::string Program::text_of(const Instruction& in) const {
 }
 
 Type type_of(const std::string& word) {
-  static const std::map<std::string, Type> kTypes = {
-      {"pred", {Kind::predicate, 1}},      {"b8", {Kind::bits, 8}},        {"b16", {Kind::bits, 16}},
-      {"b32", {Kind::bits, 32}},           {"b64", {Kind::bits, 64}},      {"u8", {Kind::unsigned_, 8}},
-      {"u16", {Kind::unsigned_, 16}},      {"u32", {Kind::unsigned_, 32}}, {"u64", {Kind::unsigned_, 64}},
-      {"s8", {Kind::signed_, 8}},          {"s16", {Kind::signed_, 16}},   {"s32", {Kind::signed_, 32}},
-      {"s64", {Kind::signed_, 64}},        {"f16", {Kind::floating, 16}},  {"f32", {Kind::floating, 32}},
-      {"f64", {Kind::floating, 64}},       {"bf16", {Kind::bfloat, 16}},   {"f16x2", {Kind::floating, 16, true}},
-      {"bf16x2", {Kind::bfloat, 16, true}}};
+  static const std::map<std::string, Type> kTypes = {{"pred", {Kind::predicate, 1}},
+                                                     {"b8", {Kind::bits, 8}},
+                                                     {"b16", {Kind::bits, 16}},
+                                                     {"b32", {Kind::bits, 32}},
+                                                     {"b64", {Kind::bits, 64}},
+                                                     {"u8", {Kind::unsigned_, 8}},
+                                                     {"u16", {Kind::unsigned_, 16}},
+                                                     {"u32", {Kind::unsigned_, 32}},
+                                                     {"u64", {Kind::unsigned_, 64}},
+                                                     {"s8", {Kind::signed_, 8}},
+                                                     {"s16", {Kind::signed_, 16}},
+                                                     {"s32", {Kind::signed_, 32}},
+                                                     {"s64", {Kind::signed_, 64}},
+                                                     {"f16", {Kind::floating, 16}},
+                                                     {"f32", {Kind::floating, 32}},
+                                                     {"f64", {Kind::floating, 64}},
+                                                     {"bf16", {Kind::bfloat, 16}},
+                                                     {"f16x2", {Kind::floating, 16, true}},
+                                                     {"bf16x2", {Kind::bfloat, 16, true}},
+                                                     {"f32x2", {Kind::floating, 32, true}}};
   const auto found = kTypes.find(word);
   return found == kTypes.end() ? Type{} : found->second;
 }

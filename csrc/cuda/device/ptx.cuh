@@ -46,6 +46,21 @@ __device__ __forceinline__ float reciprocal_fast(float v) {
   return quotient;
 }
 
+// ---- sum += a * b of two floats each, rounded once. From 10.0 on (and CUDA 13) it is one instruction,
+// fma.rn.f32x2, which issues once for both.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDACC_VER_MAJOR__ >= 13
+inline constexpr bool kHasPairs = true;
+__device__ __forceinline__ void fma_pair(float (&sum)[2], const float (&a)[2], const float (&b)[2]) {
+  const float2 both = __ffma2_rn(float2{a[0], a[1]}, float2{b[0], b[1]}, float2{sum[0], sum[1]});
+  sum[0] = both.x, sum[1] = both.y;
+}
+#else
+inline constexpr bool kHasPairs = false;
+__device__ __forceinline__ void fma_pair(float (&sum)[2], const float (&a)[2], const float (&b)[2]) {
+  for (int i = 0; i < 2; ++i) sum[i] = fmaf(a[i], b[i], sum[i]);
+}
+#endif
+
 // ---- programmatic dependent launch (sm_90): a kernel may begin while the one before it in the stream ends. Behind
 // this wait, with which every kernel begins, all that the other wrote is there, and it reads nothing any more that this
 // one writes. No wait where launch() did not ask for an early beginning.

@@ -157,6 +157,7 @@ __device__ __forceinline__ void add_row(float (&ring)[W::kRing][W::kColumns][kVe
                                         const float (&window)[W::kWindow][kVec], const float (&start)[kVec],
                                         const float* filter, int in) {
   constexpr int kRow = FilterLayout<W::kKernel, kVec>::kRow;
+  constexpr bool kPairs = kHasPairs && kVec == 2 && W::kKernel > 3;  // 3x3 waits for memory, not for issue
 #pragma unroll
   for (int j = 0; j < W::kRing; ++j) {
     const int r = W::row_tap(in, j);
@@ -170,16 +171,25 @@ __device__ __forceinline__ void add_row(float (&ring)[W::kRing][W::kColumns][kVe
     }
 #pragma unroll
     for (int o = 0; o < W::kColumns; ++o) {
+      float sums[kVec];
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
-        float sum = in > 0 ? ring[j][o][v] : j + W::kUp < W::kRing ? ring[j + W::kUp][o][v] : start[v];
+        sums[v] = in > 0 ? ring[j][o][v] : j + W::kUp < W::kRing ? ring[j + W::kUp][o][v] : start[v];
 #pragma unroll
         for (int c = 0; c < W::kWindow; ++c) {
           const int s = W::column_tap(c, o);
-          if (W::meets(s)) sum += window[c][v] * taps[s * kVec + v];
+          if (!kPairs && W::meets(s)) sums[v] += window[c][v] * taps[s * kVec + v];
         }
-        ring[j][o][v] = sum;
       }
+      if constexpr (kPairs) {
+#pragma unroll
+        for (int c = 0; c < W::kWindow; ++c) {
+          const int s = W::column_tap(c, o);
+          if (W::meets(s)) fma_pair(sums, window[c], {taps[2 * s], taps[2 * s + 1]});
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) ring[j][o][v] = sums[v];
     }
   }
 }
