@@ -301,6 +301,26 @@ def test_rows_of_channels_last(case: Case, dtype: torch.dtype, isa: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("C", "map", "taken"),
+    [
+        (3, "forward", False),
+        (8, "grad_input", False),
+        (12, "forward", True),
+        (16, "forward", False),
+        (3, "grad_weight", True),
+        (12, "grad_weight", True),
+        (16, "grad_weight", False),
+    ],
+)
+def test_few_channels_that_the_plan_gives_to_torch(C: int, map: str, taken: bool) -> None:
+    """Of 8x56x56 in channels_last, with oneDNN's kernels for AVX-512."""
+    x = torch.empty(8, C, 56, 56).to(memory_format=torch.channels_last)
+    with half_kernels(True, True), strictness(False):
+        said = functional.explain(x, torch.empty(C, 1, 3, 3), None, 1, 1, 1, C, map=map)
+    assert (said.kernel == "aten") == taken, said.reason
+
+
+@pytest.mark.parametrize(
     ("padding", "dilation", "taken"),
     [((1, 1, 1, 1), 1, True), ((1, 1, 2, 0), 1, False), ((4, 4, 4, 4), 4, True), ((7, 7, 7, 7), 7, False)],
 )

@@ -12,8 +12,8 @@ constexpr int64_t kBfloat16Outputs = 280'000, kBfloat16OutputsStrided = 190'000,
 constexpr int64_t kBfloat16TapsStrided = 7 * 7, kMostTaps = 13 * 13;
 constexpr int64_t kPadding = 6;
 
-// oneDNN's depthwise kernel pads by up to kPadding, before as much as behind but for what strides leave over. Of more
-// it runs its reference, 16 times as long; of uneven padding torch is given a padded copy.
+// oneDNN's depthwise kernel pads by up to kPadding, before as much as behind but for what strides leave over. Of more,
+// with a dilation, it runs a reference, 16 times as long; of uneven padding torch is given a padded copy.
 bool onednn_pads(const ConvShape& s) {
   const auto pads = [](int64_t size, int64_t before, int64_t stride, int64_t outputs, int64_t reach) {
     const int64_t behind = (outputs - 1) * stride + reach + 1 - size - before;
@@ -42,6 +42,7 @@ const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dt
   const bool short_sums = dtype == DType::float32 && is_strided(s) && taps <= 3 * 3 && pixels >= kMultiplierPixels;
   if (s.K != s.C && map == Map::grad_input && !short_sums) return nullptr;
   if (s.K != s.C) return "a multiplier on channels_last: oneDNN is faster";
+  if (map == Map::grad_weight && s.C < kLanes) return "15 channels last or fewer, by the weight: oneDNN is faster";
   if (!onednn_pads(s)) return nullptr;
   const bool much = s.N * pixels > kPixelsOfPartialChannels;
   if (has_avx512 && s.C > kLanes / 2 && s.C < kLanes && much) {
