@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -621,6 +622,17 @@ def test_one_program_is_called_directly(monkeypatch: pytest.MonkeyPatch) -> None
 
     frozen(x.as_subclass(Seen))
     assert any("program" in name for name in Seen.names)
+
+    class Mode(TorchFunctionMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **kwargs or {})
+
+    with Mode():
+        frozen(x)
+    assert any("program" in name for name in Mode.names)
     assert torch.equal(torch.jit.trace(frozen, x)(2 * x), frozen(2 * x))
     moved = copy.deepcopy(frozen)
     next(moved.buffers()).zero_()

@@ -45,8 +45,10 @@ class DirectCall:
         return cls(call.args[2], call.args[1].target, tuple(results))
 
     def can(self, inputs: Sequence[object]) -> bool:
-        """Whether nothing looks on that wants to see Python call the op: a tensor's own class, or a tracer."""
+        """Whether nothing looks on that wants to see Python call the op: a tensor's own class, a mode, or a tracer."""
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return False
+        if torch._C._len_torch_function_stack() > 0:
             return False
         return all(type(value) is Tensor for value in inputs)
 
