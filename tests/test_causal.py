@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import sys
+import warnings
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sepconv_ext
 from harness import DTYPES, assert_as_accurate, dtype_name, only_our_kernels, random, strictness
 from sepconv_ext import functional, reference
-from sepconv_ext.causal_conv1d import causal_conv1d_fn
+from sepconv_ext.causal_conv1d import causal_conv1d_fn, causal_conv1d_varlen_states
 from sepconv_ext.causal_conv1d import causal_conv1d_update as update_fn
 
 ops = torch.ops.sepconv_ext
@@ -384,6 +388,73 @@ def test_the_other_packages_names(wide: bool) -> None:
     for function in (lambda: causal_conv1d_fn(x, w, activation="bogus"), lambda: update_fn(token, out, w, b, "bogus")):
         with pytest.raises(NotImplementedError, match="bogus"):
             function()
+
+
+@pytest.mark.parametrize("of_weight", [d for d in DTYPES if d != torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("of_x", DTYPES, ids=dtype_name)
+def test_the_other_packages_functions_take_any_two_dtypes(of_x: torch.dtype, of_weight: torch.dtype) -> None:
+    """Results are x's, and as exact as x's type allows where the weight's is narrower."""
+    x, _, _, states = tensors(CASES[0], of_x)
+    _, w, b, _ = tensors(CASES[0], of_weight)
+    seen = torch.cat((states, x), 2).double()
+    expected = F.silu(F.conv1d(seen, w.unsqueeze(1).double(), b.double(), groups=35))
+    close = dict(rtol=8 * torch.finfo(of_x).eps, atol=16 * torch.finfo(of_x).eps)
+    y = causal_conv1d_fn(x, w, b, None, states, activation="silu")
+    tokens = update_fn(x, states, w, b, "silu")
+    for actual in (y, tokens):
+        assert actual.dtype == of_x
+        torch.testing.assert_close(actual.double(), expected, **close)
+    assert torch.equal(states, x[..., -3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_states_of_sequences_one_behind_the_other(dtype: torch.dtype) -> None:
+    x = random((14, 5), torch.float32, "cpu").requires_grad_()
+    begins = torch.tensor([0, 2, 2, 9, 14], dtype=dtype)  # the second is empty
+    states = causal_conv1d_varlen_states(x, begins, 3)
+    expected = [F.pad(x[i:j].T, (3, 0))[:, -3:] for i, j in itertools.pairwise(begins)]
+    assert torch.equal(states, torch.stack(expected)) and states.shape == (4, 5, 3) and states.stride(1) == 1
+    (grad,) = torch.autograd.grad(states.sum(), x)
+    assert torch.equal(grad[:, 0], torch.tensor([1.0] * 2 + [0] * 4 + [1] * 3 + [0] * 2 + [1] * 3))
+    assert causal_conv1d_varlen_states(x[:0], begins[:1].expand(3), 3).equal(torch.zeros(2, 5, 3))
+    assert causal_conv1d_varlen_states(x, begins, 0).shape == (4, 5, 0)
+
+
+def test_bad_input_of_states_of_sequences() -> None:
+    x, begins = torch.ones(4, 3), torch.tensor([0, 4])
+    for given, said in {
+        (x[0], begins, 2): r"x must be \[tokens, C\], but has size \[3\]",
+        (x, begins[None], 2): r"cu_seqlens must be \[N \+ 1\], but has size \[1, 2\]",
+        (x, begins.float(), 2): "cu_seqlens must be of whole numbers, but is torch.float32",
+        (x, begins, -1): "state_len must be at least 0, but is -1",
+    }.items():
+        with pytest.raises(RuntimeError, match=said):
+            causal_conv1d_varlen_states(*given)
+    with pytest.raises(TypeError, match="cu_seqlens"):
+        causal_conv1d_varlen_states(x, [0, 4], 2)
+
+
+def test_registered_in_the_place_of_the_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever that package has the functions; what was imported before keeps its own, and a warning names it."""
+    names = ("causal_conv1d", "causal_conv1d.causal_conv1d_interface", "causal_conv1d.causal_conv1d_varlen")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)  # none, and as it was afterwards
+    others = [name for name, module in sys.modules.items() if hasattr(module, "causal_conv1d_fn")]
+    for name in {*others, __name__} - {"sepconv_ext.causal_conv1d"}:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "a_client", early := ModuleType("a_client"))
+    early.causal_conv1d_fn = print
+    with pytest.warns(RuntimeWarning, match="too late for a_client, which"):
+        sepconv_ext.causal_conv1d.register()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sepconv_ext.causal_conv1d.register()
+    for name, function in zip(
+        names, ("causal_conv1d_update", "causal_conv1d_fn", "causal_conv1d_varlen_states"), strict=True
+    ):
+        scope: dict = {}
+        exec(f"from {name} import {function}", scope)
+        assert scope[function] is getattr(sepconv_ext.causal_conv1d, function)
 
 
 BAD = {
