@@ -72,8 +72,12 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def modeling(request: pytest.FixtureRequest) -> ModuleType:
+    return _imported(request.param)
+
+
+def _imported(model: str) -> ModuleType:
     """The module of a model, which imports causal_conv1d and gets this package's."""
-    name = f"transformers.models.{request.param}.modeling_{request.param}"
+    name = f"transformers.models.{model}.modeling_{model}"
     sys.modules.pop(name, None)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of the models of other tests, which keep their own
@@ -113,3 +117,15 @@ def test_prefill_generation_and_gradients(modeling: ModuleType, monkeypatch: pyt
     torch.testing.assert_close(logits, slow_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grads, slow_grads, rtol=1e-3, atol=1e-5)
     assert torch.equal(made, slow_made)
+
+
+def test_packed_rows_by_seq_idx() -> None:
+    """A model whose layers all are convolutions: each sequence of a row gives what it gives alone."""
+    modeling = _imported("lfm2")
+    config = transformers.Lfm2Config(**SMALL, **ATTENTION, layer_types=["conv", "conv"])
+    model = modeling.Lfm2ForCausalLM(config).eval()
+    tokens, seq_idx = torch.randint(3, 64, (1, 20)), torch.tensor([[0] * 8 + [1] * 12])
+    parts = [model(part, use_cache=False).logits for part in tokens.split((8, 12), 1)]
+    packed = model(tokens, seq_idx=seq_idx, use_cache=False).logits
+    torch.testing.assert_close(packed, torch.cat(parts, 1))
+    assert not torch.equal(model(tokens, use_cache=False).logits, packed)
