@@ -161,3 +161,14 @@ def test_the_workflow_calls_what_make_has() -> None:
     rules = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     assert {"lint", "docs", "test", "test-all", "wheels", "wheel-test"} <= called
     assert called <= rules, called - rules
+
+
+def test_the_workflows_actions_run_on_node_24() -> None:
+    """GitHub's runners took Node 20 out in 2026; by the actions' own pages, these releases have the newer one."""
+    workflow = ROOT / ".github" / "workflows" / "ci.yml"
+    if not workflow.exists():
+        pytest.skip("not a clone")
+    first = {"checkout": 5, "setup-python": 6, "upload-artifact": 6, "download-artifact": 7}
+    used = re.findall(r"uses: actions/([a-z-]+)@v(\d+)$", workflow.read_text(), re.MULTILINE)
+    assert {name for name, _ in used} == set(first)
+    assert all(int(release) >= first[name] for name, release in used), used
