@@ -480,6 +480,14 @@ def test_grad_weight_fills_the_gpu_once(
     assert 0.7 * resident <= blocks <= resident or plan.tile["rows"] == 4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_grad_weight_of_kernels_as_tall_as_the_image_takes_whole_images(dtype: str) -> None:
+    plan = grad_weight(64, 768, 7, 7, layout="contiguous", dtype=dtype)
+    assert plan.kernel == "cuda_depthwise_grad_weight_nchw"
+    assert plan.tile["rows"] % 7 == 0 and plan.tile["rows"] * plan.tile["splits"] >= 64 * 7
+    assert grad_weight(64, 960, 7, 3, layout="contiguous", dtype=dtype).tile["rows"] % 7  # fills the GPU instead
+
+
 def test_grad_weight_needs_no_second_kernel_where_sums_are_short() -> None:
     for layout in ("channels_last", "contiguous"):
         for N, C, size in ((1, 960, 7), (1, 384, 14), (2, 960, 7)):

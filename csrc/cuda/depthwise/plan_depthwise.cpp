@@ -137,7 +137,12 @@ Plan depthwise_direct(Map map, const ConvShape& s, DType dtype, int64_t alignmen
 bool outputs_dense(const ConvShape& s) { return s.K > 1 && s.y.c == 1 && (s.C == 1 || s.x.c == 1); }
 
 void cut_rows(Plan& p, int vec, const ConvShape& s, int64_t chunks, int64_t places, int64_t blocks) {
-  const GradWeightRows cut = grad_weight_rows(chunks, places, s.P, blocks);
+  GradWeightRows cut = grad_weight_rows(chunks, places, s.P, blocks);
+  // A part that ends within an image leaves rows for the next to repeat: all of them, if the kernel is as tall.
+  if (const int64_t whole = cut.rows / s.P * s.P;
+      p.kernel == Kernel::depthwise_grad_weight_nchw && whole > 0 && s.R >= s.P) {
+    cut = {static_cast<int>(whole), static_cast<int>(ceil_div(places * s.P, whole))};
+  }
   p.cut = GradWeightRowsCut{vec, cut.rows, cut.splits};
   if (cut.splits > 1) p.workspace_bytes = cut.splits * s.weight_elements() * acc_size(DType::float32);
 }
