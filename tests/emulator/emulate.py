@@ -147,6 +147,43 @@ def _closure(source: Path, text: str, folders: Sequence[Path]) -> dict[Path, byt
     return found
 
 
+def _key(parts: Iterable[str], closure: Mapping[Path, bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in (compiler_version(), *parts):
+        digest.update(part.encode() + b"\0")
+    for path in sorted(closure):
+        digest.update(closure[path] + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def flags_of(build: str, kernel: bool) -> list[str]:
+    if build == "host":
+        return list(COMMON)
+    own = [*COMMON, BUILDS[build]["define"]]
+    return [*own, *BUILDS[build]["kernel"], "-include", "emulator.h"] if kernel else own
+
+
+@functools.cache
+def precompiled(build: str) -> Path:
+    """A folder with emulator.h as the compiler has read it, 0.7 s less for each kernel: searched first, g++ takes it
+    for the file, unless it does not fit."""
+    flags = flags_of(build, kernel=True)[:-2]
+    closure = _closure(HERE / "emulator.h", (HERE / "emulator.h").read_text(), [HERE, CSRC])
+    folder = CACHE / build / f"header-{_key((*flags, str(cuda_include())), closure)}"
+    target = folder / "emulator.h.gch"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = folder / "part"
+            command = [compiler(), "-x", "c++-header", *flags, f"-I{HERE}", f"-I{CSRC}", f"-I{cuda_include()}"]
+            done = subprocess.run([*command, "-o", str(part), str(HERE / "emulator.h")], text=True, capture_output=True)
+            if done.returncode:
+                raise CompileError(f"emulator.h ({build}):\n{done.stderr}")
+            part.replace(target)
+    return folder
+
+
 def compile_object(
     source: Path, build: str, text: str | None = None, headers: Mapping[str, str] | None = None, check: bool = False
 ) -> Path:
@@ -154,17 +191,12 @@ def compile_object(
     their path below csrc (for planted faults); `check` looks for errors only and returns no file."""
     content = source.read_text() if text is None else text
     kernel = source.suffix == ".cu"
-    flags = [*COMMON, BUILDS[build]["define"]]
-    if kernel:
-        flags += [*BUILDS[build]["kernel"], "-include", str(HERE / "emulator.h")]
     folders = [HERE, CSRC]
-    digest = hashlib.sha256()
-    for part in (compiler_version(), *flags, source.name, str(cuda_include()), content, *(headers or {}).values()):
-        digest.update(part.encode() + b"\0")
     closure = _closure(source, content + ('\n#include "emulator.h"' if kernel else ""), folders)
-    for path in sorted(closure):
-        digest.update(closure[path] + b"\0")
-    key = digest.hexdigest()[:20]
+    if not kernel and not any(b"EMULATOR_" in part for part in (content.encode(), *closure.values())):
+        build = "host"  # the same in every build
+    flags = flags_of(build, kernel)
+    key = _key((*flags, source.name, str(cuda_include()), content, *(headers or {}).values()), closure)
     target = CACHE / build / f"{source.stem}-{key}.o"
     if target.exists() and not check:
         return target
@@ -177,6 +209,8 @@ def compile_object(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(header)
         folders.insert(0, folder)
+    if kernel and not headers:  # which emulator.h may include
+        folders.insert(0, precompiled(build))
     command = [compiler(), "-x", "c++", *flags, *(f"-I{f}" for f in folders), f"-I{cuda_include()}"]
     command += ["-fsyntax-only", "-Werror=vla"] if check else ["-c", "-o", str(part)]
     if text is None:

@@ -81,7 +81,7 @@ def together(arch: str) -> tuple[str, ...]:
 
 def compile_kernels(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> Compiled:
     """One run of nvcc gives all: entries have names that differ from run to run."""
-    flags = ["-std=c++20", "-O3", "-Xcompiler=-O0", f"-I{emulate.CSRC}"]
+    flags = ["-std=c++20", "-O3", "-Xcompiler=-O0"]
     flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in architectures]
     files = {source: source.read_bytes(), **emulate._closure(source, source.read_text(), [emulate.CSRC])}
     folder = CACHE / f"{source.stem}-{_key(nvcc_version(), *flags, files=files)}"
@@ -94,12 +94,14 @@ def compile_kernels(source: Path, architectures: Sequence[str] = ARCHITECTURES) 
         kept = Path(scratch) / "kept"
         target.mkdir()
         kept.mkdir()
-        command = [nvcc(), *flags, "--keep", "--keep-dir", str(kept), "-c", "-o", str(target / made.object.name)]
-        done = subprocess.run([*command, str(source)], text=True, capture_output=True, cwd=scratch)
+        command = [nvcc(), *flags, f"-I{emulate.CSRC}", "--keep", "--keep-dir", str(kept)]
+        command += ["-c", "-o", str(target / made.object.name), str(source)]
+        done = subprocess.run(command, text=True, capture_output=True, cwd=scratch)
         if done.returncode:
             raise emulate.CompileError(f"{source.name}:\n{done.stderr}")
         for arch in architectures:
-            shutil.copy(kept / f"{source.stem}.compute_{arch}.ptx", target / made.ptx[arch].name)
+            name = f"{source.stem}.compute_{arch}.ptx" if len(architectures) > 1 else f"{source.stem}.ptx"
+            shutil.copy(kept / name, target / made.ptx[arch].name)
         try:
             target.rename(folder)
         except OSError:  # another process was faster
