@@ -14,7 +14,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +42,7 @@ DEFAULT = (
     "depthwise_grad_weight", "pointwise_mma", "pointwise_nhwc_mma", "grouped", "grouped_grad_weight", "separable_mma",
     "spatial_separable", "causal_nlc", "causal_ncl", "causal_direct", "causal_update", "borders", "sum_partials",
 )  # fmt: skip
-EACH = 2  # default cases of a kernel and map
+EACH, SMALL = 2, 1e6  # default cases of a kernel and map, of so few products
 
 
 # ---- the machine itself
@@ -273,12 +273,17 @@ def runs_on(index: int, arch: str) -> bool:
     return not (arch in ("80", "120") and planned(arch)[index] == "depthwise_nhwc_tma")
 
 
+def products_of(index: int) -> int:
+    c = RUNS[index].case
+    return c.N * c.K * c.H * c.W * c.R * c.S * c.C // c.groups
+
+
 def chosen() -> list[tuple[int, str]]:
-    """A few of RUNS for each kernel in DEFAULT, on each architecture."""
+    """A few of RUNS for each kernel in DEFAULT, on each architecture: small ones."""
     taken: collections.Counter[tuple[str, ...]] = collections.Counter()
     result = []
     for index, run in enumerate(RUNS):
-        for arch in ptx.ARCHITECTURES:
+        for arch in ptx.ARCHITECTURES if products_of(index) < SMALL else ():
             files = files_of(index, arch)
             key = (planned(arch)[index], run.map, arch, *(["borders"] if "padding_mode" in run.extra else []))
             if runs_on(index, arch) and files and files <= set(DEFAULT) and taken[key] < EACH:
@@ -409,7 +414,7 @@ def test_every_entry_is_understood(all_kernels: bool) -> None:
 def test_the_emulator_and_the_machine_agree(arch: str) -> None:
     """Every wrapper of ptx.cuh on golden.cu's inputs, bit for bit: two readings of the manual, of which a GPU is the
     judge (test_golden_ptx.py)."""
-    compiled = ptx.compile_kernels(GOLDEN, ptx.together(arch))
+    compiled = ptx.compile_kernels(GOLDEN, (arch,))
     sources = [*ptx.MACHINE, ptx.HERE / "runtime.cpp"]
     objects = [ptx.compile_machine(source) for source in sources]
     objects += [emulate.compile_object(p, "race") for p in (ptx.TENSOR_MAP, emulate.HERE / "tensor.cpp")]
@@ -421,34 +426,39 @@ def test_the_emulator_and_the_machine_agree(arch: str) -> None:
     assert ours == emulated_output("race")
 
 
-# Cases for planted faults, each of a kernel in DEFAULT.
+# Files whose PTX gets planted faults by default; the slow test takes all.
 PLANTED = (
-    "depthwise_nhwc_mma-forward", "depthwise_nhwc_tma-forward", "depthwise_nchw_mma-forward",
-    "depthwise_grad_weight_nhwc_mma-grad_weight", "pointwise_mma-forward", "separable_mma-forward",
+    "depthwise_nhwc_mma", "depthwise_nhwc_tma", "depthwise_nchw_mma", "depthwise_grad_weight_nhwc_mma", "pointwise_mma",
+    "separable_mma",
 )  # fmt: skip
 MUTANTS = int(os.environ.get("PTX_MUTANTS", "12"))  # of each
+MUTANT_SEED = int(os.environ.get("PTX_SEED", "1"))
 CAUGHT = 0.95  # at least this share of those that make a difference
-PLANTED_RUNS = 9  # of a kernel; most faults are caught by the first ones
+PLANTED_RUNS = 9  # of a file and map; most faults are caught by the first ones
 WITHOUT_EFFECT = Path(__file__).parent / "ptx" / "survivors.txt"
 
 
-def planted_runs(name: str) -> list[int]:
-    """Runs of a kernel and map: of the dtype, filter rows and layout that most of its cases have, so that they execute
-    the same entries; small ones first."""
+def runs_of(stem: str, all_kernels: bool) -> list[int]:
+    """What may launch kernels of a .cu file, small ones first."""
+    files = {index: files_of(index, "90a") for index, run in enumerate(RUNS) if "infinite" not in run.extra}
+    found = [index for index in files if stem in files[index] and (all_kernels or files[index] <= set(DEFAULT))]
+    return sorted(found, key=products_of)
 
-    def size(index: int) -> int:
-        c = RUNS[index].case
-        return c.N * c.K * c.H * c.W * c.R * c.S
 
-    kernel, map = name.rsplit("-", 1)
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for index, run in enumerate(RUNS):
-        own = planned("90a")[index] == kernel and run.map == map and "infinite" not in run.extra
-        if own and files_of(index, "90a") <= set(DEFAULT):
-            alike.setdefault((run.dtype, run.case.R, "last" in run.layout), []).append(index)
-    most = max(alike.values(), key=len)
-    step = max(len(most) / PLANTED_RUNS, 1)
-    return sorted((most[int(i * step)] for i in range(min(PLANTED_RUNS, len(most)))), key=size)
+def planted_runs(runs: Sequence[int]) -> list[int]:
+    """A few of each map: of the dtype, filter rows, stride and layout that most of its cases have, so that they execute
+    the same entries."""
+    alike: dict[str, dict[tuple[object, ...], list[int]]] = {}
+    for index in runs:
+        run = RUNS[index]
+        key = (run.dtype, run.case.R, run.case.stride, "last" in run.layout)
+        alike.setdefault(run.map, {}).setdefault(key, []).append(index)
+    most = [max(of_map.values(), key=len) for of_map in alike.values()]
+    return [index for group in most for index in spread(group, PLANTED_RUNS)]
+
+
+def spread(runs: Sequence[int], count: int) -> list[int]:
+    return [runs[i * len(runs) // min(count, len(runs))] for i in range(min(count, len(runs)))]
 
 
 def without_effect(fault: plant.Planted, stem: str) -> bool:
@@ -481,44 +491,68 @@ def test_fault_of_boxes_is_seen(name: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and told in done.stdout, done.stdout
 
 
-def survives(name: str, fault: plant.Planted, text: str, runs: list[int], folder: Path) -> str | None:
-    """The fault, where none of the runs shows it."""
-    stem = name.split("-")[0]
+def survives(used: ptx.Runner, stem: str, fault: plant.Planted, runs: Iterable[int], folder: Path) -> bool:
+    """Whether none of the runs shows the fault."""
     changed = folder / f"{stem}-{fault.line}-{abs(hash(fault))}.ptx"
-    changed.write_text(fault.apply(text.split("\n")))
+    changed.write_text(fault.apply(used.ptx["90a"][stem].read_text().split("\n")))
     for index in runs:
-        if runner(False).run(RUNS[index].arguments(), "90a", replaced={stem: changed}, timeout=300).returncode != 0:
+        if used.run(RUNS[index].arguments(), "90a", replaced={stem: changed}, timeout=300).returncode != 0:
             changed.unlink()
-            return None
-    return f"{name}: {fault}"
+            return False
+    return True
 
 
-def test_planted_faults_are_caught(tmp_path: Path) -> None:
-    """In the PTX text, in lines that several cases execute; any of the kernel's cases may show a fault. What makes no
-    difference, by survivors.txt, does not count."""
-    used, work = runner(False), []
-    for name in PLANTED:
-        runs, text = planted_runs(name), used.ptx["90a"][name.split("-")[0]].read_text()
-        executed: collections.Counter[int] = collections.Counter()
-        for index in runs:
-            done = used.run(RUNS[index].arguments(), "90a", lines=True)
-            assert done.returncode == 0, done.stdout
-            for entry, lines in re.findall(r"^lines: (\S+)((?: \d+)+)$", done.stdout, re.MULTILINE):
-                if f".entry {entry}(" in text:
-                    executed.update(map(int, lines.split()))
-        several = min(3, max(executed.values()))
-        often = sorted(line for line, times in executed.items() if times >= several)
-        work += [(name, fault, text, runs, tmp_path) for fault in plant.sample(text, often, MUTANTS, seed=1)]
+def lines_of(used: ptx.Runner, stem: str, index: int) -> set[int]:
+    """The lines of a file's PTX that a run executes."""
+    text = used.ptx["90a"][stem].read_text()
+    done = used.run(RUNS[index].arguments(), "90a", lines=True)
+    assert done.returncode == 0, done.stdout
+    found = re.findall(r"^lines: (\S+)((?: \d+)+)$", done.stdout, re.MULTILINE)
+    return {int(line) for entry, lines in found if f".entry {entry}(" in text for line in lines.split()}
+
+
+def entries_of(used: ptx.Runner, index: int) -> set[str]:
+    done = used.run(RUNS[index].arguments(), "90a", dry=True)
+    return set(re.findall(r"^entry: (\S+)$", done.stdout, re.MULTILINE))
+
+
+def check_planted(used: ptx.Runner, stems: Sequence[str], folder: Path, wide: bool) -> None:
+    """Plants a sample in lines that several cases execute; any of these cases may show a fault, and with `wide` any
+    that launches the same entry. What makes no difference, by survivors.txt, does not count."""
+    work = []
     with ThreadPoolExecutor(emulate.JOBS) as pool:
-        survivors = [
-            (told, job) for told, job in zip(pool.map(lambda j: survives(*j), work), work, strict=True) if told
-        ]
-    harmless = [told for told, (name, fault, *_) in survivors if without_effect(fault, name.split("-")[0])]
-    missed = [told for told, (name, fault, *_) in survivors if not without_effect(fault, name.split("-")[0])]
+        for stem in stems:
+            every, text = runs_of(stem, wide), used.ptx["90a"][stem].read_text()
+            runs = spread(every, 6 * PLANTED_RUNS) if wide else planted_runs(every)
+            executed = dict(zip(runs, pool.map(functools.partial(lines_of, used, stem), runs), strict=True))
+            times = collections.Counter(line for lines in executed.values() for line in lines)
+            often = sorted(line for line in times if times[line] >= min(3, max(times.values())))
+            more = [index for index in every if index not in executed] if wide else []
+            entries = dict(zip(more, pool.map(functools.partial(entries_of, used), more), strict=True))
+            for fault in plant.sample(text, often, MUTANTS, MUTANT_SEED):
+                tried = [index for index in runs if fault.line in executed[index]]
+                entry = re.findall(r"\.entry (\w+)", "\n".join(text.split("\n")[: fault.line]))[-1]
+                tried += [index for index, launched in entries.items() if entry in launched]
+                work.append((stem, fault, tried))
+        survived = list(pool.map(lambda job: survives(used, *job, folder), work))
+    left = [(stem, fault) for (stem, fault, _), is_left in zip(work, survived, strict=True) if is_left]
+    harmless = [f"{stem}: {fault}" for stem, fault in left if without_effect(fault, stem)]
+    missed = [f"{stem}: {fault}" for stem, fault in left if not without_effect(fault, stem)]
     share = 1 - len(missed) / (len(work) - len(harmless))
     print(f"{share:.1%} of {len(work) - len(harmless)} planted faults are caught", *missed, sep="\n  ")
     print(f"{len(harmless)} have no effect (survivors.txt)", *harmless, sep="\n  ")
-    assert len(work) == MUTANTS * len(PLANTED) and share >= CAUGHT, "\n".join(missed)
+    assert len(work) == MUTANTS * len(stems) and share >= CAUGHT, "\n".join(missed)
+
+
+def test_planted_faults_are_caught(tmp_path: Path) -> None:
+    check_planted(runner(False), PLANTED, tmp_path, wide=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", [path.stem for path in emulate.kernel_sources()])
+def test_planted_faults_of_every_kernel_are_caught(stem: str, tmp_path: Path) -> None:
+    """PTX_MUTANTS=20 PTX_SEED=2 take another sample."""
+    check_planted(runner(True), [stem], tmp_path, wide=True)
 
 
 def counted(slow: bool) -> list[tuple[str, str, list[str]]]:
