@@ -74,10 +74,10 @@ def conv3d(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilati
     size = geometry.output_size(batch.shape[2:], weight.shape[2:])
     if not all(n >= 1 for n in size):
         return torch.conv3d(*given)
-    if geometry.is_of_the_depth(weight):
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if geometry.is_of_the_depth(weight) and (differentiated or _depth_is_ours(batch, weight)):
         output = _of_the_depth(batch, weight, bias, geometry)
         return output if input.dim() == 5 else output.squeeze(0)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     if torch.compiler.is_compiling():
         if not differentiated:
             return torch.conv3d(*given)
@@ -139,8 +139,8 @@ def _three(value: Any) -> tuple[int, ...] | None:
 # --- what was measured: benchmarks/notes/volumes.md ---
 
 _SMALL = 250_000  # multiply-accumulates, below which the calls of this file take longer than torch's
-_MANY_TAPS = 200  # in float32, from which torch's forward call is slower
-_LARGE = 1 << 20  # numbers of an input in NCDHW, from which it is, too: oneDNN copies them
+_MANY_TAPS = 200  # in float32, from which torch's forward call is slower where oneDNN has no AVX-512
+_LARGE = 1 << 21  # numbers of an input in NCDHW, from which it is, too: oneDNN copies them
 
 
 def _is_large(input: Tensor, weight: Tensor, size: Sequence[int]) -> bool:
@@ -152,8 +152,20 @@ def _forward_is_ours(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Where torch's own forward call, by oneDNN, is not faster. It has no kernels for float64 and half types here."""
     if input.dtype != torch.float32 or _C.strict() or geometry.padding() is None:
         return True
-    many = math.prod(weight.shape[2:]) >= _MANY_TAPS
+    many = math.prod(weight.shape[2:]) >= _MANY_TAPS and not _has_avx512()
     return many or (input.numel() >= _LARGE and _memory_format(input, weight) == torch.contiguous_format)
+
+
+def _depth_is_ours(input: Tensor, weight: Tensor) -> bool:
+    """As above, of taps along the depth alone. torch calls oneDNN for those with two threads or more."""
+    if torch.compiler.is_compiling() or input.dtype != torch.float32 or _C.strict():
+        return True
+    fast = _has_avx512() and torch.get_num_threads() > 1
+    return not (fast and _memory_format(input, weight) == torch.channels_last_3d)
+
+
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 # --- the three maps, and how they are each other's derivatives ---

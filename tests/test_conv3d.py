@@ -123,6 +123,40 @@ def test_derivatives_of_every_order(case: Case, layout: str) -> None:
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel", "layout", "avx512", "threads", "ours"),
+    [
+        ((1, 4, 8, 16, 16), (7, 7, 7), "NCDHW", False, 1, True),
+        ((1, 4, 8, 16, 16), (7, 7, 7), "NCDHW", True, 1, False),
+        ((1, 16, 8, 16, 16), (5, 1, 1), "NDHWC", True, 2, False),
+        ((1, 16, 8, 16, 16), (5, 1, 1), "NDHWC", True, 1, True),
+        ((1, 16, 8, 16, 16), (5, 1, 1), "NDHWC", False, 2, True),
+        ((1, 16, 8, 16, 16), (5, 1, 1), "NCDHW", True, 2, True),
+        ((1, 32, 32, 32, 32), (3, 3, 3), "NCDHW", True, 1, False),
+        ((2, 32, 32, 32, 32), (3, 3, 3), "NCDHW", True, 1, True),
+    ],
+)
+def test_which_forward_calls_are_torchs(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    layout: str,
+    avx512: bool,
+    threads: int,
+    ours: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By measurement (benchmarks/notes/volumes.md), where nothing is differentiated."""
+    monkeypatch.setattr(sepconv_ext.volumes, "_has_avx512", lambda: avx512)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, w = torch.randn(size), torch.randn(size[1], 1, *kernel)
+    x = x.to(memory_format=torch.channels_last_3d) if layout == "NDHWC" else x
+    padding = tuple(n // 2 for n in kernel)
+    sepconv_ext.reset_kernel_counts()
+    y = functional.conv3d(x, w, padding=padding, groups=size[1])
+    assert bool(sepconv_ext.kernel_counts()) == ours
+    torch.testing.assert_close(y, F.conv3d(x, w, padding=padding, groups=size[1]), rtol=1e-4, atol=1e-4)
+
+
 def test_only_the_gradients_that_are_asked_for() -> None:
     case = CASES[0]
     for wanted in range(3):
