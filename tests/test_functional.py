@@ -279,7 +279,70 @@ def _of_slices(which: str, case: Case, dtype: torch.dtype) -> Tensor:
     x, g = (t.to(memory_format=torch.channels_last)[:, : case.C] for t in wide)
     if which == "forward":
         return ops.conv2d(x, w, b, *case.op_geometry, "identity")
+    if which == "grad_weight":
+        return ops.conv2d_grad_weight(g, x, w.shape, w.stride(), *case.op_geometry)
     return ops.conv2d_grad_input(g, w, *like_x, *case.op_geometry)
+
+
+# Groups that fill vectors, share them, or are wider, and a last vector in part; each stride, as phases of which some
+# see no tap; taps that are neighbours or not; padding wider than the filter; rows and columns that no tap sees.
+GROUPS_LAST = tuple(
+    Case(f"c{C}g{C // group}_k{R}x{S}_s{stride[0]}x{stride[1]}", N, C, H, W, C, R, S, groups=C // group, **geometry)
+    for group, C in ((2, 58), (4, 24), (4, 128), (8, 24), (8, 80))
+    for N, H, W, R, S, stride, padding, dilation in (
+        (2, 14, 13, 3, 3, (1, 1), (1, 1), (1, 1)),
+        (1, 19, 18, 3, 3, (2, 2), (1, 1), (1, 1)),
+        (3, 7, 9, 1, 1, (3, 2), (0, 0), (1, 1)),
+        (1, 9, 21, 5, 4, (1, 2), (3, 1), (1, 1)),
+        (2, 4, 3, 3, 3, (1, 1), (4, 5), (1, 1)),
+        (1, 12, 11, 3, 2, (1, 1), (2, 0), (2, 3)),
+    )
+    for geometry in [dict(stride=stride, padding=padding, dilation=dilation, bias=True)]
+)
+
+
+@pytest.mark.parametrize("case", GROUPS_LAST, ids=str)
+def test_groups_of_channels_last(case: Case, isa: str) -> None:
+    """Of any number of threads, which share images and kernel rows, the same bits; of slices of channels, too."""
+    theirs, truth = peer(case, torch.float32, "cpu", "channels_last"), expected(case, torch.float32)
+    for which in MAPS:
+        results = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            with only_our_kernels():
+                results.append(run_map(which, case, torch.float32, "cpu", "channels_last"))
+                assert sepconv_ext.kernel_counts() == {"cpu_grouped_nhwc": 1}
+        assert torch.equal(*results)
+        with only_our_kernels():
+            assert torch.equal(results[0], _of_slices(which, case, torch.float32))
+        what = f"{which} of {case} with {isa}"
+        assert_as_accurate(results[0], getattr(theirs, which), getattr(truth, which), what)
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype", "kernel", "stride", "avx512", "map", "taken"),
+    [
+        (4, torch.float32, 5, 1, False, "forward", "cpu_grouped_nhwc"),
+        (8, torch.float32, 3, 1, False, "forward", "cpu_grouped_nhwc"),
+        (8, torch.float32, 5, 1, True, "forward", "aten"),
+        (8, torch.float32, 3, 2, True, "grad_input", "cpu_grouped_nhwc"),
+        (8, torch.float32, 1, 2, True, "grad_input", "aten"),
+        (8, torch.float32, 3, 1, False, "grad_input", "aten"),
+        (8, torch.float32, 3, 1, False, "grad_weight", "aten"),
+        (8, torch.float32, 3, 2, False, "grad_weight", "cpu_grouped_nhwc"),
+        (16, torch.float32, 3, 1, True, "forward", "aten"),
+        (4, torch.bfloat16, 3, 1, True, "forward", "aten"),
+        (4, torch.bfloat16, 3, 1, True, "grad_weight", "cpu_grouped_nhwc"),
+        (4, torch.float16, 3, 1, True, "forward", "cpu_grouped_nhwc"),
+    ],
+)
+def test_groups_last_that_the_plan_gives_to_torch(group, dtype, kernel, stride, avx512, map, taken) -> None:
+    """16 groups on 14x14 in channels_last, with oneDNN's kernels for AVX-512 and without. Half types in float32."""
+    x = torch.empty(2, 16 * group, 14, 14, dtype=dtype).to(memory_format=torch.channels_last)
+    w = torch.empty(16 * group, group, kernel, kernel, dtype=dtype)
+    with half_kernels(avx512, False), strictness(False):
+        said = functional.explain(x, w, None, stride, kernel // 2, 1, 16, map=map)
+    assert said.kernel == taken, said.reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_name)

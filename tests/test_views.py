@@ -267,7 +267,7 @@ def test_narrow_rows_of_half_types_are_copied(view: Callable[[Tensor, str], Tens
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_few_channels_of_groups_are_copied_to_planes(dtype: torch.dtype) -> None:
     """The gradient by the weight in half types, where torch's float32 call is slower than that."""
-    for channels, taken in ((4, True), (8, False)):
+    for channels, taken in ((3, True), (4, False)):  # 4: float32 has a kernel for channels_last
         x = torch.empty(2, 8 * channels, 14, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
         w = torch.empty(8 * channels, channels, 3, 3, dtype=dtype)
         with half_kernels(True, True):

@@ -20,6 +20,12 @@ void grouped_planes_forward(const ConvShape&, DType, const void* x, const void* 
 void grouped_planes_grad_input(const ConvShape&, DType, const void* grad_y, const void* w, void* grad_x);
 void grouped_planes_grad_weight(const ConvShape&, DType, const void* grad_y, const void* x, void* grad_w);
 
+// grouped_nhwc*.cpp: float32, groups of 2, 4 or 8 channels that make as many, on images whose channels are dense;
+// images, rows and pixels lie apart in any way, and the weight has any strides. No stride together with a dilation.
+void grouped_nhwc_forward(const ConvShape&, const float* x, const float* w, const Epilogue&, float* y);
+void grouped_nhwc_grad_input(const ConvShape&, const float* grad_y, const float* w, float* grad_x);
+void grouped_nhwc_grad_weight(const ConvShape&, const float* grad_y, const float* x, float* grad_w);
+
 // depthwise_nhwc*.cpp: depthwise of multiplier 1 on images whose channels are dense; images, rows and pixels lie apart
 // in any way, and the weight has any strides.
 void depthwise_nhwc_forward(const ConvShape&, DType, const void* x, const void* w, const Epilogue&, void* y);

@@ -200,6 +200,9 @@ int64_t most_channels_of_groups(Map map, const ConvShape& s) {
 
 const char* onednn_is_faster_grouped(const Question& q) {
   const ConvShape& s = q.s;
+  if (q.dtype == DType::float32 && q.layout == Layout::nhwc && are_groups_last(s)) {
+    return onednn_is_faster_groups_last(q.map, s, q.torch);
+  }
   const bool large_planes = q.layout == Layout::nchw && s.P * s.Q >= kGroupPixels;
   if (large_planes && s.channels_per_group() <= most_channels_of_groups(q.map, s)) return nullptr;
   return "groups of several channels: oneDNN's products are faster, but of few channels on large contiguous planes";
@@ -256,10 +259,27 @@ const char* float32_is_best(const Question& q) {
   return "torch 2.14.1 returns NaN at random in half types: its float32 call, rounded";
 }
 
+// Half types for which float32 has the kernel for groups of channels_last, and oneDNN is slower or may not be asked.
+bool groups_in_float32_can_run(const Question& q) {
+  const bool half = is_half(q.dtype) && (has_slow_loops(q) || q.map == Map::grad_weight);
+  return !q.strict && half && q.layout == Layout::nhwc && are_groups_last(q.s);
+}
+const char* groups_in_float32_is_best(const Question& q) {
+  return onednn_is_faster_groups_last(q.map, q.s, q.torch) ? nullptr
+                                                           : "groups of few channels last: in float32, rounded";
+}
+
 // The rest.
 
 bool nhwc_can_run(const Question& q) { return q.s.is_depthwise() && q.s.K == q.s.C && q.layout == Layout::nhwc; }
 const char* nhwc_is_best(const Question&) { return "depthwise on channels_last images: vectors of channels"; }
+
+bool grouped_nhwc_can_run(const Question& q) {
+  return q.dtype == DType::float32 && q.layout == Layout::nhwc && are_groups_last(q.s);
+}
+const char* grouped_nhwc_is_best(const Question&) {
+  return "groups of few channels on channels_last images: vectors of channels";
+}
 
 bool nchw_3x3_can_run(const Question& q) {
   const ConvShape& s = q.s;
@@ -290,6 +310,7 @@ struct Rule {
 
 constexpr Rule kRules[] = {
     {Kernel::pointwise, "cpu_pointwise", pointwise_can_run, pointwise_is_best},
+    {Kernel::in_float32, "aten", groups_in_float32_can_run, groups_in_float32_is_best},
     {Kernel::in_float32, "aten", widening_can_run, widening_is_best},
     {Kernel::in_float32, "aten", small_can_run, small_is_best},
     {Kernel::pointwise_product, "cpu_pointwise_product", product_can_run, product_is_best},
@@ -299,6 +320,7 @@ constexpr Rule kRules[] = {
     {Kernel::aten, "aten", torch_may, torch_is_faster},
     {Kernel::in_float32, "aten", float32_can_run, float32_is_best},
     {Kernel::depthwise_nhwc, "cpu_depthwise_nhwc", nhwc_can_run, nhwc_is_best},
+    {Kernel::grouped_nhwc, "cpu_grouped_nhwc", grouped_nhwc_can_run, grouped_nhwc_is_best},
     {Kernel::depthwise_nchw_blocked, "cpu_depthwise_nchw_blocked", nchw_blocked_can_run, nchw_blocked_is_best},
     {Kernel::depthwise_nchw_3x3, "cpu_depthwise_nchw_3x3", nchw_3x3_can_run, nchw_3x3_is_best},
     {Kernel::grouped_planes, "cpu_grouped_planes", always, grouped_is_left},
@@ -314,8 +336,8 @@ Plan plan_dense(const Question& q) {
 
 // In which layout the call is made.
 Layout layout_of(Map map, const ConvShape& s, DType dtype) {
-  const bool from_planes =
-      map == Map::grad_weight && is_half(dtype) && !s.is_depthwise() && are_few_in_groups(s, kHalfGroupChannelsCopied);
+  const bool from_planes = map == Map::grad_weight && is_half(dtype) && !s.is_depthwise() &&
+                           are_few_in_groups(s, kHalfGroupChannelsCopied) && !are_groups_last(s);
   return from_planes ? Layout::nchw : call_layout(map, s);
 }
 

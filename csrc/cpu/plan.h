@@ -19,6 +19,7 @@ enum class Kernel : int {
   pointwise,
   pointwise_product,
   pointwise_matmul,
+  grouped_nhwc,
   grouped_planes,
   aten,
   in_float32,

@@ -11,6 +11,8 @@ constexpr int64_t kStridedChannels = 480, kStridedPixels = 19 * 19, kMultiplierP
 constexpr int64_t kBfloat16Outputs = 280'000, kBfloat16OutputsStrided = 190'000, kBfloat16Gradients = 400'000;
 constexpr int64_t kBfloat16TapsStrided = 7 * 7, kMostTaps = 13 * 13;
 constexpr int64_t kPadding = 6;
+// grouped.md, "channels_last".
+constexpr int64_t kWideGroup = 8, kTapsOfWideGroup = 3 * 3;
 
 // oneDNN's depthwise kernel pads by up to kPadding, before as much as behind but for what strides leave over. Of more,
 // with a dilation, it runs a reference, 16 times as long; of uneven padding torch is given a padded copy.
@@ -35,6 +37,26 @@ bool much_is_multiplied(Map map, const ConvShape& s, bool gaps, int threads) {
 }
 
 }  // namespace
+
+bool are_groups_last(const ConvShape& s) {
+  const int64_t group = s.channels_per_group();
+  return s.groups > 1 && s.K == s.C && (group == 2 || group == 4 || group == 8) && !(is_strided(s) && is_dilated(s));
+}
+
+const char* onednn_is_faster_groups_last(Map map, const ConvShape& s, const Torch& torch) {
+  const bool has_avx512 = torch.bfloat16, one_tap = s.R == 1 && s.S == 1;
+  if (s.channels_per_group() < kWideGroup) return nullptr;
+  if (map == Map::grad_weight) {
+    return has_avx512 || is_strided(s) ? nullptr : "groups of 8 channels last, by the weight: oneDNN is faster";
+  }
+  if (s.R * s.S > kTapsOfWideGroup || is_dilated(s)) {
+    return "groups of 8 channels last, of more than 3x3 taps or dilated: oneDNN is faster";
+  }
+  if (map == Map::grad_input && is_strided(s) && one_tap) {
+    return "groups of 8 channels last, 1x1 with a stride, by the input: oneDNN is faster";
+  }
+  return map == Map::forward || has_avx512 ? nullptr : "groups of 8 channels last, by the input: oneDNN is faster";
+}
 
 const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dtype, bool gaps, const Torch& torch) {
   const int64_t taps = s.R * s.S, pixels = s.P * s.Q;

@@ -19,6 +19,7 @@ bool has_narrow_rows(DType dtype, const ImageShape& image) {
 
 bool takes(Kernel kernel, Map map, DType dtype, Layout layout, const ImageShape& image) {
   switch (kernel) {
+    case Kernel::grouped_nhwc:
     case Kernel::grouped_planes:
     case Kernel::depthwise_nchw_3x3:
     case Kernel::depthwise_nhwc: return is_dense_along(layout, image);

@@ -14,7 +14,7 @@ namespace {
   throw std::logic_error(std::string("the CPU kernel ") + p.name + " has no door for " + map);
 }
 
-// The products are of float32 alone, as the plan knows.
+// The products, and groups of channels_last, are of float32 alone, as the plan knows.
 const float* floats(const void* p) { return static_cast<const float*>(p); }
 float* floats(void* p) { return static_cast<float*>(p); }
 
@@ -26,6 +26,7 @@ void run_forward(const Plan& p, const ConvShape& shape, DType dtype, const void*
     case Kernel::depthwise_nchw_blocked: return depthwise_nchw_blocked_forward(shape, dtype, x, w, epilogue, y);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_forward(shape, dtype, x, w, epilogue, y);
     case Kernel::pointwise: return pointwise_forward(shape, dtype, x, w, epilogue, y);
+    case Kernel::grouped_nhwc: return grouped_nhwc_forward(shape, floats(x), floats(w), epilogue, floats(y));
     case Kernel::pointwise_product: return product_forward(shape, floats(x), floats(w), epilogue, floats(y));
     default: no_door(p, "forward");
   }
@@ -39,6 +40,7 @@ void run_grad_input(const Plan& p, const ConvShape& shape, DType dtype, const vo
     case Kernel::depthwise_nchw_blocked: return depthwise_nchw_blocked_grad_input(shape, dtype, grad_y, w, grad_x);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_grad_input(shape, dtype, grad_y, w, grad_x);
     case Kernel::pointwise: return pointwise_grad_input(shape, dtype, grad_y, w, grad_x);
+    case Kernel::grouped_nhwc: return grouped_nhwc_grad_input(shape, floats(grad_y), floats(w), floats(grad_x));
     case Kernel::pointwise_product: return product_grad_input(shape, floats(grad_y), floats(w), floats(grad_x));
     default: no_door(p, "grad_input");
   }
@@ -51,6 +53,7 @@ void run_grad_weight(const Plan& p, const ConvShape& shape, DType dtype, const v
     case Kernel::depthwise_nchw_blocked: return depthwise_nchw_blocked_grad_weight(shape, dtype, grad_y, x, grad_w);
     case Kernel::depthwise_nhwc: return depthwise_nhwc_grad_weight(shape, dtype, grad_y, x, grad_w);
     case Kernel::pointwise: return pointwise_grad_weight(shape, dtype, grad_y, x, grad_w);
+    case Kernel::grouped_nhwc: return grouped_nhwc_grad_weight(shape, floats(grad_y), floats(x), floats(grad_w));
     case Kernel::pointwise_product: return product_grad_weight(shape, floats(grad_y), floats(x), floats(grad_w));
     default: no_door(p, "grad_weight");
   }

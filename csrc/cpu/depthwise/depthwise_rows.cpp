@@ -52,6 +52,10 @@ void depthwise_rows(const DepthwiseRows& rows, int64_t p0, int64_t p1) {
   SEPCONV_BEST_ISA(rows_of_channels)(rows, p0, p1);
 }
 
+void depthwise_bands(const DepthwiseRows& rows, int64_t p0, int64_t p1) {
+  SEPCONV_BEST_ISA(bands_of_channels)(rows, p0, p1);
+}
+
 }  // namespace sepconv::cpu
 #else
 
@@ -61,7 +65,14 @@ void depthwise_rows(const DepthwiseRows& rows, int64_t p0, int64_t p1) {
 
 #include "cpu/depthwise/depthwise_rows_simd.h"
 
-inline constexpr int64_t kNearBytes = 256 << 10;  // of a band's input rows
+inline constexpr int64_t kBandBytes = 256 << 10;  // of a band's input rows
+
+// Output rows [p0, p1), band after band.
+inline void bands_of_channels(const DepthwiseRows& rows, int64_t p0, int64_t p1) {
+  const int64_t row = rows.shape->stride_h * rows.shape->W * rows.channels * int64_t{sizeof(float)};
+  const int64_t band = std::max<int64_t>(2, kBandBytes / std::max<int64_t>(row, 1));
+  for (int64_t p = p0; p < p1; p += band) rows_of_channels(rows, p, std::min(p + band, p1));
+}
 
 struct RowsTask {
   const RowsCall& call;
@@ -86,9 +97,7 @@ struct RowsTask {
       std::fill_n(rows.sums, rows.channels, 0.0f);
     }
     rows.far = s.H * s.W * call.C * int64_t{sizeof(float)} > kNearImage;
-    const int64_t row = s.stride_h * s.W * rows.channels * int64_t{sizeof(float)};
-    const int64_t band = std::max<int64_t>(2, kNearBytes / row);
-    for (int64_t p = strip.begin; p < strip.end; p += band) rows_of_channels(rows, p, std::min(p + band, strip.end));
+    bands_of_channels(rows, strip.begin, strip.end);
   }
 };
 

@@ -52,7 +52,8 @@ struct DepthwiseRows {
 };
 inline constexpr int64_t kNearImage = 256 << 10;  // bytes of an image that is not far
 
-// Output rows [p0, p1), by the calling thread.
+// Output rows [p0, p1), by the calling thread. `bands`: so many at a time that their input stays in a near cache.
 void depthwise_rows(const DepthwiseRows&, int64_t p0, int64_t p1);
+void depthwise_bands(const DepthwiseRows&, int64_t p0, int64_t p1);
 
 }  // namespace sepconv::cpu

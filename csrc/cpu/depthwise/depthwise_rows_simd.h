@@ -198,7 +198,11 @@ using RowsOfVectors = void (*)(const DepthwiseRows&, int64_t, int, int, int64_t,
 
 template <bool kWhole, int kGroup>
 RowsOfVectors grouped_function(const DepthwiseShape& s) {
-  if (s.dilation_w == 1 && s.S == 3 && s.stride_w == 1) return rows_of_vectors<3, 1, kWhole, kGroup>;
+  if (s.dilation_w == 1 && s.stride_w == 1) {  // 1 and 2: what a phase of a strided gradient sees of 3
+    if (s.S == 1) return rows_of_vectors<1, 1, kWhole, kGroup>;
+    if (s.S == 2) return rows_of_vectors<2, 1, kWhole, kGroup>;
+    if (s.S == 3) return rows_of_vectors<3, 1, kWhole, kGroup>;
+  }
   if (s.dilation_w == 1 && s.S == 3 && s.stride_w == 2) return rows_of_vectors<3, 2, kWhole, kGroup>;
   return rows_of_vectors<0, 0, kWhole, kGroup>;
 }
