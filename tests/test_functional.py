@@ -345,6 +345,28 @@ def test_groups_last_that_the_plan_gives_to_torch(group, dtype, kernel, stride, 
     assert said.kernel == taken, said.reason
 
 
+@pytest.mark.parametrize(
+    ("group", "size", "kernel", "taken"),
+    [
+        (4, 14, 3, "cpu_grouped_nhwc"),
+        (8, 27, 3, "cpu_grouped_nhwc"),
+        (8, 14, 5, "aten"),
+        (4, 28, 3, "cpu_grouped_planes"),
+        (16, 14, 3, "aten"),
+    ],
+)
+@pytest.mark.parametrize("map", MAPS)
+def test_small_planes_of_groups_are_turned(group: int, size: int, kernel: int, taken: str, map: str) -> None:
+    """Contiguous, with oneDNN's kernels for AVX-512: copies to channels_last and back are less than what they gain."""
+    x, w = torch.empty(2, 16 * group, size, size), torch.empty(16 * group, group, kernel, kernel)
+    with half_kernels(True, True), strictness(False):
+        said = functional.explain(x, w, None, 1, kernel // 2, 1, 16, map=map)
+    if map == "grad_weight" and kernel == 5:
+        taken = "cpu_grouped_nhwc"
+    assert said.kernel == taken, said.reason
+    assert ("copied to channels_last" in said.reason) == (taken == "cpu_grouped_nhwc"), said.reason
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("case", [*DILATED, *FEW], ids=str)
 def test_rows_of_channels_last(case: Case, dtype: torch.dtype, isa: str) -> None:

@@ -334,8 +334,15 @@ Plan plan_dense(const Question& q) {
   return {};  // not reached: the last rule takes every call
 }
 
+// grouped.md, "small planes": groups that the kernel for channels_last takes, with a copy there and one back.
+bool are_small_planes_of_groups(Map map, const ConvShape& s, DType dtype, const Torch& torch) {
+  return dtype == DType::float32 && call_layout(map, s) == Layout::nchw && s.P * s.Q < kGroupPixels &&
+         are_groups_last(s) && onednn_is_faster_groups_last(map, s, torch) == nullptr;
+}
+
 // In which layout the call is made.
-Layout layout_of(Map map, const ConvShape& s, DType dtype) {
+Layout layout_of(Map map, const ConvShape& s, DType dtype, const Torch& torch) {
+  if (are_small_planes_of_groups(map, s, dtype, torch)) return Layout::nhwc;
   const bool from_planes = map == Map::grad_weight && is_half(dtype) && !s.is_depthwise() &&
                            are_few_in_groups(s, kHalfGroupChannelsCopied) && !are_groups_last(s);
   return from_planes ? Layout::nchw : call_layout(map, s);
@@ -344,7 +351,7 @@ Layout layout_of(Map map, const ConvShape& s, DType dtype) {
 }  // namespace
 
 Plan plan(Map map, const ConvShape& s, DType dtype, bool strict, const Torch& torch) {
-  const Layout layout = layout_of(map, s, dtype);
+  const Layout layout = layout_of(map, s, dtype, torch);
   const ConvShape dense = with_copies(s, {layout, true, true, false, true});
   const ImageShape y = output_image(s);
   const bool copied = own_layout(y) != Layout::strided && own_layout(y) != layout;  // for any kernel

@@ -9,7 +9,6 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/hardtanh.h>
@@ -91,22 +90,26 @@ struct Padding {
   Tensor apply(const Tensor& image) const { return asymmetric ? at::constant_pad_nd_symint(image, extra, 0) : image; }
 };
 
-// A CPU tensor of addresses without memory: all zeros to read, and never to be written. The addresses are mapped once:
-// to unmap them would interrupt every thread of the process (5 us and more a call).
-std::optional<Tensor> addresses_only(at::IntArrayRef size, at::IntArrayRef stride, size_t bytes,
-                                     const at::TensorOptions& options) {
+// Addresses without memory behind them: all zeros to read, and never to be written. They are mapped once: to unmap them
+// would interrupt every thread of the process (5 us and more a call). Without bytes where that is not to be had.
+const c10::Storage& addresses_only() {
+  static const c10::Storage addresses = [] {
 #if defined(__linux__)
-  static constexpr size_t kBytes = size_t{1} << 34;
-  static void* const begin = mmap(nullptr, kBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (begin != MAP_FAILED && bytes <= kBytes) return at::from_blob(begin, size, stride, options);
+    constexpr size_t kBytes = size_t{1} << 34;
+    void* const begin = mmap(nullptr, kBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (begin != MAP_FAILED) {
+      return c10::Storage(c10::Storage::use_byte_size_t(), kBytes, at::DataPtr(begin, c10::DeviceType::CPU));
+    }
 #endif
-  return std::nullopt;
+    return c10::Storage(c10::Storage::use_byte_size_t(), 0, at::DataPtr(nullptr, c10::DeviceType::CPU));
+  }();
+  return addresses;
 }
 
-// as_strided() from the begin of the memory on, without its two calls through the dispatcher.
-Tensor view_of_memory(const Tensor& t, at::IntArrayRef size, at::IntArrayRef stride) {
-  Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(t.storage()), t.key_set(),
-                                                         t.dtype());
+// A tensor like `t` from the begin of `memory` on: as_strided(), without its two calls through the dispatcher.
+Tensor view_of(c10::Storage memory, const Tensor& t, at::IntArrayRef size, at::IntArrayRef stride) {
+  Tensor view =
+      at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, std::move(memory), t.key_set(), t.dtype());
   view.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, /*storage_offset=*/0);
   return view;
 }
@@ -120,9 +123,9 @@ Tensor layout_only(SymIntArrayRef size, SymIntArrayRef stride, const Tensor& gra
   if (sizes && strides && grad_output.has_storage() && !at::isTensorSubclassLike(grad_output)) {
     if (grad_output.sizes() == *sizes && grad_output.strides() == *strides) return grad_output;
     const size_t bytes = at::detail::computeStorageNbytes(*sizes, *strides, grad_output.element_size());
-    if (bytes <= grad_output.storage().nbytes()) return view_of_memory(grad_output, *sizes, *strides);
-    if (grad_output.is_cpu()) {
-      if (const auto addresses = addresses_only(*sizes, *strides, bytes, grad_output.options())) return *addresses;
+    if (bytes <= grad_output.storage().nbytes()) return view_of(grad_output.storage(), grad_output, *sizes, *strides);
+    if (grad_output.is_cpu() && bytes <= addresses_only().nbytes()) {
+      return view_of(addresses_only(), grad_output, *sizes, *strides);
     }
   }
   return at::empty_strided_symint(size, stride, grad_output.options());
