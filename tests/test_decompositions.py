@@ -253,6 +253,25 @@ def converted() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, (t(2, 3, 12, 10),)
 
 
+class Clip(nn.Module):
+    """A block with squeeze-and-excitation, reflected borders, and a depthwise convolution of two images as a volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = sepconv_ext.nn.InvertedResidual(6, 6, 12, 3, squeeze_channels=4)
+        self.mirrored = sepconv_ext.nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect")
+        self.volume = sepconv_ext.nn.Conv3d(6, 12, 3, padding=1, groups=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return self.volume(torch.stack((y, self.mirrored(y)), 2))
+
+
+def clip() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    return Clip().eval(), (t(2, 6, 11, 9),)
+
+
 def causal() -> tuple[nn.Module, tuple[Tensor, ...]]:
     torch.manual_seed(0)
     return Mixer().eval(), (t(2, 9, 6), t(2, 8, 3))
@@ -278,7 +297,7 @@ def tokens() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return network, (x,)
 
 
-MODELS = {"converted": converted, "causal": causal, "frozen": frozen, "tokens": tokens}
+MODELS = {"converted": converted, "causal": causal, "clip": clip, "frozen": frozen, "tokens": tokens}
 by_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
 
