@@ -313,10 +313,14 @@ def predict(
     batch: int,
     chosen: Any = None,
     executed: float = EXECUTED,
+    **finish: object,
 ) -> Prediction | str:
-    """A prediction, or why there is none. `chosen` (emulate.Planned): another kernel and cut than the plan's."""
+    """A prediction, or why there is none. `chosen` (emulate.Planned): another kernel and cut than the plan's. `finish`:
+    what is done to the sums, such as activation="gelu" or residual=1, which the plan then reckons with."""
     ptx = machine()
-    arguments = planned_for(gpu, arguments_of(layer, map, dtype, layout, batch))
+    arguments = planned_for(gpu, arguments_of(layer, map, dtype, layout, batch)) | finish
+    if finish and chosen is None:
+        arguments["strict"] = 0
     planned = chosen or ptx.emulate.plans([words(arguments)])[0]
     kernel = planned.kernel.removeprefix("cuda_")
     if not planned.kernel.startswith("cuda_") or kernel == "pointwise_matmul":
@@ -344,10 +348,11 @@ def predict(
         more, moved = (share, share) if small is main else (blocks, blocks * sums)
         launches.append(predict_launch(gpu, small, large.blocks, more, moved))
     itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
+    added = itemsize * batch * layer.out_channels * layer.out_height * layer.out_width if finish.get("residual") else 0
     return Prediction(
         layer=layer.label, map=map, dtype=dtype, layout=layout, batch=batch, kernel=kernel,
         executed=", ".join(f"{key} {value}" for key, value in less.items()) if less else "whole",
-        floor_us=layer.bytes_moved(batch, itemsize, map) / (gpu.memory_gbs * 1e3), launches=tuple(launches),
+        floor_us=(layer.bytes_moved(batch, itemsize, map) + added) / (gpu.memory_gbs * 1e3), launches=tuple(launches),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """``python -m benchmarks.tables [PAGE ...]``: the predicted tables of benchmarks/notes, made anew.
 
 A note's table stands between two comments. The first says what is predicted, one thing after the other: the GPU,
-numbers of images, dtypes, layout, and layers (by their label in layers.csv, or in the words of --layer):
+numbers of images, dtypes, layout, and layers (by their label in layers.csv, or in the words of --layer, to which
+activation= and residual=1 may be added for the forward call):
 
     <!-- predicted: H200; 64, 1; float16, float32; channels_last; dw5x5 240 @28x28; C=96 H=27 R=7 -->
     ...
@@ -37,9 +38,11 @@ def changed_by_hand(text: str) -> list[str]:
     return [asked for asked, table, own in BLOCK.findall(text) if digest(asked, table) != own]
 
 
-def cell(gpu: predict.Gpu, layer: layers.Layer, map: str, dtype: str, layout: str, batch: int) -> str:
+def cell(gpu: predict.Gpu, layer: layers.Layer, map: str, dtype: str, layout: str, batch: int, **finish: object) -> str:
     """Microseconds of a call, the share of the floor that this is, and what bounds its longest launch."""
-    made = predict.predict(gpu, layer, map, dtype, layout, batch, executed=sweep.EXECUTED)
+    if finish and map != "forward":
+        return "-"
+    made = predict.predict(gpu, layer, map, dtype, layout, batch, executed=sweep.EXECUTED, **finish)
     if isinstance(made, str):
         if made.endswith("which is torch's"):
             return "torch's"
@@ -58,11 +61,15 @@ def table(asked: str) -> str:
     known = {layer.label: layer for layer in layers.load()}
     lines = ["", f"| layer | N, dtype | {' | '.join(layers.MAPS)} |", "| --- |" + " --- |" * (1 + len(layers.MAPS))]
     for label in labels:
-        layer = known.get(label) or predict.layer_of(label)
+        finish = dict(word.split("=") for word in label.split() if word.startswith(("activation=", "residual=")))
+        words = " ".join(word for word in label.split() if word.partition("=")[0] not in finish)
+        layer = known.get(label) or predict.layer_of(words)
+        behind = "".join(f", {key} {value}" if key == "activation" else f", {key}" for key, value in finish.items())
         for batch in map(int, batches.split(",")):
             for dtype in dtypes.split(", "):
-                cells = [cell(predict.gpus()[name], layer, each, dtype, layout, batch) for each in layers.MAPS]
-                lines.append(f"| {layer.label} | {batch}, {dtype} | {' | '.join(cells)} |")
+                gpu = predict.gpus()[name]
+                cells = [cell(gpu, layer, each, dtype, layout, batch, **finish) for each in layers.MAPS]
+                lines.append(f"| {layer.label}{behind} | {batch}, {dtype} | {' | '.join(cells)} |")
                 print(lines[-1], flush=True)
     return "\n".join([*lines, "", ""])
 

@@ -28,6 +28,8 @@ class Explanation:
     def tile(self) -> str: ...
     @property
     def workspace_bytes(self) -> int: ...
+    @property
+    def adds_residual(self) -> bool: ...
 
 def conv1d(
     input: Tensor,
@@ -66,6 +68,7 @@ def explain(
     padding_mode: str = "zeros",
     grad_output: Tensor | None = None,
     activation: str = "identity",
+    residual: bool = False,
 ) -> Explanation: ...
 def explain_separable(
     input: Tensor,

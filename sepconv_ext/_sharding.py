@@ -25,6 +25,7 @@ _DTENSOR = "torch.distributed.tensor"
 # the "s"um over the shards.
 _ROLES = {
     "conv2d": ("b", "brr"),
+    "conv2d_residual": ("b", "brrb"),
     "conv2d_grad_input": ("b", "br"),
     "conv2d_grad_weight": ("s", "bb"),
     "conv2d_both_grads": ("bs", "bbr"),
@@ -38,7 +39,9 @@ _ROLES = {
     "causal_conv1d_update": ("b", "bbrrbb"),
 }
 # Where an op's stride stands, which has an entry for each spatial dimension; the ops without one are for images.
-_STRIDE = {"conv2d": 3, "conv2d_grad_input": 4, "conv2d_grad_weight": 4, "conv2d_both_grads": 3}
+_STRIDE = {
+    "conv2d": 3, "conv2d_residual": 4, "conv2d_grad_input": 4, "conv2d_grad_weight": 4, "conv2d_both_grads": 3,
+}  # fmt: skip
 _FOR_SEQUENCES = {name for name in _ROLES if name.startswith("causal_conv1d")}
 # Which argument an op changes: a copy in another placement would be changed in its stead. And which one names rows of
 # it, that may lie in any shard.

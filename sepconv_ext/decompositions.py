@@ -98,6 +98,12 @@ def conv2d(input, weight, bias, stride, padding, dilation, groups, activation, p
     return reference.ACTIVATIONS[activation](_lying(output, input, weight, dims=dims))
 
 
+@_of("conv2d_residual")
+def conv2d_residual(input, weight, bias, residual, stride, padding, dilation, groups, activation) -> Tensor:
+    output = conv2d(input, weight, bias, stride, padding, dilation, groups, "identity")
+    return reference.ACTIVATIONS[activation](output + residual)
+
+
 def _transposed(grad, weight, pixels: Sequence[int], stride, padding, dilation, groups) -> Tensor:
     """The gradient by an input of so many pixels, zero padding alike at both sides."""
     dims = len(stride)

@@ -704,6 +704,7 @@ def explain(
     map: str = "forward",
     padding_mode: PaddingMode = "zeros",
     grad_output: Tensor | None = None,
+    residual: bool = False,
 ) -> _C.Explanation:
     """Which kernel a call takes and why; nothing is run.
 
@@ -715,10 +716,13 @@ def explain(
         padding_mode: as in `padded_conv2d`. Default ``zeros``.
         grad_output: the gradient ``[N, K, P, Q]`` of the two gradient maps, for how it lies in memory. Default: as the
             forward call's output would.
+        residual: whether an image is added before the activation, as by the op ``conv2d_residual``, which counts as
+            the activation does. Default False.
 
     Returns:
         An object with ``kernel``, ``reason`` (and what is copied first), ``aten`` (True where torch's own convolution
-        makes the call), ``tile`` and ``workspace_bytes``; its text is one line.
+        makes the call), ``tile``, ``workspace_bytes`` and ``adds_residual`` (whether the kernel adds one, where a pass
+        would follow others); its text is one line.
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _padding(padding, weight.shape, stride, dilation)
@@ -727,6 +731,7 @@ def explain(
         padding_mode=padding_mode,
         grad_output=grad_output,
         activation=activation,
+        residual=residual,
     )
 
 

@@ -3,9 +3,9 @@
 The schemas and the kernels are registered by ``_C`` (csrc/ops/library.cpp); they are called as
 ``torch.ops.sepconv_ext.conv2d``, ``.conv2d_grad_input``, ``.conv2d_grad_weight``, ``.separable_conv2d``,
 ``.spatial_separable_conv2d``, ``.inverted_residual``, and ``.causal_conv1d`` with ``.causal_conv1d_grad_input``,
-``.causal_conv1d_grad_weight`` and ``.causal_conv1d_update``. Two more serve autograd. ``conv2d_both_grads`` is the
-second and third in one call; whatever does not know it takes it apart into the two. ``separable_conv2d_training`` is
-the fourth as its gradient needs it, and has no gradient itself.
+``.causal_conv1d_grad_weight`` and ``.causal_conv1d_update``. ``.conv2d_residual`` serves frozen networks, and two more
+autograd. ``conv2d_both_grads`` is the second and third in one call; whatever does not know it takes it apart into the
+two. ``separable_conv2d_training`` is the fourth as its gradient needs it, and has no gradient itself.
 """
 
 from __future__ import annotations
@@ -119,6 +119,16 @@ def _(input, weight, bias, stride, padding, dilation, groups, activation, paddin
         ),
     )
     return _forward(input, weight, stride, padding, dilation)
+
+
+@torch.library.register_fake("sepconv_ext::conv2d_residual")
+def _(input, weight, bias, residual, stride, padding, dilation, groups, activation):
+    output = torch.ops.sepconv_ext.conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
+    torch._check(
+        residual.dim() == output.dim() and all(n == m for n, m in zip(residual.shape, output.shape, strict=True)),
+        lambda: f"residual must have the result's size {list(output.shape)}, but has {list(residual.shape)}",
+    )
+    return output
 
 
 @torch.library.register_fake("sepconv_ext::conv2d_grad_input")
@@ -236,7 +246,7 @@ def _batch(size: Sequence[int], weight: Sequence[int]) -> list[int]:
 
 
 # Two operations a multiply-accumulate, the same number for all three maps: N*P*Q * K * (C / groups) * R*S.
-@register_flop_formula(torch.ops.sepconv_ext.conv2d)
+@register_flop_formula([torch.ops.sepconv_ext.conv2d, torch.ops.sepconv_ext.conv2d_residual])
 def _(input, weight, bias, *_, out_shape=None, **__) -> int:
     return conv_flop_count(_batch(input, weight), weight, _batch(out_shape, weight))
 

@@ -683,6 +683,23 @@ def test_an_activation_that_would_be_a_pass_behind_torchs_product_stays_with_the
     assert few.kernel == "cuda_pointwise_matmul" and "too few tiles" in few.reason
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_residual_that_would_be_a_pass_behind_torchs_product_stays_with_the_product(dtype: str) -> None:
+    case = {"dtype": dtype, "residual": 1}
+    # The last products of blocks: of ConvNeXt and ResNeXt at 56x56 and 28x28, the latter with ReLU behind the sum.
+    for C, K, size, activation in ((384, 96, 56, "identity"), (128, 256, 56, "relu"), (256, 512, 28, "relu")):
+        layer = {**case, "C": C, "K": K, "H": size, "W": size, "activation": activation}
+        plan = product(**layer)
+        assert plan.kernel == "cuda_pointwise_nhwc_mma" and "residual would be a pass" in plan.reason, layer
+        assert product(**layer | {"residual": 0}).kernel == "cuda_pointwise_matmul"
+        assert product(**layer, strict=1).kernel == "cuda_pointwise_nhwc_mma"
+        assert product(**layer, layout="contiguous").kernel == "aten"
+    assert "kept in shared memory" in product(**case).reason
+    # Not where pixels come from L2 many times, nor of sums that no shared memory holds the weights of.
+    for layer in ({"C": 640, "K": 1024}, {"C": 1536, "K": 384}):
+        assert product(**case, **layer).kernel == "cuda_pointwise_matmul"
+
+
 def test_blocks_of_products_are_two_on_a_multiprocessor_unless_fewer_gain() -> None:
     case = {"sm": 90, "multiprocessors": H100}
     assert product(**case, C=96, K=384, H=56, W=56, activation="gelu").tile["blocks"] == 88  # of three chunks each

@@ -72,6 +72,8 @@ def convolutions() -> Iterator[tuple[str, str, tuple]]:
                 yield "conv2d_grad_input", f"{name} channels last", wide
     for activation in ACTIVATIONS:
         yield "conv2d", activation, (t(2, 4, 5, 5), t(4, 1, 3, 3), None, (1, 1), (1, 1), (1, 1), 4, activation)
+        added = (t(2, 4, 5, 5), t(6, 4, 1, 1), t(6), t(2, 6, 5, 5, seed=3), (1, 1), (0, 0), (1, 1), 1, activation)
+        yield "conv2d_residual", activation, added
 
 
 def compounds() -> Iterator[tuple[str, str, tuple]]:

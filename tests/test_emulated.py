@@ -433,6 +433,10 @@ def _runs() -> Iterator[Run]:
         yield made(case, "grad_weight", "channels_last", "float16", kernel="pointwise_mma", splits=2)
     for activation in ("gelu", "silu", "sigmoid", "tanh"):  # over 64 sums of a thread
         yield Run(PRODUCTS[0], "forward", "bfloat16", "channels_last", activation, {"outputs": 128, "blocks": 2})
+    for i, case in enumerate(PRODUCTS):  # with what is added before the activation
+        for layout, dtype, outputs in (("channels_last", "float16", 128), ("sliced_last", "bfloat16", 96)):
+            cut = {"residual": 1, "outputs": outputs, "blocks": 2}
+            yield Run(case, "forward", dtype, layout, ("identity", "relu", "silu")[i % 3], cut)
     for case in GROUPS:
         for map in ("forward", "grad_input"):
             yield made(case, map, "channels_last", "float16", infinite=1)

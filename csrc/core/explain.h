@@ -17,6 +17,7 @@ struct Explanation {
   bool aten = false;            // true where the call is made of torch's own convolution
   std::string tile;             // how the work is cut, where the plan decides it; else empty
   int64_t workspace_bytes = 0;  // scratch memory from the caching allocator, freed when the call ends
+  bool adds_residual = false;   // by the kernel itself; else in a pass behind it
 };
 
 namespace cpu {
@@ -25,11 +26,11 @@ Explanation explain(const SeparableShape&, DType);
 Explanation explain(const BlockShape&, DType);
 }  // namespace cpu
 namespace cuda {
-Explanation explain(Map, const ConvShape&, DType, Activation, int device);
+Explanation explain(Map, const ConvShape&, DType, const Finish&, int device);
 Explanation explain(const SeparableShape&, DType, int device);
 Explanation explain(const BlockShape&, DType, int device);
 // The same for a device that need not be there: its number of multiprocessors, and 90 for compute capability 9.0.
-Explanation explain(Map, const ConvShape&, DType, Activation, int multiprocessors, int compute_capability);
+Explanation explain(Map, const ConvShape&, DType, const Finish&, int multiprocessors, int compute_capability);
 Explanation explain(const BlockShape&, DType, int multiprocessors, int compute_capability);
 }  // namespace cuda
 

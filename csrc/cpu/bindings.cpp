@@ -79,7 +79,7 @@ struct Cpu {
     explicit Guard(const Tensor&) {}
   };
   static constexpr const char* kBorders = "cpu_borders";
-  static constexpr bool kKeepsIntermediate = true;
+  static constexpr bool kKeepsIntermediate = true, kAddsResidual = false;
 
   static Plan plan(const Call& c) { return cpu::plan(c.map, c.shape, c.dtype(), strict(), torch_here()); }
 

@@ -61,7 +61,7 @@ struct Cuda {
     explicit Guard(const Tensor& t) : CUDAGuard(t.device()) {}
   };
   static constexpr const char* kBorders = "cuda_borders";
-  static constexpr bool kKeepsIntermediate = false;
+  static constexpr bool kKeepsIntermediate = false, kAddsResidual = true;
 
   static Launch launch_of(const Call& c, const Tensor& out, const Tensor& workspace) {
     return {c.shape,
@@ -75,9 +75,10 @@ struct Cuda {
   }
 
   static Plan plan(const Call& c) {
-    const int64_t alignment = common_alignment({c.first_data(), c.second_data(), c.epilogue().bias});
+    const Epilogue epilogue = c.epilogue();
+    const int64_t alignment = common_alignment({c.first_data(), c.second_data(), epilogue.bias, epilogue.residual});
     const Device device = device_facts(c.first->get_device());
-    Plan p = cuda::plan(c.map, c.shape, c.dtype(), device, alignment, strict(), c.activation);
+    Plan p = cuda::plan(c.map, c.shape, c.dtype(), device, alignment, strict(), c.finish());
     const PlanByHand* hand = plan_by_hand();
     return hand == nullptr ? p : overruled(std::move(p), c.map, c.shape, c.dtype(), hand->kernel, hand->cut);
   }
@@ -148,8 +149,8 @@ void raise_if(cudaError_t error, const char* kernel) {
   TORCH_CHECK(false, "the CUDA kernel ", kernel, " could not be launched: ", cudaGetErrorString(error));
 }
 
-Explanation explain(Map map, const ConvShape& shape, DType dtype, Activation activation, int device) {
-  return explain(map, plan(map, shape, dtype, device_facts(device), kBestAlignment, strict(), activation));
+Explanation explain(Map map, const ConvShape& shape, DType dtype, const Finish& finish, int device) {
+  return explain(map, plan(map, shape, dtype, device_facts(device), kBestAlignment, strict(), finish));
 }
 
 Explanation explain(const SeparableShape& shape, DType dtype, int device) {
@@ -165,14 +166,14 @@ Explanation explain(const BlockShape& shape, DType dtype, int multiprocessors, i
   return explain(Map::forward, plan_block(shape, dtype, device, kBestAlignment, strict()));
 }
 
-Explanation explain(Map map, const ConvShape& shape, DType dtype, Activation activation, int multiprocessors,
+Explanation explain(Map map, const ConvShape& shape, DType dtype, const Finish& finish, int multiprocessors,
                     int compute_capability) {
   // A build's machine code for 9.0 and newer has the copy engine's kernels, and drivers for those make its maps.
   const Device device{.multiprocessors = multiprocessors,
                       .compute_capability = compute_capability,
                       .copies_boxes = compute_capability >= 90,
                       .tf32 = allows_tf32()};
-  return explain(map, plan(map, shape, dtype, device, kBestAlignment, strict(), activation));
+  return explain(map, plan(map, shape, dtype, device, kBestAlignment, strict(), finish));
 }
 
 TORCH_LIBRARY_IMPL(sepconv_ext, CUDA, m) { register_ops<Cuda>(m); }

@@ -44,6 +44,10 @@ struct Launch {
     return static_cast<const T*>(epilogue.bias);
   }
   template <typename T>
+  const T* residual_as() const {
+    return static_cast<const T*>(epilogue.residual);
+  }
+  template <typename T>
   T* out_as() const {
     return static_cast<T*>(out);
   }
@@ -164,7 +168,7 @@ cudaError_t launch_pointwise_mma_grad_weight(const Launch&, const SplitsCut&);
 // pointwise_nhwc_mma.cu: forward and grad_input on tensor cores, for what waits for memory. Requires what
 // pointwise_mma.cu requires, channels of x and y dense and in whole vectors of eight, every pixel, the weight's rows
 // and the bias on 16 bytes, the weight dense along one of its channels, and product_bytes (pointwise/cut.h) of shared
-// memory.
+// memory. The only kernel that adds a residual.
 cudaError_t launch_pointwise_nhwc_mma_forward(const Launch&, const ProductCut&);
 cudaError_t launch_pointwise_nhwc_mma_grad_input(const Launch&, const ProductCut&);
 // pointwise_nhwc_mma_grad_weight.cu: the same of x and grad_y, any weight. cut.splits and workspace: as for

@@ -14,13 +14,13 @@ constexpr int64_t kWideGroupLast = 4;
 
 // The best kernel for tensors where they are.
 Plan plan_in_place(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict,
-                   Activation activation) {
+                   const Finish& finish) {
   if (s.N == 0) {  // nothing is launched, and the question is answered for one image
     ConvShape one = s;
     one.N = 1;
-    return plan_in_place(map, one, dtype, device, alignment, strict, activation);
+    return plan_in_place(map, one, dtype, device, alignment, strict, finish);
   }
-  if (pointwise_can_run(map, s)) return plan_pointwise(map, s, dtype, device, alignment, strict, activation);
+  if (pointwise_can_run(map, s)) return plan_pointwise(map, s, dtype, device, alignment, strict, finish);
   if (s.is_depthwise()) return plan_depthwise(map, s, dtype, device, alignment);
   if (!strict && s.groups == 1) {
     return aten("a dense convolution: cuDNN's tensor-core kernels are predicted to be faster (not measured)");
@@ -52,12 +52,12 @@ bool is_general(const Plan& p) {
 // general one (predicted, not measured: a copy is a read and a write, and the general kernels read every element once a
 // tap).
 Plan plan(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict,
-          Activation activation) {
+          const Finish& finish) {
   if (!device.has_code) return aten("this build has no code for the GPU: TORCH_CUDA_ARCH_LIST names what it is for");
   const Layout layout = call_layout(map, s);
   const ImageShape x = input_image(s), y = output_image(s);
   const auto with = [&](const Copies& copies) {
-    Plan p = plan_in_place(map, with_copies(s, copies), dtype, device, alignment, strict, activation);
+    Plan p = plan_in_place(map, with_copies(s, copies), dtype, device, alignment, strict, finish);
     if (p.kernel != Kernel::aten) p.copies = copies;  // torch copies for itself
     return p;
   };
@@ -118,7 +118,8 @@ Explanation explain(Map map, const Plan& p) {
         });
       },
       p.cut);
-  return {p.name, with_copies(p.reason, map, p.copies), p.kernel == Kernel::aten, tile, p.workspace_bytes};
+  return {p.name,           with_copies(p.reason, map, p.copies), p.kernel == Kernel::aten, tile, p.workspace_bytes,
+          p.adds_residual()};
 }
 
 }  // namespace sepconv::cuda

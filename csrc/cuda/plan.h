@@ -70,13 +70,13 @@ struct Plan {
   bool is_aten() const { return kernel == Kernel::aten; }
   bool is_torchs() const { return is_aten(); }
   bool is_composite() const { return kernel == Kernel::composite; }
+  bool adds_residual() const { return kernel == Kernel::pointwise_nhwc_mma && !copies.any(); }
 };
 
 // `alignment`: bytes, a power of two that divides the address of every tensor of the call (16 is as good as more).
-// With `strict`, ATen is taken only for what no kernel here can run. The activation counts where torch's product would
-// leave it to a pass of its own.
-Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict,
-          Activation activation = kNoActivation);
+// With `strict`, ATen is taken only for what no kernel here can run. The activation and a residual count where torch's
+// product would leave them to passes of their own.
+Plan plan(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict, const Finish& finish = {});
 
 // The fourth op: a fused kernel, or the composite of two calls that have plans of their own. With `strict`, the fused
 // kernel wherever it can run.

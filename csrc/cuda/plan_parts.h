@@ -67,7 +67,7 @@ Plan plan_depthwise_large(Map, const ConvShape&, DType, const Device&);
 constexpr Plan aten(const char* reason) { return {Kernel::aten, "aten", reason, {}, 0}; }
 // 1x1 of one group: whether the products can run, and which. With `strict`, torch's are left out.
 bool pointwise_can_run(Map, const ConvShape&);
-Plan plan_pointwise(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict, Activation);
+Plan plan_pointwise(Map, const ConvShape&, DType, const Device&, int64_t alignment, bool strict, const Finish&);
 // Groups in channels_last on tensor cores: whether they can run, and how.
 bool grouped_nhwc_mma_can_run(const ConvShape&, DType, const Device&, int64_t alignment);
 Plan plan_grouped_nhwc_mma(Map, const ConvShape&, const Device&);

@@ -27,11 +27,15 @@ struct Call {
   at::IntArrayRef size{}, stride{};  // grad_input and grad_weight: what the result was asked to look like
   std::optional<at::Tensor> bias{};  // forward: dense
   Activation activation = kNoActivation;
+  std::optional<at::Tensor> residual{};  // forward: lies as the result does
 
   DType dtype() const { return dtype_of(*first); }
   const void* first_data() const { return first->const_data_ptr(); }
   const void* second_data() const { return second->const_data_ptr(); }
-  Epilogue epilogue() const { return {bias ? bias->const_data_ptr() : nullptr, activation}; }
+  Epilogue epilogue() const {
+    return {bias ? bias->const_data_ptr() : nullptr, activation, residual ? residual->const_data_ptr() : nullptr};
+  }
+  Finish finish() const { return {activation, residual.has_value()}; }
 };
 
 inline Call forward_call(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

@@ -269,6 +269,17 @@ Checked check_forward(const Tensor& input, const Tensor& weight, const std::opti
   return {shape, output_of(shape, input.dim() == weight.dim(), sequence)};
 }
 
+// A tensor that lies beside the result, or is it.
+static void check_like_result(const char* name, const Tensor& t, const Result& result, const Tensor& input) {
+  check_tensor(name, t, input, "input");
+  TORCH_CHECK(t.sizes() == IntArrayRef(result.size), name, " must have the result's size ", IntArrayRef(result.size),
+              ", but has ", t.sizes());
+}
+
+void check_residual(const Tensor& residual, const Result& result, const Tensor& input) {
+  check_like_result("residual", residual, result, input);
+}
+
 Checked check_grad_input(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_size,
                          IntArrayRef input_stride, const ConvArgs& args) {
   check_tensor("grad_output", grad_output, grad_output, "grad_output");
@@ -328,14 +339,9 @@ Checked packed::check_pointwise(const Tensor& input, const Tensor& packed, const
   shape.x = x;
   shape.y = dense_strides(shape.K, shape.P, shape.Q, fresh_layout(x.suggests_channels_last()));
   const Result result = output_of(shape, /*batched=*/true, /*sequence=*/false);
-  const auto check_like_result = [&](const char* name, const Tensor& t) {
-    check_tensor(name, t, input, "input");
-    TORCH_CHECK(t.sizes() == IntArrayRef(result.size), name, " must have the result's size ", IntArrayRef(result.size),
-                ", but has ", t.sizes());
-  };
-  if (residual && residual->defined()) check_like_result("residual", *residual);
+  if (residual && residual->defined()) check_residual(*residual, result, input);
   if (output != nullptr) {
-    check_like_result("output", *output);
+    check_like_result("output", *output, result, input);
     shape.y = Image(*output, false);
     TORCH_CHECK(cpu::product_can_write(shape),
                 "output must have dense planes, or dense channels and pixels at one distance, but has strides ",

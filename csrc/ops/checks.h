@@ -55,6 +55,9 @@ struct Checked {
 Checked check_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       const ConvArgs&);
 
+// What is added to that result: as large, any strides.
+void check_residual(const at::Tensor& residual, const Result&, const at::Tensor& input);
+
 // The two gradients. The result takes the strides asked for where they are dense; where they are not (a sliced or
 // expanded tensor), it is channels_last if they order the dimensions so, else contiguous.
 Checked check_grad_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size,

@@ -16,6 +16,7 @@
 //   Guard                        makes the device of a tensor the current one while it lives
 //   kBorders                     the name of the border kernel, as counted
 //   copy_image(to, from)         copies between memory orders, an image as [N, C, H, W]
+//   kAddsResidual                whether a kernel can add a residual: plan(Call).adds_residual() then says it
 //   kKeepsIntermediate           whether the fused separable kernel can write what lies between its stages
 //   plan(Call)                   the plan of one of the three maps: name, reason, is_aten(), is_torchs()
 //   aten(plan, Call)             the call of torch's that the plan names
@@ -39,6 +40,7 @@
 #include "ops/checks.h"
 #include "ops/convolve_overlap.h"
 #include "ops/expanded_batch.h"
+#include "ops/residual.h"
 #include "ops/runtime.h"
 #include "ops/separable.h"
 #include "ops/spatial_passes.h"
@@ -131,6 +133,29 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const std::
   }
   const ConvArgs args{stride, padding, dilation, groups, parse_padding_mode(padding_mode)};
   return convolve<Device>(forward_call(input, weight, bias, args, parse_activation(activation)));
+}
+
+// With a residual: in one, where the plan's kernel adds what lies as its result does.
+template <typename Device>
+at::Tensor conv2d_residual(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                           const at::Tensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, int64_t groups, std::string_view activation) {
+  if (no_kernel_for(input, stride.size()) == nullptr) {
+    const ConvArgs args{stride, padding, dilation, groups, PaddingMode::zeros};
+    Call call = forward_call(input, weight, bias, args, parse_activation(activation));
+    check_residual(residual, call.result, input);
+    if constexpr (Device::kAddsResidual) {
+      const typename Device::Guard guard(input);
+      call.residual = residual;
+      const bool beside = residual.strides() == at::IntArrayRef(call.result.stride);
+      if (beside && !without_work(call) && !is_one_image(Map::forward, call.shape)) {
+        const auto plan = Device::plan(call);
+        if (plan.adds_residual()) return run_kernels<Device>(call, plan, BorderExtent::none);
+      }
+    }
+  }
+  return residual::composite(input, weight, bias, residual, aten::sym(stride), aten::sym(padding), aten::sym(dilation),
+                             groups, activation);
 }
 
 template <typename Device, Map map>
@@ -275,6 +300,7 @@ at::Tensor spatial_separable_conv2d(const at::Tensor& input, const at::Tensor& c
 template <typename Device>
 void register_ops(torch::Library& m) {
   m.impl("conv2d", conv2d<Device>);
+  m.impl("conv2d_residual", conv2d_residual<Device>);
   m.impl("conv2d_grad_input", gradient<Device, Map::grad_input>);
   m.impl("conv2d_grad_weight", gradient<Device, Map::grad_weight>);
   m.impl("conv2d_both_grads", conv2d_both_grads<Device>);

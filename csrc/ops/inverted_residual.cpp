@@ -8,6 +8,7 @@
 
 #include "ops/aten_route.h"
 #include "ops/autograd.h"
+#include "ops/residual.h"
 #include "ops/runtime.h"
 
 namespace sepconv::inverted_residual {
@@ -17,9 +18,9 @@ using c10::SymInt;
 
 namespace {
 
-// The stages by the op table, or by what has its signature.
-template <typename Convolution>
-Tensor block(const Call& c, const Convolution& conv2d) {
+// The stages by the op table, or by what has its signatures.
+template <typename Convolution, typename WithResidual>
+Tensor block(const Call& c, const Convolution& conv2d, const WithResidual& conv2d_residual) {
   const std::array<SymInt, 2> one{1, 1}, zero{0, 0};
   const auto product = [&](const Tensor& x, const Tensor& w, ops::Bias bias, std::string_view activation) {
     return conv2d(x, w, bias, one, zero, one, 1, activation, "zeros");
@@ -37,8 +38,7 @@ Tensor block(const Call& c, const Convolution& conv2d) {
     d = d.mul(hard ? at::hardsigmoid(excited) : excited);
   }
   if (!c.residual) return product(d, c.project_weight, c.project_bias, c.project_activation);
-  const Tensor sum = product(d, c.project_weight, c.project_bias, "identity").add(c.input);
-  return aten::activate(sum, parse_activation(c.project_activation));
+  return conv2d_residual(d, c.project_weight, c.project_bias, c.input, one, zero, one, 1, c.project_activation);
 }
 
 Tensor by_dispatcher(const Call& c) {
@@ -88,9 +88,9 @@ BlockShape block_shape(const Call& c, const CheckedInvertedResidual& checked) {
   return shape;
 }
 
-Tensor composite(const Call& c) { return block(c, ops::conv2d); }
+Tensor composite(const Call& c) { return block(c, ops::conv2d, ops::conv2d_residual); }
 
-Tensor by_aten(const Call& c) { return block(c, aten::conv2d); }
+Tensor by_aten(const Call& c) { return block(c, aten::conv2d, residual::by_aten); }
 
 }  // namespace sepconv::inverted_residual
 

@@ -40,6 +40,11 @@ TORCH_LIBRARY(sepconv_ext, m) {
       "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
       "SymInt groups, str activation, str padding_mode=\"zeros\") -> Tensor",
       tags);
+  // activation(conv2d(input, weight, bias) + residual), for inference.
+  m.def(
+      "conv2d_residual(Tensor input, Tensor weight, Tensor? bias, Tensor residual, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, str activation) -> Tensor",
+      tags);
   m.def(
       "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[] input_size, SymInt[] input_stride, "
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode=\"zeros\") -> Tensor",
@@ -128,17 +133,17 @@ Explanation explain(const std::string& map_name, const at::Tensor& input, const 
                     const std::optional<at::Tensor>& bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups, const DeviceFacts& cuda_device,
                     const std::string& padding_mode, const std::optional<at::Tensor>& grad_output,
-                    const std::string& activation_name) {
+                    const std::string& activation_name, bool residual) {
   const Map map = parse_map(map_name);
   const PaddingMode mode = parse_padding_mode(padding_mode);
-  [[maybe_unused]] const Activation activation = parse_activation(activation_name);
+  [[maybe_unused]] const Finish finish{parse_activation(activation_name), residual};
   const auto aten = [](const char* reason) { return Explanation{"aten", reason, true, "", 0}; };
   if (!has_kernel_dtype(input)) return aten("no kernel for this dtype");
   const ConvArgs args{stride, padding, dilation, groups, mode};
   Checked checked = check_forward(input, weight, bias, args);
   if (is_one_image(map, checked.shape)) {
     Explanation one = explain(map_name, first_image(input), weight, bias, stride, padding, dilation, groups,
-                              cuda_device, padding_mode, grad_output, activation_name);
+                              cuda_device, padding_mode, grad_output, activation_name, residual);
     one.reason += "; the batch is one image, computed once";
     return one;
   }
@@ -160,12 +165,11 @@ Explanation explain(const std::string& map_name, const at::Tensor& input, const 
 #ifdef SEPCONV_WITH_CUDA
   if (cuda_device) {
     const auto [multiprocessors, capability] = *cuda_device;
-    return with_borders(cuda::explain(map, shape, dtype, activation, multiprocessors, capability), "cuda_borders", map,
+    return with_borders(cuda::explain(map, shape, dtype, finish, multiprocessors, capability), "cuda_borders", map,
                         shape, mode);
   }
   if (input.is_cuda()) {
-    return with_borders(cuda::explain(map, shape, dtype, activation, input.get_device()), "cuda_borders", map, shape,
-                        mode);
+    return with_borders(cuda::explain(map, shape, dtype, finish, input.get_device()), "cuda_borders", map, shape, mode);
   }
 #endif
   TORCH_CHECK(!cuda_device, "cuda_device was given, but this build has no CUDA part");
@@ -294,6 +298,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("aten", &Explanation::aten)
       .def_readonly("tile", &Explanation::tile)
       .def_readonly("workspace_bytes", &Explanation::workspace_bytes)
+      .def_readonly("adds_residual", &Explanation::adds_residual)
       .def("__repr__", [](const Explanation& e) {
         std::string text = e.kernel + ": " + e.reason;
         if (!e.tile.empty()) text += "; tile " + e.tile;
@@ -302,7 +307,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       });
   m.def("explain", explain, py::arg("map"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("cuda_device") = py::none(),
-        py::arg("padding_mode") = "zeros", py::arg("grad_output") = py::none(), py::arg("activation") = "identity");
+        py::arg("padding_mode") = "zeros", py::arg("grad_output") = py::none(), py::arg("activation") = "identity",
+        py::arg("residual") = false);
   m.def("explain_separable", explain_separable);
   m.def("explain_inverted_residual", explain_inverted_residual, py::arg("input"), py::arg("expand_weight"),
         py::arg("expand_bias"), py::arg("depthwise_weight"), py::arg("depthwise_bias"), py::arg("project_weight"),

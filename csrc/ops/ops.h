@@ -68,6 +68,11 @@ inline constexpr Op<"sepconv_ext::conv2d",
                            Ints dilation, c10::SymInt groups, Name activation, Name padding_mode)>
     conv2d{};
 
+inline constexpr Op<"sepconv_ext::conv2d_residual",
+                    Tensor(const Tensor& input, const Tensor& weight, Bias bias, const Tensor& residual, Ints stride,
+                           Ints padding, Ints dilation, c10::SymInt groups, Name activation)>
+    conv2d_residual{};
+
 inline constexpr Op<"sepconv_ext::conv2d_grad_input",
                     Tensor(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints input_stride,
                            Ints stride, Ints padding, Ints dilation, c10::SymInt groups, Name padding_mode)>

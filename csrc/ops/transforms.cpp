@@ -7,6 +7,7 @@
 #include "ops/causal.h"
 #include "ops/inverted_residual.h"
 #include "ops/ops.h"
+#include "ops/residual.h"
 #include "ops/runtime.h"
 #include "ops/separable.h"
 
@@ -58,6 +59,7 @@ using RulesOf = Rules<SignatureOf<op>>;
 template <c10::DeviceType device, c10::DispatchKey key>
 void register_autocast(torch::Library& m) {
   m.impl("conv2d", RulesOf<ops::conv2d>::autocast<ops::conv2d, device, key>);
+  m.impl("conv2d_residual", RulesOf<ops::conv2d_residual>::autocast<ops::conv2d_residual, device, key>);
   m.impl("separable_conv2d", RulesOf<ops::separable_conv2d>::autocast<ops::separable_conv2d, device, key>);
   m.impl("spatial_separable_conv2d",
          RulesOf<ops::spatial_separable_conv2d>::autocast<ops::spatial_separable_conv2d, device, key>);
@@ -68,6 +70,7 @@ void register_autocast(torch::Library& m) {
 template <const char* reason>
 void register_aten(torch::Library& m) {
   m.impl("conv2d", RulesOf<ops::conv2d>::by_aten<aten::conv2d, reason>);
+  m.impl("conv2d_residual", RulesOf<ops::conv2d_residual>::by_aten<residual::by_aten, reason>);
   m.impl("conv2d_grad_input", RulesOf<ops::conv2d_grad_input>::by_aten<aten::conv2d_grad_input, reason>);
   m.impl("conv2d_grad_weight", RulesOf<ops::conv2d_grad_weight>::by_aten<aten::conv2d_grad_weight, reason>);
   m.impl("separable_conv2d", RulesOf<ops::separable_conv2d>::by_aten<separable::as_op<separable::by_aten>, reason>);

@@ -198,6 +198,14 @@ class _Lowering:
     def _convolution(self, node: fx.Node, a: dict) -> fx.Node:
         input = self._image(a["input"])
         residual = None if a["residual"] is None else self._image(a["residual"])
+        if residual is not None and _adds_residual(self.program, a):
+            result = self._call(
+                *(ours.conv2d_residual.default, input, self._filters(a["weight"], a["groups"]), self._of(a["bias"])),
+                *(residual, a["stride"], a["padding"], a["dilation"], a["groups"], a["activation"]),
+            )
+            self.ops[node] = "conv2d_residual"
+            self.channels_last.add(result)
+            return result
         fused = "identity" if residual is not None else a["activation"]
         result = self._call(
             *(ours.conv2d.default, input, self._filters(a["weight"], a["groups"]), self._of(a["bias"]), a["stride"]),
@@ -359,6 +367,17 @@ def _chains(program: Program, taken: set[fx.Node]) -> list[tuple[fx.Node, ...]]:
                 found.append(chain)
                 taken |= set(chain)
     return found
+
+
+def _adds_residual(program: Program, product: dict) -> bool:
+    """Whether the plan has a kernel that adds the residual itself, at the example's size."""
+    if product["padding_mode"] != "zeros":
+        return False
+    return functional.explain(
+        *(_example(program, product), _made(program, product["weight"]), _made(program, product["bias"])),
+        *(product["stride"], product["padding"], product["dilation"], product["groups"], product["activation"]),
+        residual=True,
+    ).adds_residual
 
 
 def _plan_of_pair(program: Program, first: dict, second: dict):

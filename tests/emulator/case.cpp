@@ -60,7 +60,7 @@ Case read_case(const Arguments& a) {
   c.activation = static_cast<Activation>(index_of(sepconv::kActivationNames, a.text("activation", "identity")));
   c.padding_mode =
       static_cast<sepconv::PaddingMode>(index_of(sepconv::kPaddingModeNames, a.text("padding_mode", "zeros")));
-  c.bias = a.number("bias", 0);
+  c.bias = a.number("bias", 0), c.residual = a.number("residual", 0);
   c.op = a.text("op", "conv2d");
   c.spatial = c.op == "spatial_separable";
   c.shared_column = a.number("shared", 0) & 1, c.shared_row = a.number("shared", 0) & 2;
@@ -199,7 +199,8 @@ sepconv::cuda::Plan make_plan(const Case& c, const Arguments& a) {
     const Plan causal = plan_causal(read_causal(a, c), c.dtype, make_device(a), alignment_of(c));
     return overruled(causal, c.map, c.shape, c.dtype, "", named_numbers(causal.cut, a));
   }
-  Plan p = plan(c.map, c.shape, c.dtype, make_device(a), alignment_of(c), a.number("strict", 1) != 0, c.activation);
+  Plan p = plan(c.map, c.shape, c.dtype, make_device(a), alignment_of(c), a.number("strict", 1) != 0,
+                {c.activation, c.residual});
   const std::string kernel = a.text("kernel", "auto");
   if (kernel != "auto") p = overruled(p, c.map, c.shape, c.dtype, kernel, {});
   return overruled(p, c.map, c.shape, c.dtype, "", named_numbers(p.cut, a));

@@ -28,7 +28,7 @@ struct Case {
   sepconv::DType dtype;
   sepconv::ConvShape shape;
   sepconv::PaddingMode padding_mode;
-  bool bias;
+  bool bias, residual;
   sepconv::Activation activation;
   std::string op;                  // conv2d, separable, inverted_residual, spatial_separable, causal, causal_update
   bool spatial;                    // a column and a row filter in the place of the weight

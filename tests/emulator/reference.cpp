@@ -25,7 +25,8 @@ int64_t pixel_at(sepconv::PaddingMode mode, int64_t position, int64_t size) {
 }  // namespace
 
 std::vector<Expected> reference(Map map, const sepconv::ConvShape& s, sepconv::PaddingMode mode, const Buffer& a,
-                                const Buffer& b, const Buffer* bias, sepconv::Activation activation) {
+                                const Buffer& b, const Buffer* bias, sepconv::Activation activation,
+                                const Buffer* residual) {
   const int64_t Cg = s.channels_per_group(), Kg = s.outputs_per_group();
   std::vector<Expected> result(map == Map::forward      ? s.output_elements()
                                : map == Map::grad_input ? s.input_elements()
@@ -65,12 +66,14 @@ std::vector<Expected> reference(Map map, const sepconv::ConvShape& s, sepconv::P
   if (map != Map::forward) return result;
   for (size_t i = 0; i < result.size(); ++i) {
     Expected& e = result[i];
-    if (bias) {
-      const double value = bias->at(0, i / (s.P * s.Q) % s.K, 0, 0);
+    const auto add = [&](double value) {
       e.value += value;
       e.magnitude += std::fabs(value);
       ++e.terms;
-    }
+    };
+    const int64_t k = i / (s.P * s.Q) % s.K;
+    if (bias) add(bias->at(0, k, 0, 0));
+    if (residual) add(residual->at(i / (s.K * s.P * s.Q), k, i / s.Q % s.P, i % s.Q));
     e.value = activate(activation, e.value);
   }
   return result;

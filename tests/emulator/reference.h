@@ -22,9 +22,10 @@ struct Expected {
 };
 
 // Elements in the order of the result's logical dimensions. a and b are the map's two operands: (x, w), (grad_y, w) or
-// (grad_y, x). bias may be null.
+// (grad_y, x). bias may be null, and so may what is added before the activation.
 std::vector<Expected> reference(sepconv::Map, const sepconv::ConvShape&, sepconv::PaddingMode, const Buffer& a,
-                                const Buffer& b, const Buffer* bias, sepconv::Activation);
+                                const Buffer& b, const Buffer* bias, sepconv::Activation,
+                                const Buffer* residual = nullptr);
 
 // The depthwise convolution of such a result, whose errors it inherits.
 std::vector<Expected> reference_depthwise(const sepconv::ConvShape&, const std::vector<Expected>& x, sepconv::DType,

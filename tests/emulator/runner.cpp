@@ -6,6 +6,7 @@
 //
 // padding_mode= is zeros, reflect, replicate or circular. The plan chooses the kernel; kernel= and the
 // numbers of its cut (csrc/cuda/*/cut.h) overrule it, sm= and multiprocessors= are the GPU that it plans for.
+// residual=1 adds an image before the activation, where the kernel can.
 // op=separable adds a 1x1 convolution, op=causal and op=causal_update are calls of those ops (case.h). "--" stands
 // between several cases. Exit status 0: all are right for every seed. Otherwise the last lines say what was wrong,
 // where, and in which CUDA thread.
@@ -307,17 +308,21 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   Buffer& out = c.map == Map::forward ? y : c.map == Map::grad_input ? x : w;
   Buffer& first = c.map == Map::forward ? x : y;
   Buffer& second = c.map == Map::grad_weight ? x : w;
+  Buffer residual(y_sizes, s.y, c.dtype, c.offset);
   first.fill_random(seed * 3 + 1);
   second.fill_random(seed * 3 + 2);
   bias.fill_random(seed * 3 + 3);
+  if (c.residual) residual.fill_random(seed * 3 + 4);
   if (arguments.number("infinite", 0)) first.scatter_infinite(seed);
+  if (c.residual && !plan.adds_residual()) return std::string(plan.name) + " adds no residual";
   const bool has_bias = c.bias && c.map == Map::forward;
   const Activation activation = c.map == Map::forward ? c.activation : Activation::identity;
 
   Buffer workspace(plan.workspace_bytes);  // not a byte larger than planned
 
   const std::string failed = run_watched(seed, out, workspace, [&] {
-    const sepconv::Epilogue epilogue{has_bias ? bias.data() : nullptr, activation};
+    const sepconv::Epilogue epilogue{has_bias ? bias.data() : nullptr, activation,
+                                     c.residual ? residual.data() : nullptr};
     const sepconv::BorderExtent border = sepconv::border_extent(c.map, s, c.padding_mode);
     const sepconv::cuda::Launch launch{s,        c.dtype,    first.data(),     second.data(),
                                        epilogue, out.data(), workspace.data(), nullptr};
@@ -328,7 +333,8 @@ std::string run(const Case& c, const Arguments& arguments, uint64_t seed) {
   });
   if (!failed.empty()) return failed;
 
-  const auto expected = reference(c.map, s, c.padding_mode, first, second, has_bias ? &bias : nullptr, activation);
+  const auto expected = reference(c.map, s, c.padding_mode, first, second, has_bias ? &bias : nullptr, activation,
+                                  c.residual ? &residual : nullptr);
   const Sizes& sizes = c.map == Map::forward ? y_sizes : c.map == Map::grad_input ? x_sizes : w_sizes;
   return judge(c, out, expected, sizes);
 }

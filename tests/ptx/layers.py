@@ -94,6 +94,9 @@ LAYERS: dict[str, dict[str, list[str]]] = {
         "24 to 144 14x14": _layer("forward", "float16", LAST, 4, 24, 14, 1, groups=1, K=144),
         "144 to 24 14x14": _layer("forward", "float16", LAST, 4, 144, 14, 1, groups=1, K=24),
         "64 to 64 14x14": _layer("grad_input", "float16", LAST, 4, 64, 14, 1, groups=1),
+        "144 to 24 14x14 residual": _layer(
+            "forward", "float16", LAST, 4, 144, 14, 1, groups=1, K=24, bias=1, activation="relu", residual=1
+        ),
     },
     "pointwise_nhwc_mma_grad_weight sum_partials": {
         "24 to 144 14x14": _layer("grad_weight", "float16", LAST, 4, 24, 14, 1, groups=1, K=144)

@@ -106,30 +106,33 @@ constexpr const char* kBoundByArithmetic =
 constexpr const char* kReadAgain =
     "1x1 of so many channels that pixels would be read again: torch's product is predicted to be faster (not measured)";
 
-// Whether torch's product leaves the activation to a pass over its result; ReLU it does on its way.
-bool takes_a_pass(Activation activation) {
-  return activation != Activation::identity && activation != Activation::relu;
+// Reads and writes of the result in passes of their own, behind torch's product: of a residual two reads and a write,
+// of an activation a read and a write. ReLU alone that product does on its way.
+int passes(const Finish& finish) {
+  if (finish.residual) return finish.activation == Activation::identity ? 3 : 5;
+  return finish.activation == Activation::identity || finish.activation == Activation::relu ? 0 : 2;
 }
 
-// Whether the kernel here is predicted to be faster than torch's product and a pass that reads and writes its result,
-// both counted in bytes of memory: the longer of arithmetic and traffic.
-bool faster_than_two(const ConvShape& s, DType dtype, const ProductCut& cut) {
+// Whether the kernel here is predicted to be faster than torch's product and its passes, both counted in bytes of
+// memory: the longer of arithmetic and traffic.
+bool faster_than_passes(const ConvShape& s, DType dtype, const ProductCut& cut, const Finish& finish) {
   const int64_t pixels = s.N * s.P * s.Q, written = pixels * s.K * element_size(dtype);
-  const int64_t through_l2 = chunks({s.C, s.K, 0, 0}, cut.outputs) * pixels * s.C * element_size(dtype) + written;
+  const int64_t reads = chunks({s.C, s.K, 0, 0}, cut.outputs) * pixels * s.C * element_size(dtype);
   const auto arithmetic = static_cast<double>(operations(s));
-  const double here = std::max(arithmetic / kOwnOperations, static_cast<double>(through_l2) / kMostTraffic);
+  const auto through_l2 = static_cast<double>(reads + (finish.residual ? 2 : 1) * written);
+  const double here = std::max(arithmetic / kOwnOperations, through_l2 / kMostTraffic);
   const double torchs = std::max(arithmetic / kTorchsOperations, static_cast<double>(bytes(s, dtype)));
-  return here < torchs + 2 * static_cast<double>(written);
+  return here < torchs + passes(finish) * static_cast<double>(written);
 }
 
 // Why torch's product is predicted to be faster; null where it is not.
 const char* torch_instead_of_nhwc_mma(Map map, const ConvShape& s, DType dtype, const ProductCut& cut,
-                                      const Device& device, Activation activation) {
+                                      const Device& device, const Finish& finish) {
   const Channels c = channels(map, s);
   const int64_t parts = chunks(c, cut.outputs);
   const bool few = pixel_tiles(s) * parts < device.multiprocessors && c.depth > kAloneSum;
-  const bool apart = map == Map::forward && takes_a_pass(activation);
-  if (!few && apart && faster_than_two(s, dtype, cut)) return nullptr;
+  const bool apart = map == Map::forward && passes(finish) > 0;
+  if (!few && apart && faster_than_passes(s, dtype, cut, finish)) return nullptr;
   if (operations(s) > kMostOperations * bytes(s, dtype)) {
     return kBoundByArithmetic;
   }
@@ -158,7 +161,7 @@ bool pointwise_can_run(Map map, const ConvShape& s) {
 }
 
 Plan plan_pointwise(Map map, const ConvShape& s, DType dtype, const Device& device, int64_t alignment, bool strict,
-                    Activation activation) {
+                    const Finish& finish) {
   const bool nhwc_mma = nhwc_mma_can_run(map, s, dtype, device, alignment);
   if (nhwc_mma && map == Map::grad_weight) {
     const char* const reason = strict ? nullptr : torch_instead_of_nhwc_mma_sums(s, dtype);
@@ -170,16 +173,17 @@ Plan plan_pointwise(Map map, const ConvShape& s, DType dtype, const Device& devi
   }
   if (nhwc_mma) {
     const ProductCut cut = nhwc_mma_cut(map, s, device);
-    const auto torchs_because = [&](Activation of) {
+    const auto torchs_because = [&](const Finish& of) {
       return torch_instead_of_nhwc_mma(map, s, dtype, cut, device, of);
     };
-    const char* const reason = strict ? nullptr : torchs_because(activation);
+    const char* const reason = strict ? nullptr : torchs_because(finish);
     if (reason != nullptr) return torchs(map, s, dtype, reason);
-    return {Kernel::pointwise_nhwc_mma, "cuda_pointwise_nhwc_mma",
-            !strict && torchs_because(kNoActivation) != nullptr
-                ? "1x1 whose activation would be a pass behind torch's product: tensor cores, both in one"
-                : "1x1 in a half type, whole vectors of channels: tensor cores, weights kept in shared memory",
-            cut, 0};
+    const char* why = "1x1 in a half type, whole vectors of channels: tensor cores, weights kept in shared memory";
+    if (!strict && torchs_because({}) != nullptr) {
+      why = finish.residual ? "1x1 whose residual would be a pass behind torch's product: tensor cores, all in one"
+                            : "1x1 whose activation would be a pass behind torch's product: tensor cores, both in one";
+    }
+    return {Kernel::pointwise_nhwc_mma, "cuda_pointwise_nhwc_mma", why, cut, 0};
   }
   if (!strict && is_half(dtype)) {
     return torchs(map, s, dtype, "1x1 in a half type: torch's product is predicted to be faster (not measured)");

@@ -79,7 +79,7 @@ __device__ __forceinline__ void load_weights(const ProductArgs& a, const T* __re
 template <typename T, int kOutputs>
 __global__ void __launch_bounds__(kThreads, 2)
     product_nhwc_kernel(const ProductArgs a, const T* __restrict__ from, const T* __restrict__ w,
-                        const T* __restrict__ bias, T* __restrict__ to) {
+                        const T* __restrict__ bias, const T* __restrict__ residual, T* __restrict__ to) {
   wait_for_earlier_kernels();
   using B = Block<kOutputs>;
   DYN_SMEM(smem);
@@ -185,18 +185,27 @@ __global__ void __launch_bounds__(kThreads, 2)
           done[j][i / kVec][i % kVec] = sums[m][j][i % kVec / 2][i / kVec * 2 + i % 2];
         }
       }
-      const auto store = [&] {
+      const auto each_vector = [&](const auto& use) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const auto pixel = static_cast<uint32_t>(tile * kPixels + (down * B::kRows + m) * 16 + half * 8 + lane / 4);
           if (pixel >= a.to.axis.size) continue;
-          T* const out = to + a.to.offset(pixel) + output;
+          const int64_t at = a.to.offset(pixel) + output;
 #pragma unroll
           for (int j = 0; j < B::kGroups; ++j) {
-            if (output + j * 32 < a.outputs) store_vec<kVec>(out + j * 32, done[j][half]);
+            if (output + j * 32 < a.outputs) use(at + j * 32, done[j][half]);
           }
         }
       };
+      if (residual != nullptr) {
+        each_vector([&](int64_t at, float (&sum)[kVec]) {
+          float added[kVec];
+          load_vec<kVec>(added, residual + at);
+#pragma unroll
+          for (int e = 0; e < kVec; ++e) sum[e] += added[e];
+        });
+      }
+      const auto store = [&] { each_vector([&](int64_t at, float (&v)[kVec]) { store_vec<kVec>(to + at, v); }); };
       if (a.activation == Activation::identity) {
         store();
       } else {  // not of all sums at once: it has few numbers in work beside the others
@@ -227,7 +236,7 @@ cudaError_t start(const Launch& call, const PointwiseAxis& from, const Pointwise
                                      static_cast<unsigned>(ceil_div<int64_t>(outputs, kOutputs))),
                                 dim3(kThreads), static_cast<size_t>(product_bytes(depth, kOutputs)), call.stream};
       return launch(product_nhwc_kernel<T, kOutputs>, config, args, call.first_as<T>(), call.second_as<T>(),
-                    call.bias_as<T>(), call.out_as<T>());
+                    call.bias_as<T>(), call.residual_as<T>(), call.out_as<T>());
     };
     switch (cut.outputs) {
       case 32: return go(Int<32>{});
