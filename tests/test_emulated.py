@@ -313,6 +313,39 @@ REPLICATED = (
 )
 
 
+# What planted faults in the PTX have shown to be needed: rows ahead of a walk of single channels, at stride 2; a stream
+# of bfloat16 over several tiles; two slabs of channels at stride 2; a block of Toeplitz products with two images; more
+# parts than the threads that add them take at once.
+PTX_RUNS = (
+    *(
+        Run(
+            Case("walk_k3_stride2_three_rows", 1, 5, 23, 19, 5, 3, 3, stride=(2, 2), padding=(1, 1), groups=5),
+            map, "float32", "channels_last", extra={"rows": 3, "vec": 1},
+        )
+        for map in ("forward", "grad_input")
+    ),
+    Run(
+        Case("diagonals_k7_stream", 1, 8, 17, 37, 8, 7, 7, padding=(3, 3), groups=8),
+        "forward", "bfloat16", "channels_last", extra={"multiprocessors": 1},
+    ),
+    Run(
+        Case("groups_of_4_stride2_slabs", 1, 72, 9, 20, 72, 3, 3, stride=(2, 2), padding=(1, 1), groups=18, bias=True),
+        "forward", "float16", "channels_last", extra={"multiprocessors": 1},
+    ),
+    Run(
+        Case("large_k31_images", 2, 1, 9, 61, 1, 31, 31, padding=(15, 15)),
+        "forward", "float16", "contiguous", extra={"splits": 1},
+    ),
+    *(
+        Run(
+            Case("sums_of_83_parts", 3, 1, 40, 9, 1, 1, 1),
+            "grad_weight", dtype, "contiguous", extra={"kernel": "grouped", "splits": 83},
+        )
+        for dtype in ("float32", "float16")
+    ),
+)  # fmt: skip
+
+
 def _runs() -> Iterator[Run]:
     cases = [case for case in CASES if case.N > 0]  # nothing is launched for an empty batch
     small = [case for case in SMALL if case.N > 0]
@@ -593,6 +626,7 @@ def _runs() -> Iterator[Run]:
                 if case in FRAMES:  # (top, bottom, left, right): another frame at every side
                     yield made(case, map, layout, dtype, padding_mode=mode, padding="1,3,0,2")
         count += 1
+    yield from PTX_RUNS
 
 
 RUNS = list(_runs())

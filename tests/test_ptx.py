@@ -433,7 +433,7 @@ PLANTED = (
 )  # fmt: skip
 MUTANTS = int(os.environ.get("PTX_MUTANTS", "12"))  # of each
 MUTANT_SEED = int(os.environ.get("PTX_SEED", "1"))
-CAUGHT = 0.95  # at least this share of those that make a difference
+CAUGHT, CAUGHT_OF_ONE = 0.95, 0.75  # at least this share of those that make a difference, and of a single file's
 PLANTED_RUNS = 9  # of a file and map; most faults are caught by the first ones
 WITHOUT_EFFECT = Path(__file__).parent / "ptx" / "survivors.txt"
 
@@ -516,7 +516,7 @@ def entries_of(used: ptx.Runner, index: int) -> set[str]:
     return set(re.findall(r"^entry: (\S+)$", done.stdout, re.MULTILINE))
 
 
-def check_planted(used: ptx.Runner, stems: Sequence[str], folder: Path, wide: bool) -> None:
+def check_planted(used: ptx.Runner, stems: Sequence[str], folder: Path, wide: bool, least: float) -> None:
     """Plants a sample in lines that several cases execute; any of these cases may show a fault, and with `wide` any
     that launches the same entry. What makes no difference, by survivors.txt, does not count."""
     work = []
@@ -541,18 +541,18 @@ def check_planted(used: ptx.Runner, stems: Sequence[str], folder: Path, wide: bo
     share = 1 - len(missed) / (len(work) - len(harmless))
     print(f"{share:.1%} of {len(work) - len(harmless)} planted faults are caught", *missed, sep="\n  ")
     print(f"{len(harmless)} have no effect (survivors.txt)", *harmless, sep="\n  ")
-    assert len(work) == MUTANTS * len(stems) and share >= CAUGHT, "\n".join(missed)
+    assert len(work) == MUTANTS * len(stems) and share >= least, "\n".join(missed)
 
 
 def test_planted_faults_are_caught(tmp_path: Path) -> None:
-    check_planted(runner(False), PLANTED, tmp_path, wide=False)
+    check_planted(runner(False), PLANTED, tmp_path, wide=False, least=CAUGHT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", [path.stem for path in emulate.kernel_sources()])
 def test_planted_faults_of_every_kernel_are_caught(stem: str, tmp_path: Path) -> None:
     """PTX_MUTANTS=20 PTX_SEED=2 take another sample."""
-    check_planted(runner(True), [stem], tmp_path, wide=True)
+    check_planted(runner(True), [stem], tmp_path, wide=True, least=CAUGHT_OF_ONE)
 
 
 def counted(slow: bool) -> list[tuple[str, str, list[str]]]:

@@ -81,8 +81,8 @@ def faults_of(line: int, text: str) -> Iterator[Planted]:
         yield from planted("shape", text.replace(size[0], f", {size[1]}, 0"))
     if re.search(r"\b(ld|st)\.(global|shared)", text):
         step = 16 if "v4" in text else 8 if "v2" in text or "64 " in text else 2 if "16 " in text else 4
-        address = re.search(r"\[(%\w+)(?:\+(-?\d+))?\]", text)
-        yield from planted("address", text.replace(address[0], f"[{address[1]}+{int(address[2] or 0) + step}]"))
+        if address := re.search(r"\[(%?\w+)(?:\+(-?\d+))?\]", text):  # a register's, or a name's
+            yield from planted("address", text.replace(address[0], f"[{address[1]}+{int(address[2] or 0) + step}]"))
         if ".nc" not in text and "@" in text:
             yield from planted("guard", text.replace("@%", "@!%"))
     elif text.strip().startswith("@"):
