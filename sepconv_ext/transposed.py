@@ -48,7 +48,8 @@ def conv_transpose(
     strides = _dense_strides(size, dims, channels_last)
     op = torch.ops.sepconv_ext.conv2d_grad_input
     output = op(input, weight, size, strides, stride, padding, dilation, groups)
-    return output if bias is None else output + bias.view(-1, *[1] * dims)
+    # A DTensor's parameter has no view in inference mode.
+    return output if bias is None else output + bias.reshape(-1, *[1] * dims)
 
 
 def _by_autocast(tensor: Any) -> Any:
@@ -58,7 +59,9 @@ def _by_autocast(tensor: Any) -> Any:
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.overrides.has_torch_function((tensor,)):
+        return tensor.to(torch.get_autocast_dtype(device))
+    return _C.cast_by_autocast(tensor)
 
 
 def _is_covered(input: Any, weight: Any, bias: Any, groups: Any, dims: int) -> bool:

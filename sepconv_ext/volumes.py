@@ -63,10 +63,10 @@ class Geometry(NamedTuple):
 
 def conv3d(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> Tensor:
     """Depthwise ones in plain tensors of a CPU. Everything else is torch's function, which computes or raises."""
-    given = (input, weight, bias, stride, padding, dilation, groups)
     if torch.overrides.has_torch_function((input, weight, bias)) or torch.compiler.is_exporting():
-        return torch.conv3d(*given)
+        return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
     input, weight, bias = (_by_autocast(tensor) for tensor in (input, weight, bias))
+    given = (input, weight, bias, stride, padding, dilation, groups)
     geometry = _geometry(weight, stride, padding, dilation) if _is_covered(input, weight, bias, groups) else None
     if geometry is None:
         return torch.conv3d(*given)

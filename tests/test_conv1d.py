@@ -349,12 +349,16 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("unbatched", [False, True])
-def test_autocast_casts_a_weight_once(unbatched: bool, checkpointed: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "pixels"),
+    [(nn.Conv1d, (10,)), (nn.ConvTranspose1d, (10,)), (nn.ConvTranspose2d, (5, 6)), (nn.Conv3d, (3, 5, 6))],
+)
+def test_autocast_casts_a_weight_once(kind: type, pixels: tuple[int, ...], unbatched: bool, checkpointed: bool) -> None:
     """Used twice under one autocast, in a checkpoint too, and with the gradients of torch's layer."""
-    theirs = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+    theirs = kind(8, 8, 3, padding=1, groups=8)
     ours = copy.deepcopy(theirs)
     sepconv_ext.convert_(ours)
-    x = random((8, 10) if unbatched else (2, 8, 10), torch.float32, "cpu")
+    x = random((8, *pixels) if unbatched else (2, 8, *pixels), torch.float32, "cpu")
     results = []
     for layer in (ours, theirs):
         with torch.autocast("cpu", torch.bfloat16), Casts() as casts:

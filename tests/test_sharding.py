@@ -65,6 +65,12 @@ CALLS = {
         SEQUENCES,
         (filters(4, 1, 3), filters(4)),
     ),
+    "transposed": (
+        lambda x, w, b: functional.conv_transpose2d(x, w, b, 2, 1, 1, 2),
+        lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1, 1, 2),
+        IMAGES,
+        (filters(4, 3, 3, 3), filters(6)),
+    ),
     "unbatched sequence": (
         lambda x, w: functional.conv1d(x, w, None, 1, 1, 1, 4),
         lambda x, w: F.conv1d(x, w, None, 1, 1, 1, 4),
@@ -109,6 +115,8 @@ def check_placements(mesh: object) -> None:
                     assert a.shape == b.shape, f"{name} {placement} {wanted}: {a.shape} instead of {b.shape}"
                     what = f"{name} {placement} {wanted}"
                     torch.testing.assert_close(a.full_tensor(), b, rtol=1e-4, atol=1e-4, msg=what)
+                with torch.inference_mode(), only_our_kernels():
+                    assert torch.equal(ours(*spread).full_tensor(), got[0].full_tensor())
                 if placement in (Replicate(), Shard(0)) and not name.startswith("unbatched"):
                     assert got[0].placements == (placement,), f"{name}: {got[0].placements}"
 

@@ -9,6 +9,7 @@
 //   padding_mode       a name of padding_mode.h
 #define USE_NUMPY 1  // as in functional.cpp: both compile the inline functions of torch's parser
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -287,6 +288,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // For what Python adds to an op's result; a wrapper of torch.func or a fake tensor has no storage to ask.
   m.def("check_storage", [](const std::string& name, const at::Tensor& t) {
     if (t.has_storage() && !at::isTensorSubclassLike(t)) check_storage(name.c_str(), t);
+  });
+  // For convolutions that are made in Python: a parameter is cast once for all calls, which Python cannot say.
+  m.def("cast_by_autocast", [](const at::Tensor& t) {
+    const c10::DeviceType device = t.device().type();
+    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
   });
   m.def("derivative_from_output",
         [](const std::string& activation) { return derivative_from_output(parse_activation(activation)); });

@@ -132,8 +132,8 @@ struct Case {
 // A shape that is small enough to be computed by the definition, or none.
 std::optional<ConvShape> random_shape(Random& random, PaddingMode mode) {
   ConvShape s;
-  const std::string kind =
-      random.of<std::string>({"depthwise", "depthwise", "depthwise", "multiplier", "groups", "1x1", "dense"});
+  const std::string kind = random.of<std::string>(
+      {"depthwise", "depthwise", "depthwise", "multiplier", "groups", "as many", "1x1", "dense"});
   s.C = random.of<int64_t>({1, 2, 3, 4, 7, 8, 12, 15, 16, 17, 23, 24, 31, 32, 33, 48, 58, 64, 65, 96});
   if (kind == "depthwise" || kind == "multiplier")
     s.groups = s.C, s.K = s.C * (kind == "multiplier" ? random.between(1, 3) : 1);
@@ -142,6 +142,10 @@ std::optional<ConvShape> random_shape(Random& random, PaddingMode mode) {
     do s.groups = random.between(1, s.C);
     while (s.C % s.groups != 0);
     s.K = s.groups * random.between(1, 4);
+  }
+  if (kind == "as many") {  // groups of few channels that make as many
+    const int64_t group = random.of<int64_t>({2, 4, 8});
+    s.groups = random.of<int64_t>({2, 2, 3, 4, 5, 7, 8, 9}), s.C = s.K = s.groups * group;
   }
   s.R = kind == "1x1" ? 1 : random.of<int64_t>({1, 2, 3, 3, 3, 4, 5, 5, 7, 7, 9, 11, 13, 31});
   s.S = kind == "1x1" ? 1 : random.one_in(3) ? random.between(1, 12) : s.R;
