@@ -248,6 +248,83 @@ def test_products_have_the_layouts_of_cutlass(tmp_path: Path) -> None:
             assert got == start[m][n] + sum(a * b for a, b in zip(left[m], right[n], strict=True)), (t, v)
 
 
+# CUTLASS' (thread, bit) -> bit for ldmatrix (cute/atom/copy_traits_sm75.hpp): the thread that names a row of sixteen
+# bytes, and where each thread's two halves of a register come from; the registers are a matrix (1024 bits) apart.
+@pytest.mark.parametrize("trans", ["", ".trans"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_ldmatrix_has_the_layout_of_cutlass(tmp_path: Path, count: int, trans: str) -> None:
+    places = [(3 * row + 1) % (8 * count) for row in range(8 * count)]  # rows lie in no order: addresses matter
+    words = [half for row in range(8 * count) for half in range(8 * places.index(row), 8 * places.index(row) + 8)]
+    data = struct.pack(f"<{len(words)}H", *words)
+    registers = ", ".join(f"%r{20 + i}" for i in range(count))
+    body = f"""
+      shl.b32 %r5, %r1, 4; add.s32 %r6, %r2, %r5; cvt.u64.u32 %rd8, %r5; add.s64 %rd9, %rd1, %rd8;
+      setp.lt.u32 %p2, %r1, {8 * count};
+      @%p2 ld.global.v4.u32 {{%r10, %r11, %r12, %r13}}, [%rd9];
+      @%p2 st.shared.v4.u32 [%r6], {{%r10, %r11, %r12, %r13}};
+      bar.sync 0;
+      mul.lo.s32 %r7, %r1, 3; add.s32 %r7, %r7, 1; and.b32 %r7, %r7, {8 * count - 1};
+      shl.b32 %r7, %r7, 4; add.s32 %r7, %r2, %r7;
+      ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{registers}}}, [%r7];
+      mul.wide.u32 %rd10, %r1, {4 * count}; add.s64 %rd11, %rd2, %rd10;
+      st.global.v{count}.u32 [%rd11], {{{registers}}};"""
+    done, out = run_text(tmp_path, kernel(body), threads=32, data=data, out=128 * count)
+    assert done.returncode == 0, done.stdout
+    for t in range(32):
+        for i, got in enumerate(struct.unpack_from(f"<{2 * count}H", out, 4 * count * t)):
+            matrix, half = i // 2, i % 2
+            bit = 256 * (t % 4) + 16 * (t // 4) + 128 * half if trans else 32 * t + 16 * half
+            assert got == (1024 * matrix + bit) // 16, (t, i)
+
+
+def test_sparse_metadata_has_the_layout_of_cutlass(tmp_path: Path) -> None:
+    """CUTLASS keeps 16 bits for sixteen columns of a row. It orders them (util/host_reorder.h, reorder_meta) so that a
+    plain ldmatrix gives each lane its word (gemm/warp/mma_tensor_op_tile_iterator_sparse.h) and two products of sixteen
+    rows take one register, by selectors 0 and 1 (gemm/warp/mma_sparse_tensor_op.h). What the bits mean it says in
+    util/host_uncompress.h, by which the expected sums are made."""
+    pairs = [4 * second + first for second in range(4) for first in range(second)]  # which two of four columns
+    kept = [pairs[(5 * r + 3 * c + r * c) % 6] for r in range(32) for c in range(8)]
+    packed = [[(3 * r * r + 5 * i + 1) % 15 - 7 for i in range(16)] for r in range(32)]
+    right = [[(7 * n + 2 * k * k) % 13 - 6 for k in range(32)] for n in range(8)]
+
+    def reordered() -> list[int]:
+        """The words of 32 bits: two neighbouring columns of 16-bit metadata side by side."""
+        halves = [0] * 64
+        for row in range(32):
+            for column in range(2):
+                to, at = row % 8 * 4 + row // 8, column  # rows first: eights interleaved
+                if to % 2 != at:  # then the other diagonal of blocks of two by two is exchanged
+                    to, at = (to + 1, 0) if at else (to - 1, 1)
+                halves[2 * to + at] = sum(kept[8 * row + 4 * column + four] << 4 * four for four in range(4))
+        return [halves[2 * i] | halves[2 * i + 1] << 16 for i in range(32)]
+
+    data, words = b"", reordered()
+    for t in range(32):
+        g, pair = t // 4, 2 * (t % 4)
+        for first_row in (0, 16):
+            for i in range(4):
+                row, column = first_row + g + 8 * (i % 2), pair + 8 * (i // 2)
+                data += struct.pack("<2e", *packed[row][column : column + 2])
+        data += b"".join(struct.pack("<2e", *right[g][pair + 8 * i : pair + 8 * i + 2]) for i in range(4))
+        data += struct.pack("<I", words[t])
+    product = """
+      mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {{%f11,%f12,%f13,%f14}},
+        {{{}}}, {{%r18,%r19,%r20,%r21}}, {{%f1,%f1,%f1,%f1}}, %r22, 0x{};
+      st.global.v4.f32 [%rd11+{}], {{%f11,%f12,%f13,%f14}};"""
+    body = "mul.wide.u32 %rd8, %r1, 52; add.s64 %rd9, %rd1, %rd8; mov.f32 %f1, 0f00000000;"
+    body += "".join(f"ld.global.u32 %r{10 + i}, [%rd9+{4 * i}];" for i in range(13))
+    body += "mul.wide.u32 %rd10, %r1, 32; add.s64 %rd11, %rd2, %rd10;"
+    body += product.format("%r10,%r11,%r12,%r13", 0, 0) + product.format("%r14,%r15,%r16,%r17", 1, 16)
+    done, out = run_text(tmp_path, kernel(body), threads=32, data=data, out=1024)
+    assert done.returncode == 0, done.stdout
+    for t in range(32):
+        for i, got in enumerate(struct.unpack_from("<8f", out, 32 * t)):
+            row, n = 16 * (i // 4) + t // 4 + 8 * (i % 4 // 2), t % 4 * 2 + i % 2
+            bits = [kept[8 * row + j // 2] >> 2 * (j % 2) & 3 for j in range(16)]  # of packed number j
+            want = sum(packed[row][j] * right[n][j // 2 * 4 + bits[j]] for j in range(16))
+            assert got == want, (row, n)
+
+
 # ---- the kernels
 
 
