@@ -315,7 +315,8 @@ REPLICATED = (
 
 # What planted faults in the PTX have shown to be needed: rows ahead of a walk of single channels, at stride 2; a stream
 # of bfloat16 over several tiles; two slabs of channels at stride 2; a block of Toeplitz products with two images; more
-# parts than the threads that add them take at once.
+# parts than the threads that add them take at once; the division of pixels by rows in sums over a cropped image; more
+# than three taps a row and a bias beside whole vectors in the fused pair; Toeplitz rows beyond 64, and taps beyond 17.
 PTX_RUNS = (
     *(
         Run(
@@ -342,6 +343,28 @@ PTX_RUNS = (
             "grad_weight", dtype, "contiguous", extra={"kernel": "grouped", "splits": 83},
         )
         for dtype in ("float32", "float16")
+    ),
+    Run(Case("rows_of_nine", 2, 33, 9, 9, 8, 1, 1), "grad_weight", "float32", "cropped"),
+    Run(
+        Case("rows_of_eleven", 2, 33, 7, 11, 33, 1, 1),
+        "grad_weight", "bfloat16", "cropped_last", extra={"kernel": "pointwise_mma"},
+    ),
+    Run(
+        Case("pair_of_five_taps", 1, 32, 7, 9, 32, 5, 5, padding=(2, 2), groups=32),
+        "forward", "float32", "channels_last", extra={"op": "separable", "outputs": 40},
+    ),
+    Run(
+        Case("pair_of_two_biases", 1, 33, 6, 5, 33, 3, 3, padding=(1, 1), groups=33, bias=True),
+        "forward", "float32", "contiguous", extra={"op": "separable", "outputs": 70, "pointwise_bias": 1},
+    ),
+    Run(
+        Case("narrow_k7", 1, 1, 72, 8, 1, 7, 7, padding=(3, 3)),
+        "forward", "float16", "contiguous",
+        extra={"kernel": "depthwise_toeplitz", "vec": 1, "rows": 72, "images": 1},
+    ),
+    Run(
+        Case("large_k23", 1, 1, 9, 61, 1, 23, 23, padding=(11, 11)),
+        "forward", "bfloat16", "contiguous", extra={"kernel": "depthwise_toeplitz", "vec": 4},
     ),
 )  # fmt: skip
 
