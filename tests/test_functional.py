@@ -138,6 +138,21 @@ def test_cpu_grad_weight_of_more_than_the_caches_hold(case: Case) -> None:
     assert_as_accurate(actual, theirs.grad_weight, truth.grad_weight, f"grad_weight of {case}")
 
 
+@pytest.mark.parametrize("long_runs", [True, False])
+@pytest.mark.parametrize("taps", [3, 5, 7])
+def test_cpu_grad_weight_with_a_stride_by_runs_and_by_tiles(taps: int, long_runs: bool, isa: str) -> None:
+    """Rows of an image as long runs, or as tiles, whichever the processor at hand likes."""
+    case = _depthwise(f"k{taps}_s2", 3, 58, 19, 30, taps, stride=(2, 2), padding=(taps // 2, taps // 2))
+    before = sepconv_ext._C.set_likes_long_runs(long_runs)
+    try:
+        with only_our_kernels():
+            actual = run_map("grad_weight", case, torch.float32, "cpu", "channels_last")
+    finally:
+        sepconv_ext._C.set_likes_long_runs(before)
+    theirs, truth = peer(case, torch.float32, "cpu", "channels_last"), expected(case, torch.float32)
+    assert_as_accurate(actual, theirs.grad_weight, truth.grad_weight, f"{case} with {isa}")
+
+
 def test_cpu_grad_weight_adds_short_sums() -> None:
     """Thousands of positive products, one after the other, would cost 7 eps and more, growing with the batch."""
     case = Case("long_sums", 8, 1024, 28, 28, 1024, 5, 5, padding=(2, 2), groups=1024)

@@ -22,6 +22,7 @@
 #include "core/overlap.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "cpu/simd/processor.h"
 #include "ops/checks.h"
 #include "ops/expanded_batch.h"
 #include "ops/functional.h"
@@ -277,6 +278,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return former;
       },
       "Returns the former value.");
+  m.def("set_likes_long_runs", cpu::set_likes_long_runs, "Returns the former value.");
   m.def(
       "set_half_kernels",
       [](bool bfloat16, bool float16) {

@@ -18,6 +18,8 @@
 // does not depend on the number of threads.
 #ifndef SEPCONV_KERNELS
 #define SEPCONV_KERNELS "cpu/depthwise/depthwise_nhwc_grad_weight.cpp"
+#include "cpu/simd/processor.h"
+
 #include "cpu/simd/foreach_isa.h"
 
 namespace sepconv::cpu {
@@ -81,11 +83,13 @@ struct NhwcGradWeightKernel {
 
  private:
   // Measured (benchmarks/notes). At stride 1 the sums weigh more, and rows are streamed only where tiles suffer, whose
-  // pixels share cache sets or lie about a memory page apart; of a 3x3 kernel only where they come from memory, too.
+  // pixels share cache sets or lie about a memory page apart; of a 3x3 kernel only where they come from memory, too. At
+  // stride 2 always, or of near data and larger kernels alone.
   static bool streams(const ConvShape& k, bool far) {
     if (k.R > k.H || k.stride_h != k.stride_w) return false;
     const int64_t pixel = k.C * static_cast<int64_t>(sizeof(T));
-    return k.stride_w > 1 || ((far || k.S > 3) && (pixel % 512 == 0 || pixel >= 1792));
+    if (k.stride_w > 1) return likes_long_runs() || (k.S > 3 && !far);
+    return (far || k.S > 3) && (pixel % 512 == 0 || pixel >= 1792);
   }
   auto streaming(const ConvShape& k) const -> decltype(stream) {
     if constexpr (SEPCONV_ISA_LEVEL == 2) {

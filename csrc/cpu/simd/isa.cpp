@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "cpu/kernels.h"
+#include "cpu/simd/processor.h"
 
 namespace sepconv::cpu {
 namespace {
@@ -49,7 +50,20 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
+std::atomic<bool>& long_runs() {
+#if defined(__x86_64__)
+  static std::atomic<bool> likes{!__builtin_cpu_is("amd")};
+#else
+  static std::atomic<bool> likes{true};
+#endif
+  return likes;
+}
+
 }  // namespace
+
+bool likes_long_runs() { return long_runs().load(std::memory_order_relaxed); }
+
+bool set_likes_long_runs(bool likes) { return long_runs().exchange(likes, std::memory_order_relaxed); }
 
 Isa isa() { return chosen().load(std::memory_order_relaxed); }
 
