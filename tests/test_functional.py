@@ -421,6 +421,27 @@ def test_few_channels_that_the_plan_gives_to_torch(C: int, map: str, taken: bool
 
 
 @pytest.mark.parametrize(
+    ("C", "size", "stride", "taken"),
+    [
+        (58, 56, 2, True),
+        (48, 56, 2, True),
+        (64, 56, 2, False),
+        (58, 28, 2, False),
+        (58, 56, 1, False),
+        (24, 56, 2, False),
+    ],
+)
+def test_strided_gradients_that_the_plan_gives_to_torch(C: int, size: int, stride: int, taken: bool) -> None:
+    """By the input, of 8 images in channels_last, with oneDNN's kernels for AVX-512; never by the weight."""
+    x = torch.empty(8, C, size, size).to(memory_format=torch.channels_last)
+    with half_kernels(True, True), strictness(False):
+        said = functional.explain(x, torch.empty(C, 1, 3, 3), None, stride, 1, 1, C, map="grad_input")
+        by_weight = functional.explain(x, torch.empty(C, 1, 3, 3), None, stride, 1, 1, C, map="grad_weight")
+    assert (said.kernel == "aten") == taken, said.reason
+    assert by_weight.kernel == "cpu_depthwise_nhwc"
+
+
+@pytest.mark.parametrize(
     ("padding", "dilation", "taken"),
     [((1, 1, 1, 1), 1, True), ((1, 1, 2, 0), 1, False), ((4, 4, 4, 4), 4, True), ((7, 7, 7, 7), 7, False)],
 )

@@ -76,11 +76,16 @@ const char* onednn_is_faster_channels_last(Map map, const ConvShape& s, DType dt
   if (dtype == DType::bfloat16 && forward && is_strided(s) && taps > kBfloat16TapsStrided && taps <= kMostTaps) {
     return "bfloat16 8x8 to 13x13 on channels_last with a stride: oneDNN multiplies without widening";
   }
+  const bool between = s.C > kChannelsInPart && s.C < kPartialChannels;
+  if (map == Map::grad_input && has_avx512 && between && s.C % (2 * kLanes) != 0 && dtype == DType::float32 &&
+      is_strided(s) && taps <= 3 * 3 && s.N * s.H * s.W > kPixelsOfPartialChannels) {
+    return "many pixels of channels last that fill no pairs of vectors, strided, by the input: oneDNN is faster";
+  }
   if (!forward) return nullptr;
   if (s.stride_h > 1 && s.C >= kStridedChannels && pixels >= kStridedPixels) {
     return "many channels last, strided: oneDNN is faster";
   }
-  const bool partial = s.C > kChannelsInPart && s.C < kPartialChannels && s.C % kLanes != 0;
+  const bool partial = between && s.C % kLanes != 0;
   if (has_avx512 && partial && !is_strided(s) && much) {
     return "many pixels of channels last that fill no whole vectors: oneDNN is faster";
   }
